@@ -1,0 +1,1 @@
+"""nmsparse: post-training N:M activation sparsity for Hugging Face language models, to ONNX."""

@@ -1,0 +1,1 @@
+"""Calibration: text, and the walk over the blocks that fits each layer."""

@@ -1,0 +1,256 @@
+"""Read a checkpoint: a Hub id, a folder with safetensors, or a GGUF file, all turned into one folder of safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from converter.errors import CheckpointError
+
+WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint on this machine; `folder` holds config, tokenizer and weights under the names torch gives them."""
+
+    source: str
+    revision: str | None
+    folder: Path
+
+    @cached_property
+    def config(self) -> PreTrainedConfig:
+        """The model's configuration."""
+        try:
+            return AutoConfig.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.source}: must hold a config.json that transformers knows, {error}") from error
+
+    @cached_property
+    def files(self) -> dict[str, Path]:
+        """Which safetensors file holds each tensor."""
+        found = {}
+        for path in sorted(self.folder.glob("*.safetensors")):
+            try:
+                with safe_open(path, "pt") as file:
+                    found |= dict.fromkeys(file.keys(), path)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path}: must be a complete safetensors file, got {path.stat().st_size} bytes ({error}). "
+                    "Fetch it again."
+                ) from error
+        return found
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Return the tokenizer."""
+        try:
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{self.source}: must come with a tokenizer, got {error}") from error
+        return tokenizer
+
+    def generation_config(self) -> GenerationConfig:
+        """Return how the model wants to be sampled; from the configuration where the checkpoint does not say."""
+        if (self.folder / "generation_config.json").exists():
+            return GenerationConfig.from_pretrained(self.folder)
+        return GenerationConfig.from_model_config(self.config)
+
+    def skeleton(self) -> PreTrainedModel:
+        """Return the model without its weights: parameters on the meta device, buffers real."""
+        with init_empty_weights(include_buffers=False):
+            try:
+                model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+            except ValueError as error:
+                raise CheckpointError(
+                    f"{self.source}: must be a causal language model, got {type(self.config).__name__}."
+                ) from error
+        model.tie_weights()
+        return model.eval()
+
+    def model(self) -> PreTrainedModel:
+        """Return the model in float32, in evaluation mode.
+
+        Raises:
+            CheckpointError: when a weight is missing, NaN or infinite.
+        """
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        for name, parameter in model.named_parameters():
+            self._finite(name, parameter.data)
+        return model.requires_grad_(False)
+
+    def read(self, name: str) -> Tensor:
+        """Return one weight; the file is closed again, so that its pages do not stay in memory.
+
+        Raises:
+            CheckpointError: when it is NaN or infinite.
+        """
+        with safe_open(self.files[name], "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return self._finite(name, tensor)
+
+    def _finite(self, name: str, tensor: Tensor) -> Tensor:
+        bad = tensor.numel() - int(tensor.isfinite().sum())
+        if bad:
+            raise CheckpointError(f"{name}: weights must be finite, got {bad} NaN or Inf. The checkpoint is damaged.")
+        return tensor
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 of the weights' files in the order of their names, in hexadecimal."""
+        digest = hashlib.sha256()
+        for path in sorted(set(self.files.values())):
+            with path.open("rb") as file:
+                digest.update(hashlib.file_digest(file, "sha256").digest())
+        return digest.hexdigest()
+
+
+def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
+    """Return the checkpoint that `source` names.
+
+    Raises:
+        CheckpointError: when it cannot be found or read, holds pickles only, or is no causal language model.
+    """
+    path = Path(source)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise CheckpointError(f"{source}: must be a folder, a .gguf file or a Hub id, got a {path.suffix} file.")
+        return Checkpoint(source, None, _unpacked(path, gguf=True))
+    if path.is_dir():
+        folder = path
+    else:
+        folder = _from_hub(source, revision)
+        revision = folder.name
+    ggufs = sorted(folder.glob("*.gguf"))
+    if not any(folder.glob("*.safetensors")):
+        if len(ggufs) == 1:
+            return Checkpoint(source, revision, _unpacked(ggufs[0], gguf=True))
+        pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
+        if pickles:
+            raise CheckpointError(
+                f"{source}: weights must be safetensors, got {pickles[0]}. A pickle can run code when it is read: "
+                "convert it with save_pretrained(..., safe_serialization=True) where you trust it."
+            )
+        raise CheckpointError(f"{source}: must hold one or more .safetensors files or one .gguf file, got neither.")
+    checkpoint = Checkpoint(source, revision, folder)
+    if set(weight_names(checkpoint.skeleton())) <= set(checkpoint.files):
+        return checkpoint
+    return Checkpoint(source, revision, _unpacked(folder, gguf=False))
+
+
+def weight_names(model: nn.Module) -> dict[str, str]:
+    """Return the parameters and the saved buffers of the model, tied ones under the name that is stored."""
+    return {name: name for name, _ in model.named_parameters()} | {
+        name: name for name in model.state_dict() if name in dict(model.named_buffers())
+    }
+
+
+def _from_hub(source: str, revision: str | None) -> Path:
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=WANTED))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(
+            f"{source}: must be a folder, a .gguf file or a Hub id that can be reached, got "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _unpacked(path: Path, *, gguf: bool) -> Path:
+    """Return a folder of safetensors, in the Hub cache, with the weights under the names that torch gives them."""
+    digest = hashlib.sha256()
+    for file in [path] if gguf else sorted(path.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            digest.update(hashlib.file_digest(stream, "sha256").digest())
+    folder = Path(constants.HF_HOME) / "nmsparse" / digest.hexdigest()
+    if folder.exists():
+        return folder
+    where = {"gguf_file": path.name} if gguf else {}
+    home = path.parent if gguf else path
+    try:
+        with _quiet():
+            # transformers opens the file anew for each of the three, and is silent about what it lacks.
+            tokenizer = AutoTokenizer.from_pretrained(home, **where)
+            dtype = torch.float32 if gguf else "auto"
+            model, info = AutoModelForCausalLM.from_pretrained(home, dtype=dtype, output_loading_info=True, **where)
+    except (ValueError, KeyError, TypeError, OSError, RuntimeError, IndexError, SafetensorError) as error:
+        raise CheckpointError(
+            f"{path}: must hold a causal language model that transformers can read, got "
+            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        ) from error
+    if info["missing_keys"]:
+        raise CheckpointError(f"{path}: must hold every weight of the model, got none for {info['missing_keys']}.")
+    config = model.config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with beside(folder) as staging:
+        weights = {name: model.get_parameter_or_buffer(name).contiguous() for name in weight_names(model)}
+        save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
+        config.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        if model.generation_config is not None:
+            model.generation_config.save_pretrained(staging)
+    return folder
+
+
+@contextmanager
+def beside(target: Path) -> Iterator[Path]:
+    """Give an empty folder beside `target` that takes its place when the block ends well, and is removed else."""
+    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    old: Path | None = None
+    try:
+        yield staging
+        staging.chmod(0o755)
+        if target.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
+            target.rename(old / target.name)
+        os.rename(staging, target)
+    except BaseException:
+        if old is not None and not target.exists():
+            (old / target.name).rename(target)
+        raise
+    finally:
+        for folder in [staging, old]:
+            if folder is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    from transformers.utils import logging
+
+    level: Any = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.set_verbosity(level)
+        logging.enable_progress_bar()

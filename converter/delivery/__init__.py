@@ -1,0 +1,1 @@
+"""Delivery: the folder OUT and its manifest."""

@@ -1,0 +1,66 @@
+"""What can go wrong for a user: each class has an exit code of its own and is shown without a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TypeVar
+
+Value = TypeVar("Value")
+
+
+class ConverterError(Exception):
+    """A mistake that the user can mend; the message says where, what and how."""
+
+    exit_code = 1
+
+
+class RecipeError(ConverterError):
+    """The recipe asks for something that does not exist or cannot be."""
+
+    exit_code = 10
+
+
+class CheckpointError(ConverterError):
+    """The model cannot be read, or is not one that can be converted."""
+
+    exit_code = 11
+
+
+class CalibrationError(ConverterError):
+    """The calibration text or the statistics taken from it cannot be used."""
+
+    exit_code = 12
+
+
+class ExportError(ConverterError):
+    """The model cannot be written as an ONNX graph."""
+
+    exit_code = 13
+
+
+class ValidationError(ConverterError):
+    """ONNX Runtime and PyTorch differ by more than the limits allow."""
+
+    exit_code = 14
+
+
+class OutputError(ConverterError):
+    """OUT cannot be written, or is not one of ours."""
+
+    exit_code = 15
+
+
+def lookup(table: Mapping[str, Value], kind: str, name: str, error: type[ConverterError]) -> Value:
+    """Return `table[name]`.
+
+    Raises:
+        ConverterError: of class `error`, listing what there is, when `name` is not in the table.
+    """
+    if name not in table:
+        raise error(f"unknown {kind} {name!r}; available: {listing(table)}.")
+    return table[name]
+
+
+def listing(names: Iterable[str]) -> str:
+    """Return the names sorted and joined by commas, for a message."""
+    return ", ".join(sorted(names))

@@ -1,0 +1,1 @@
+"""Evaluation: parity with PyTorch, and perplexity."""

@@ -1,0 +1,133 @@
+"""Write a checkpoint and its calibration as one ONNX graph with its weights once, in one external-data file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor
+from torch import Tensor
+
+from converter.checkpoint import Checkpoint
+from converter.errors import ExportError
+from converter.graph.op import DOMAIN, VERSION, Form, function
+from converter.graph.stamp import stamp
+from converter.graph.trace import LinearNode, tied_weights, trace
+from converter.plan import Plan
+from converter.recipe import DTYPES
+from converter.sparsity.linear import Baked, Params, bake
+
+MODEL, DATA = "model.onnx", "model.onnx.data"
+IR_VERSION = 11
+IR_DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
+
+
+def export(
+    checkpoint: Checkpoint,
+    plan: Plan,
+    params: dict[str, Params],
+    dtype: str,
+    folder: Path,
+    metadata: dict[str, str],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> None:
+    """Write `model.onnx` and `model.onnx.data` into `folder`; one weight at a time is in memory.
+
+    `progress` is called with the number of tensors written and their total.
+
+    Raises:
+        ExportError: when the model cannot be traced, or the disk is full.
+    """
+    form = _form(checkpoint, params, dtype)
+    biased = {name.removesuffix(".bias") for name in checkpoint.files if name.endswith(".bias")}
+    nodes = {}
+    for layer in plan.layers:
+        keep, group = (params[layer.name].keep, params[layer.name].group) if layer.sparse else (0, 0)
+        nodes[layer.name] = LinearNode(keep, group, layer.name in biased)
+    skeleton = checkpoint.skeleton()
+    transposed = {name for name in nodes if f"{name}.weight" not in tied_weights(skeleton)}
+    model = trace(skeleton, nodes, form, DTYPES[dtype])
+    stamp(model, plan.blocks)
+    _attach_weights(model, checkpoint, transposed, params)
+    model.functions[(DOMAIN, "SparseLinear", "")] = function(form)
+    model.opset_imports[DOMAIN] = VERSION
+    model.ir_version = IR_VERSION
+    model.producer_name, model.producer_version = "nmsparse", metadata["nmsparse.version"]
+    model.metadata_props.clear()
+    model.metadata_props.update(metadata)
+    for node in model.graph:
+        node.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.outputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+    try:
+        ir.save(
+            model,
+            folder / MODEL,
+            external_data=DATA,
+            callback=lambda _, info: progress(info.index + 1, info.total),
+        )
+    except OSError as error:
+        raise ExportError(f"{folder}: model.onnx could not be written: {error}. Free some space and run again.") from error
+
+
+def _form(checkpoint: Checkpoint, params: dict[str, Params], dtype: str) -> Form:
+    """Return what the op has to compute in this model; a layer that lacks an input gets a neutral one."""
+    modes = {(p.shift_mode, p.variance) for p in params.values()}
+    if len(modes) != 1:
+        raise ExportError(f"mitigations must be the same in every layer, got {sorted(modes)}.")
+    shift_mode, variance = modes.pop()
+    has_bias = any(f"{name}.bias" in checkpoint.files for name in params)
+    affine = any(p.output_shift is not None for p in params.values())
+    return Form(
+        dtype=dtype,
+        shift_mode=shift_mode,
+        variance=variance,
+        bias=shift_mode == "static" or affine or has_bias,
+        channel_scale=any(p.channel_scale is not None for p in params.values()),
+    )
+
+
+def baked_layer(read: Callable[[str], Tensor], name: str, bias: bool, params: Params) -> Baked:
+    """Return the baked form of one layer of a checkpoint, in float32."""
+    weight = read(f"{name}.weight").float()
+    return bake(weight, read(f"{name}.bias").float() if bias else None, params)
+
+
+def _attach_weights(model: ir.Model, checkpoint: Checkpoint, transposed: set[str], params: dict[str, Params]) -> None:
+    @lru_cache(maxsize=1)
+    def baked(layer: str) -> Baked:
+        return baked_layer(checkpoint.read, layer, f"{layer}.bias" in checkpoint.files, params[layer])
+
+    def content(name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        layer, _, part = name.rpartition(".")
+        if layer in params:
+            tensor = getattr(baked(layer), part)
+            if tensor is None:  # neutral where this layer has none and another has one
+                tensor = (torch.ones if part == "channel_scale" else torch.zeros)(shape)
+        else:
+            tensor = checkpoint.read(name)
+            if layer in transposed and part == "weight":
+                tensor = tensor.t()
+        if tuple(tensor.shape) != shape:
+            raise ExportError(f"{name}: must have shape {shape} in the graph, got {tuple(tensor.shape)}.")
+        return tensor.to(kind).contiguous()
+
+    kinds = {value: DTYPES[key] for key, value in IR_DTYPES.items()}
+    for name, value in model.graph.initializers.items():
+        if value.const_value is None:
+            assert value.shape is not None
+            assert value.dtype is not None
+            shape, kind = tuple(int(d) for d in value.shape), kinds[value.dtype]
+            value.const_value = ir.LazyTensor(
+                lambda name=name, shape=shape, kind=kind: TorchTensor(content(name, shape, kind), name=name),
+                dtype=value.dtype,
+                shape=ir.Shape(shape),
+                name=name,
+            )

@@ -1,0 +1,157 @@
+"""The op `SparseLinear` in ONNX: its name, inputs and attributes, and a function body that any runtime can run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+import onnx.parser
+
+DOMAIN = "nmsparse"
+OP = "SparseLinear"
+VERSION = 1
+OPSET = 23
+# The order is the op's signature; an input that a model has no use for is left empty in all its nodes.
+INPUTS = ("X", "W", "bias", "channel_scale", "shift", "row_sum")
+ATTRIBUTES = ("keep", "group", "shift_mode", "variance")
+
+
+@dataclass(frozen=True)
+class Form:
+    """What the nodes of one model have in common: the body computes this and no more."""
+
+    dtype: str
+    shift_mode: str
+    variance: bool
+    bias: bool
+    channel_scale: bool
+
+    def takes(self) -> tuple[str, ...]:
+        """Return the names of the inputs that the nodes give, in order."""
+        given = {
+            "X": True,
+            "W": True,
+            "bias": self.bias,
+            "channel_scale": self.channel_scale,
+            "shift": self.shift_mode == "static",
+            "row_sum": self.shift_mode in {"token_mean", "token_median"},
+        }
+        return tuple(name for name in INPUTS if given[name])
+
+
+def function(form: Form) -> ir.Function:
+    """Return the op as an ONNX function of standard ops, for the nodes of a model of that form.
+
+    Selection, statistics and epilogue are in float32 whatever the dtype of X; the GEMM is in the dtype of X, but in
+    float32 for bfloat16, which ONNX Runtime's CPU kernels lack. TopK gives ties to the lower index, as its
+    specification says, and NaN is ranked as infinity, so that it is kept.
+    """
+    body = "\n".join(f"  {line}" for line in [*_select(form), *_product(form), *_epilogue(form)])
+    text = (
+        f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
+        f"{OP} <{', '.join(ATTRIBUTES)}> ({', '.join(INPUTS)}) => (Y)\n{{\n{body}\n}}"
+    )
+    return ir.serde.deserialize_function(onnx.parser.parse_function(text))
+
+
+def _select(form: Form) -> Sequence[str]:
+    x = "X" if form.dtype == "float32" else "X32"
+    return [
+        *([] if x == "X" else ["X32 = Cast <to = 1> (X)"]),
+        "last = Constant <value_ints = [-1]> ()",
+        *_shifted(form, x),
+        f"magnitude = Abs ({_z(form)})",
+        *(["score = Mul (magnitude, channel_scale)"] if form.channel_scale else ["score = Identity (magnitude)"]),
+        "is_nan = IsNaN (score)",
+        'infinity = Constant <value = float {inf}> ()',
+        "rank = Where (is_nan, infinity, score)",
+        "group_size = Constant <value_int : int = @group> ()",
+        "keep_size = Constant <value_int : int = @keep> ()",
+        "one_axis = Constant <value_ints = [1]> ()",
+        "keep_1d = Reshape (keep_size, one_axis)",
+        "group_1d = Reshape (group_size, one_axis)",
+        "groups = Concat <axis = 0> (last, group_1d)",
+        "rank_groups = Reshape (rank, groups)",
+        f"z_groups = Reshape ({_z(form)}, groups)",
+        "kept_rank, kept = TopK <axis = -1, largest = 1, sorted = 1> (rank_groups, keep_1d)",
+        "kept_z = GatherElements <axis = -1> (z_groups, kept)",
+        "groups_shape = Shape (z_groups)",
+        "zero_groups = ConstantOfShape <value = float[1] {0.0}> (groups_shape)",
+        "pruned_groups = ScatterElements <axis = -1> (zero_groups, kept, kept_z)",
+        f"z_shape = Shape ({_z(form)})",
+        "pruned = Reshape (pruned_groups, z_shape)",
+    ]
+
+
+def _z(form: Form) -> str:
+    return "z" if form.shift_mode != "none" else "X" if form.dtype == "float32" else "X32"
+
+
+def _shifted(form: Form, x: str) -> Sequence[str]:
+    if form.shift_mode == "static":
+        return [f"z = Sub ({x}, shift)"]
+    if form.shift_mode == "token_mean":
+        return [f"eta = ReduceMean <keepdims = 1> ({x}, last)", f"z = Sub ({x}, eta)"]
+    if form.shift_mode == "token_median":
+        # The lower of the two middle channels is the smallest of the K/2 + 1 largest.
+        return [
+            f"width = Shape <start = -1> ({x})",
+            "two = Constant <value_ints = [2]> ()",
+            "one = Constant <value_ints = [1]> ()",
+            "half = Div (width, two)",
+            "upper_count = Add (half, one)",
+            f"upper, upper_index = TopK <axis = -1, largest = 1, sorted = 1> ({x}, upper_count)",
+            "eta = ReduceMin <keepdims = 1> (upper, last)",
+            f"z = Sub ({x}, eta)",
+        ]
+    return []
+
+
+def _product(form: Form) -> Sequence[str]:
+    if form.dtype == "float32":
+        return ["product = MatMul (pruned, W)"]
+    if form.dtype == "bfloat16":
+        return [
+            "pruned_x = CastLike (pruned, X)",
+            "pruned_32 = Cast <to = 1> (pruned_x)",
+            "W32 = Cast <to = 1> (W)",
+            "product = MatMul (pruned_32, W32)",
+        ]
+    return ["pruned_x = CastLike (pruned, X)", "product_x = MatMul (pruned_x, W)", "product = Cast <to = 1> (product_x)"]
+
+
+def _variance(name: str, of: str) -> Sequence[str]:
+    return [
+        f"{name}_mean = ReduceMean <keepdims = 1> ({of}, last)",
+        f"{name}_centred = Sub ({of}, {name}_mean)",
+        f"{name}_squares = ReduceSumSquare <keepdims = 1> ({name}_centred, last)",
+        f"{name} = Div ({name}_squares, freedom)",
+    ]
+
+
+def _epilogue(form: Form) -> Sequence[str]:
+    lines, y = [], "product"
+    if form.variance:
+        lines += [
+            f"channels = Shape <start = -1> ({_z(form)})",
+            "channels_32 = Cast <to = 1> (channels)",
+            "one_32 = Constant <value = float {1.0}> ()",
+            "freedom = Sub (channels_32, one_32)",
+            *_variance("variance_z", _z(form)),
+            *_variance("variance_pruned", "pruned"),
+            "floor = Constant <value = float {1e-9}> ()",
+            "variance_floored = Max (variance_pruned, floor)",
+            "ratio = Div (variance_z, variance_floored)",
+            "nu = Sqrt (ratio)",
+            f"scaled = Mul ({y}, nu)",
+        ]
+        y = "scaled"
+    if "row_sum" in form.takes():
+        lines += ["rank_one = Mul (eta, row_sum)", f"shifted = Add ({y}, rank_one)"]
+        y = "shifted"
+    if form.bias:
+        lines += [f"biased = Add ({y}, bias)"]
+        y = "biased"
+    return [*lines, f"Y = Identity ({y})" if form.dtype == "float32" else f"Y = CastLike ({y}, X)"]

@@ -1,0 +1,122 @@
+"""Replace each placeholder block of a traced graph by a copy of the nodes of the block that it equals."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from converter.graph.op import DOMAIN
+from converter.graph.trace import BLOCK, ENTER, LEAVE, cache_names
+
+
+def stamp(model: ir.Model, blocks: str) -> None:
+    """Expand every placeholder of `model` in place and remove the marks; `blocks` is the name of the list of blocks.
+
+    A node of the first block is copied when it depends on the block's input, its cache or its parameters; what does
+    not (shapes, the mask, rotary tables) is shared, as it was in the model.
+    """
+    graph = model.graph
+    marks = {
+        (node.op_type, node.attributes["index"].as_int()): node
+        for node in graph
+        if node.domain == DOMAIN and node.op_type in {BLOCK, ENTER, LEAVE}
+    }
+    bodies = {index: _Body(graph, marks, index, blocks) for op, index in marks if op == ENTER}
+    for (op, index), node in marks.items():
+        if op == BLOCK:
+            _expand(graph, node, bodies[node.attributes["like"].as_int()], index, f"{blocks}.{index}.")
+    for (op, _), node in marks.items():
+        if op in {ENTER, LEAVE}:
+            _bypass(graph, node)
+    _sort_caches(graph, len(marks) - len(bodies))
+
+
+class _Body:
+    """The nodes of a traced block, in order, and the values through which it meets the rest of the graph."""
+
+    def __init__(self, graph: ir.Graph, marks: dict[tuple[str, int], ir.Node], index: int, blocks: str) -> None:
+        named = {value.name: value for value in [*graph.inputs, *graph.outputs]}
+        self.prefix = f"{blocks}.{index}."
+        self.past = [named[name] for name in cache_names("past_key_values", index)]
+        self.present = [named[name] for name in cache_names("present", index)]
+        self.hidden = marks[ENTER, index].outputs[0]
+        leave = marks[LEAVE, index].inputs[0]
+        assert leave is not None
+        self.out = leave
+        own = {self.hidden, *self.past}
+        needed = _ancestors([self.out, *self.present], own)
+        self.nodes = []
+        for node in graph:
+            # Sizes are the same in every block, and asking for them copies nothing.
+            if node in needed and node.op_type != "Shape" and any(v in own or self.owns(v) for v in node.inputs):
+                self.nodes.append(node)
+                own.update(node.outputs)
+
+    def owns(self, value: ir.Value | None) -> bool:
+        """Return whether the value is a parameter of the block."""
+        return value is not None and (value.name or "").startswith(self.prefix)
+
+
+def _ancestors(values: list[ir.Value], stop: set[ir.Value]) -> set[ir.Node]:
+    found: set[ir.Node] = set()
+    stack = list(values)
+    while stack:
+        value = stack.pop()
+        node = None if value in stop else value.producer()
+        if node is not None and node not in found:
+            found.add(node)
+            stack.extend(v for v in node.inputs if v is not None)
+    return found
+
+
+def _expand(graph: ir.Graph, placeholder: ir.Node, body: _Body, index: int, prefix: str) -> None:
+    mapped: dict[ir.Value, ir.Value | None] = {body.hidden: placeholder.inputs[0]}
+    for value, name in zip(body.past, cache_names("past_key_values", index), strict=True):
+        mapped[value] = ir.Value(name=name, type=value.type, shape=value.shape)
+        graph.inputs.append(mapped[value])
+    for node in body.nodes:
+        for value in node.inputs:
+            if value is not None and value not in mapped and body.owns(value):
+                mapped[value] = _sibling(graph, value, prefix + (value.name or "").removeprefix(body.prefix))
+        copy = ir.Node(
+            node.domain,
+            node.op_type,
+            [mapped.get(v, v) if v is not None else None for v in node.inputs],
+            list(node.attributes.values()),
+            num_outputs=len(node.outputs),
+            version=node.version,
+        )
+        for old, new in zip(node.outputs, copy.outputs, strict=True):
+            new.type, new.shape = old.type, old.shape
+            mapped[old] = new
+        graph.insert_before(placeholder, copy)
+    for value, name in zip(body.present, cache_names("present", index), strict=True):
+        new = mapped[value]
+        assert new is not None
+        new.name = name
+        graph.outputs.append(new)
+    out = mapped[body.out]
+    assert out is not None
+    placeholder.outputs[0].replace_all_uses_with(out)
+    graph.remove(placeholder, safe=True)
+
+
+def _sibling(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
+    if name not in graph.initializers:
+        graph.initializers.add(ir.Value(name=name, type=value.type, shape=value.shape))
+    return graph.initializers[name]
+
+
+def _bypass(graph: ir.Graph, node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    node.outputs[0].replace_all_uses_with(source)
+    graph.remove(node, safe=True)
+
+
+def _sort_caches(graph: ir.Graph, blocks: int) -> None:
+    """Put the caches into the order of the blocks, behind the other inputs and outputs."""
+    for values, kind in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
+        order = [name for index in range(blocks) for name in cache_names(kind, index)]
+        found = {value.name: value for value in values}
+        others = [value for value in values if value.name not in order]
+        values[:] = [*others, *(found[name] for name in order)]

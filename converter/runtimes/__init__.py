@@ -1,0 +1,1 @@
+"""Runtimes: what loads and runs OUT."""

@@ -1,0 +1,1 @@
+"""The mathematics of N:M activation sparsity, in torch alone: patterns, criteria, mitigations, the op."""

@@ -1,0 +1,143 @@
+"""The reference of the op `SparseLinear`: parameters as fitted, their baked form, and both ways to compute y.
+
+Shapes: T tokens (all leading axes), K input channels, N output channels. `weight` is `[N, K]` as in torch; the baked
+`weight` is `[K, N]`, so that a dropped channel is one row that need not be read.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+
+from converter.sparsity.pattern import mask
+
+SHIFT_MODES = ("none", "static", "token_mean", "token_median")
+VARIANCE_FLOOR = 1e-9
+
+
+@dataclass(frozen=True)
+class Params:
+    """What calibration decides for one layer; every tensor is float32."""
+
+    keep: int
+    group: int
+    shift_mode: str = "none"
+    variance: bool = False
+    channel_scale: Tensor | None = None  # [K] multiplies |z| to give the score
+    shift: Tensor | None = None  # [K] with shift_mode "static"
+    output_scale: Tensor | None = None  # [N] multiplies the layer's output
+    output_shift: Tensor | None = None  # [N] is added to it afterwards
+
+
+@dataclass(frozen=True)
+class Baked:
+    """The op's attributes and inputs; computes in the dtype of its tensors (float64 in tests)."""
+
+    keep: int
+    group: int
+    shift_mode: str
+    variance: bool
+    weight: Tensor  # [K, N]
+    bias: Tensor | None  # [N]
+    channel_scale: Tensor | None  # [K]
+    shift: Tensor | None  # [K]
+    row_sum: Tensor | None  # [N], with a per-token shift
+
+    def to(self, dtype: torch.dtype) -> Baked:
+        """Return the same layer with every tensor in `dtype`."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if isinstance(t, Tensor)})
+
+
+def token_shift(x: Tensor, shift_mode: str, shift: Tensor | None) -> Tensor | None:
+    """Return eta: None, `[K]` (static) or `[..., 1]` (one number a token).
+
+    The median of an even number of channels is the lower of the middle two, as `torch.median` has it: an element of
+    x, so that every runtime finds the same bits.
+    """
+    if shift_mode == "none":
+        return None
+    if shift_mode == "static":
+        return shift
+    if shift_mode == "token_mean":
+        return x.mean(-1, keepdim=True)
+    if shift_mode == "token_median":
+        return x.median(-1, keepdim=True).values
+    raise AssertionError(f"shift_mode {shift_mode!r} is not one of {SHIFT_MODES}")
+
+
+def prune(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return z = x - eta, its pruned form zs, and eta."""
+    eta = token_shift(x, params.shift_mode, params.shift)
+    z = x if eta is None else x - eta
+    scores = z.abs() if params.channel_scale is None else z.abs() * params.channel_scale
+    # where, not a product: a dropped Inf must give 0, not NaN.
+    return z, torch.where(mask(scores, params.keep, params.group), z, torch.zeros_like(z)), eta
+
+
+def token_scale(z: Tensor, zs: Tensor) -> Tensor:
+    """Return nu `[..., 1]` = sqrt(Var(z) / max(Var(zs), 1e-9)), unbiased and centred.
+
+    Source: arXiv:2509.22166 eq. (5); taken after the GEMM, where it is a scale of rows.
+    """
+    return (z.var(-1, keepdim=True) / zs.var(-1, keepdim=True).clamp_min(VARIANCE_FLOOR)).sqrt()
+
+
+def apply(x: Tensor, weight: Tensor, bias: Tensor | None, params: Params) -> Tensor:
+    """Return y `[..., N]` by the definition: xhat = nu * zs + eta; y = (xhat W^T + b) * output_scale + output_shift.
+
+    This is what a mitigation means. It adds eta back, which makes the activations dense: never run it for speed.
+    Source: arXiv:2509.22166 eqs. (3) and (5).
+    """
+    z, zs, eta = prune(x, params)
+    xhat = zs * token_scale(z, zs) if params.variance else zs
+    xhat = xhat if eta is None else xhat + eta
+    y = nn.functional.linear(xhat, weight, bias)
+    y = y if params.output_scale is None else y * params.output_scale
+    return y if params.output_shift is None else y + params.output_shift
+
+
+def bake(weight: Tensor, bias: Tensor | None, params: Params) -> Baked:
+    """Return the op that equals `apply`: what is static is folded into weight and bias, row sums are precomputed."""
+    if params.output_scale is not None:
+        weight = weight * params.output_scale[:, None].to(weight.dtype)
+        bias = None if bias is None else bias * params.output_scale.to(bias.dtype)
+    if params.shift_mode == "static" and params.shift is not None:
+        folded = weight.double() @ params.shift.double()
+        bias = (folded if bias is None else bias.double() + folded).to(weight.dtype)
+    if params.output_shift is not None:
+        bias = params.output_shift.to(weight.dtype) if bias is None else bias + params.output_shift.to(bias.dtype)
+    per_token = params.shift_mode in {"token_mean", "token_median"}
+    return Baked(
+        keep=params.keep,
+        group=params.group,
+        shift_mode=params.shift_mode,
+        variance=params.variance,
+        weight=weight.t(),
+        bias=bias,
+        channel_scale=params.channel_scale,
+        shift=params.shift,
+        row_sum=weight.double().sum(-1).to(weight.dtype) if per_token else None,
+    )
+
+
+class SparseLinear(nn.Module):
+    """The op in torch, for calibration and as the reference that runtimes are compared with."""
+
+    def __init__(self, baked: Baked) -> None:
+        """Keep the baked tensors; `weight` stays a view of the layer it came from."""
+        super().__init__()
+        self.baked = baked
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y `[..., N]` = nu * (zs W) + eta * row_sum + bias for x `[..., K]`."""
+        baked = self.baked
+        z, zs, eta = prune(x, baked)
+        y = zs @ baked.weight
+        if baked.variance:
+            y = y * token_scale(z, zs)
+        if baked.row_sum is not None and eta is not None:
+            y = y + eta * baked.row_sum
+        return y if baked.bias is None else y + baked.bias

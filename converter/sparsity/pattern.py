@@ -1,0 +1,92 @@
+"""Which activations of a token are used: `keep` of every `group` consecutive channels."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from converter.errors import RecipeError
+
+FORMS = "N:M (keep N of every M channels, such as 8:16), K (keep K channels of a token) or P% (keep P percent)"
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """A pattern as the user writes it, before it meets a layer.
+
+    `group` 0 means all channels of a layer (unstructured per token); then `keep` counts channels, or, with
+    `percent`, is a share of them.
+    """
+
+    keep: float
+    group: int = 0
+    percent: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Pattern:
+        """Return the pattern that `text` names.
+
+        Raises:
+            RecipeError: when the text has none of the three forms or keeps nothing.
+        """
+        form = re.fullmatch(r"(?P<keep>\d+):(?P<group>\d+)|(?P<share>\d+(\.\d+)?)%|(?P<count>\d+)", text.strip())
+        if form is None:
+            raise RecipeError(f"pattern: must be {FORMS}, got {text!r}.")
+        if form["group"] is not None:
+            keep, group = int(form["keep"]), int(form["group"])
+            if not 0 < keep <= group:
+                raise RecipeError(f"pattern: N:M must have 0 < N <= M, got {text!r}. N is the number that is kept.")
+            return cls(keep, group)
+        if form["share"] is not None:
+            share = float(form["share"])
+            if not 0 < share <= 100:
+                raise RecipeError(f"pattern: a percentage must be above 0 and at most 100, got {text!r}.")
+            return cls(share, percent=True)
+        if int(form["count"]) == 0:
+            raise RecipeError("pattern: must keep at least one channel, got '0'.")
+        return cls(int(form["count"]))
+
+    def __str__(self) -> str:
+        """Return the text that `parse` reads back."""
+        if self.group:
+            return f"{self.keep:.0f}:{self.group}"
+        return f"{self.keep:g}%" if self.percent else f"{self.keep:.0f}"
+
+    def at(self, in_features: int, where: str) -> tuple[int, int]:
+        """Return `keep` and `group` for a layer with `in_features` input channels.
+
+        Raises:
+            RecipeError: naming the layer `where`, when the pattern does not fit its width.
+        """
+        if self.group:
+            if in_features % self.group:
+                raise RecipeError(
+                    f"{where}: in_features must be divisible by {self.group} for pattern {self}, got {in_features}. "
+                    f"Add the layer to --ignore or choose a pattern whose M divides {in_features}."
+                )
+            return int(self.keep), self.group
+        if self.percent:
+            return max(1, round(in_features * self.keep / 100)), in_features
+        if self.keep > in_features:
+            raise RecipeError(
+                f"{where}: pattern {self} must keep at most in_features channels, got {in_features}. "
+                "Use a smaller K, or a percentage."
+            )
+        return int(self.keep), in_features
+
+
+def mask(scores: Tensor, keep: int, group: int) -> Tensor:
+    """Return the boolean mask `[..., K]` of the `keep` largest scores in every group of `group` channels.
+
+    Ties go to the lower channel. NaN counts as the largest score, so that it is kept and stays visible.
+    """
+    grouped = scores.reshape(-1, group)
+    grouped = torch.where(grouped.isnan(), torch.inf, grouped)
+    threshold = grouped.topk(keep, dim=-1).values[:, -1:]
+    above = grouped > threshold
+    tied = grouped == threshold
+    room = keep - above.sum(-1, keepdim=True)
+    return (above | (tied & (tied.cumsum(-1) <= room))).reshape(scores.shape)
