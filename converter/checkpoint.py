@@ -100,7 +100,8 @@ class Checkpoint:
         Raises:
             CheckpointError: when a weight is missing, NaN or infinite.
         """
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+        with _quiet():
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         for name, parameter in model.named_parameters():
             self._finite(name, parameter.data)
         return model.requires_grad_(False)

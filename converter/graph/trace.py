@@ -233,6 +233,7 @@ def trace(model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtyp
         if not differing:
             break
         likes[differing[0]] = differing[0]
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not there
     onnx_program = torch.onnx.export(program, opset_version=OPSET, optimize=False, verbose=False)
     assert onnx_program is not None
     traced_model = onnx_program.model

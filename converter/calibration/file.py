@@ -1,0 +1,50 @@
+"""`calibration.safetensors`: the parameters of every sparse layer, between calibrate and export."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from converter.errors import CalibrationError
+from converter.sparsity.linear import Params
+
+NAME = "calibration.safetensors"
+FORMAT = "nmsparse-calibration-1"
+SETTINGS = ("keep", "group", "shift_mode", "variance")
+TENSORS = ("channel_scale", "shift", "output_scale", "output_shift")
+
+
+def write(path: Path, params: dict[str, Params]) -> None:
+    """Write the parameters: tensors as `LAYER.PART`, settings as JSON in the metadata under `layers`."""
+    tensors: dict[str, Tensor] = {}
+    for name, layer in params.items():
+        for part in TENSORS:
+            tensor = getattr(layer, part)
+            if tensor is not None:
+                tensors[f"{name}.{part}"] = tensor.float().contiguous()
+    layers = {name: {key: getattr(layer, key) for key in SETTINGS} for name, layer in params.items()}
+    save_file(tensors, path, metadata={"format": FORMAT, "layers": json.dumps(layers)})
+
+
+def read(path: Path) -> dict[str, Params]:
+    """Return what `write` wrote.
+
+    Raises:
+        CalibrationError: when the file is not a calibration.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise CalibrationError(f"{path}: format must be {FORMAT}, got {metadata.get('format')!r}.")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+    except (OSError, SafetensorError) as error:
+        raise CalibrationError(f"{path}: must be a calibration, got {error}. Run nmsparse calibrate.") from error
+    return {
+        name: Params(**settings, **{part: tensors.get(f"{name}.{part}") for part in TENSORS})
+        for name, settings in json.loads(metadata["layers"]).items()
+    }

@@ -1,0 +1,158 @@
+"""Text: where calibration, validation and perplexity read from, as windows of token ids."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+
+from converter.errors import CalibrationError
+
+SOURCES = (
+    "a file (.jsonl, .parquet, or any other as plain text), hub:NAME[:CONFIG[:SPLIT]], "
+    "python (the language reference that comes with every Python)"
+)
+
+
+def texts(source: str, field: str = "text") -> Iterator[str]:
+    """Yield the documents of `source`; of tables, the column `field`.
+
+    Raises:
+        CalibrationError: when the source does not exist or has no such field.
+    """
+    if source == "python":
+        from pydoc_data.topics import topics
+
+        yield from (topics[name] for name in sorted(topics))
+    elif source.startswith("hub:"):
+        yield from _rows(_hub(source), source, field)
+    else:
+        path = Path(source)
+        if not path.is_file():
+            raise CalibrationError(f"text: must be {SOURCES}; there is no file {source!r}.")
+        if path.suffix == ".jsonl":
+            yield from _rows(_json_lines(path), source, field)
+        elif path.suffix == ".parquet":
+            yield from _rows(_parquet(path), source, field)
+        else:
+            try:
+                yield path.read_text("utf-8")
+            except UnicodeDecodeError as error:
+                raise CalibrationError(f"{source}: must be UTF-8 text, got {error}.") from error
+
+
+def _json_lines(path: Path) -> Iterator[Any]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError as error:
+                raise CalibrationError(f"{path}, line {number}: must be JSON, got {error}.") from error
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    try:
+        from pyarrow.parquet import ParquetFile
+    except ImportError as error:
+        raise CalibrationError(f"{path}: reading parquet needs pyarrow. Install nmsparse[data].") from error
+    for batch in ParquetFile(path).iter_batches():
+        yield from batch.to_pylist()
+
+
+def _hub(source: str) -> Iterator[Any]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise CalibrationError(f"{source}: reading the Hub needs datasets. Install nmsparse[data].") from error
+    _, name, *rest = source.split(":")
+    config, split = (rest + [None, None])[:2]
+    try:
+        yield from load_dataset(name, config or None, split=split or "train", streaming=True)
+    except Exception as error:  # whatever a remote data set may raise
+        raise CalibrationError(f"{source}: must be a data set that can be reached, got {error}.") from error
+
+
+def _rows(rows: Iterator[Any], source: str, field: str) -> Iterator[str]:
+    for row in rows:
+        if not isinstance(row, dict) or not isinstance(row.get(field), str):
+            have = sorted(row) if isinstance(row, dict) else type(row).__name__
+            raise CalibrationError(
+                f"{source}: each row must have text in {field!r}, got {have}. Choose with --set calibration.field=NAME."
+            )
+        yield row[field]
+
+
+def windows(source: str, tokenizer: PreTrainedTokenizerBase, count: int, window: int, field: str = "text") -> Tensor:
+    """Return the first `count` windows of `window` token ids of the source, `[count, window]`; 0 counts all.
+
+    Documents follow each other, divided by two line ends.
+
+    Raises:
+        CalibrationError: when the text is too short.
+    """
+    ids: list[int] = []
+    first = True
+    for text in texts(source, field):
+        ids += tokenizer.encode(text if first else "\n\n" + text, add_special_tokens=False, verbose=False)
+        first = False
+        if count and len(ids) >= count * window:
+            break
+    found = min(len(ids) // window, count or len(ids))
+    if found < max(count, 1):
+        raise CalibrationError(
+            f"{source}: must have at least {max(count, 1) * window} tokens, got {len(ids)}. "
+            "Give more text, or ask for fewer tokens or shorter windows."
+        )
+    return torch.tensor(ids[: found * window]).reshape(found, window)
+
+
+class _Count(StoppingCriteria):
+    """Never stops; tells how far sampling is."""
+
+    def __init__(self, progress: Callable[[int, int], None], total: int) -> None:
+        self.progress, self.total = progress, total
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
+        self.progress(input_ids.numel(), self.total)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def sampled(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    window: int,
+    seed: int,
+    progress: Callable[[int, int], None],
+) -> Tensor:
+    """Return `count` windows of `window` token ids that the model itself writes, at temperature 1, `[count, window]`.
+
+    Each begins with the token that begins a text; an end of text is a token like any other.
+
+    Raises:
+        CalibrationError: when the tokenizer has no token to begin with.
+    """
+    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if start is None:
+        raise CalibrationError("self: the tokenizer must have a BOS or an EOS token to begin with, got neither.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ids: Tensor = model.generate(  # type: ignore[operator]
+            torch.full((count, 1), start),
+            attention_mask=torch.ones(count, 1, dtype=torch.int64),
+            do_sample=True,
+            temperature=1.0,
+            top_k=0,
+            top_p=1.0,
+            repetition_penalty=1.0,
+            max_new_tokens=window - 1,
+            eos_token_id=-1,
+            pad_token_id=start,
+            stopping_criteria=StoppingCriteriaList([_Count(progress, count * window)]),
+        )
+    return ids

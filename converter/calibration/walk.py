@@ -1,0 +1,167 @@
+"""The walk: block after block, gather statistics on the sparse model's own inputs, fit, and go on with the result.
+
+Hidden states wait on disk between two blocks, so memory does not grow with the number of calibration tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from converter.errors import CalibrationError
+from converter.plan import LayerPlan, Plan
+from converter.recipe import Recipe
+from converter.sparsity.criteria import criterion
+from converter.sparsity.linear import Params, SparseLinear, bake
+from converter.sparsity.statistics import LayerStats
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+def calibrate(
+    model: PreTrainedModel,
+    plan: Plan,
+    recipe: Recipe,
+    windows: Tensor | None,
+    scratch: Path,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Params]:
+    """Return the parameters of every sparse layer, and leave `model` sparse with them.
+
+    `windows [count, window]` holds token ids, None when the recipe needs no statistics; `scratch` is a folder for the
+    hidden states. `progress` is called with the number of blocks done and their total.
+
+    Raises:
+        CalibrationError: when an activation is not finite.
+    """
+    params: dict[str, Params] = {}
+    blocks = model.get_submodule(plan.blocks)
+    assert isinstance(blocks, nn.ModuleList)
+    if windows is None:
+        for layer in plan.sparse:
+            params[layer.name] = install(model, layer, fit(model, layer, recipe, None))
+        return params
+    with torch.no_grad(), tempfile.TemporaryDirectory(prefix="hidden-", dir=scratch) as folder:
+        states = _States(Path(folder))
+        batches = list(windows.split(recipe.calibration.batch))
+        calls = {len(batch): _calls(model, blocks, batch) for batch in batches}
+        for number, batch in enumerate(batches):
+            states.write(number, _first_hidden(model, blocks, batch))
+        for index, block in enumerate(blocks):
+            layers = [layer for layer in plan.sparse if layer.name.startswith(f"{plan.blocks}.{index}.")]
+            stats = {layer.name: LayerStats.of(layer.name, layer.in_features) for layer in layers}
+            with _watched(model, stats):
+                for number, batch in enumerate(batches):
+                    _run(block, states.read(number), calls[len(batch)][index])
+            for layer in layers:
+                params[layer.name] = install(model, layer, fit(model, layer, recipe, stats[layer.name]))
+            for number, batch in enumerate(batches):
+                states.write(number, _run(block, states.read(number), calls[len(batch)][index]))
+            progress(index + 1, len(blocks))
+    return params
+
+
+def fit(model: nn.Module, layer: LayerPlan, recipe: Recipe, stats: LayerStats | None) -> Params:
+    """Return what the recipe decides for one layer from its weight and statistics."""
+    if stats is not None and stats.tokens == 0:
+        raise CalibrationError(f"{layer.name}: must see the calibration text, got no token. Add it to --ignore.")
+    linear = model.get_submodule(layer.name)
+    assert isinstance(linear, nn.Linear)
+    params = Params(layer.keep, layer.group, channel_scale=criterion(recipe.criterion)(linear.weight))
+    for method in recipe.methods():
+        params = method.fit(params, stats)
+    return params
+
+
+def install(model: nn.Module, layer: LayerPlan, params: Params) -> Params:
+    """Put the sparse layer in the place of the dense one, over the same weight; return `params`."""
+    linear = model.get_submodule(layer.name)
+    assert isinstance(linear, nn.Linear)
+    bias = None if linear.bias is None else linear.bias.data
+    parent, _, child = layer.name.rpartition(".")
+    setattr(model.get_submodule(parent), child, SparseLinear(bake(linear.weight.data, bias, params)))
+    return params
+
+
+class _States:
+    """The hidden states of every batch, one file each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def read(self, number: int) -> Tensor:
+        return load_file(self.folder / f"{number}.safetensors")["hidden"]
+
+    def write(self, number: int, hidden: Tensor) -> None:
+        save_file({"hidden": hidden.contiguous()}, self.folder / f"{number}.safetensors")
+
+
+def _run(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    out = block(hidden, *call[0], **call[1])
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+class _Stop(Exception):  # noqa: N818 - no error: the forward has given what was wanted
+    """Ends a forward."""
+
+
+def _first_hidden(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> Tensor:
+    """Return what the first block is given for these ids."""
+    seen: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        seen.append(args[0])
+        raise _Stop
+
+    handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _calls(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> list[Call]:
+    """Return what else each block is given (mask, positions), which the shape of the ids decides."""
+    calls: list[Call] = []
+    handles = []
+
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args[1:], kwargs))
+
+    for block in blocks:
+        handles.append(block.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@contextmanager
+def _watched(model: nn.Module, stats: dict[str, LayerStats]) -> Iterator[None]:
+    """Let the statistics see the input of their layers."""
+    handles = []
+    for name, layer_stats in stats.items():
+
+        def update(_module: nn.Module, args: tuple[Any, ...], layer_stats: LayerStats = layer_stats) -> None:
+            layer_stats.update(args[0])
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(update))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

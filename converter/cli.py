@@ -1,0 +1,282 @@
+"""The command `nmsparse`: one subcommand a stage, and `convert` for all. It parses, calls and prints."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import warnings
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+from rich.console import Console
+from rich.table import Table
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("TORCH_LOGS", "-all")
+
+from converter.errors import ConverterError, RecipeError
+from converter.recipe import Recipe, from_yaml, parse_set
+from converter.stages import Stages
+
+app = App(name="nmsparse", help="Convert language models to ONNX with N:M activation sparsity.", version_flags=["--version"])
+USAGE, INTERRUPTED = 2, 130
+
+
+@Parameter(name="*")
+@dataclass(frozen=True)
+class RecipeOptions:
+    """The recipe on the command line; what is not given comes from --recipe, else from the defaults."""
+
+    pattern: Annotated[str | None, Parameter(help="N:M, K, or P% of a token's channels (default 8:16)")] = None
+    criterion: Annotated[str | None, Parameter(help="what counts as large: magnitude")] = None
+    mitigation: Annotated[str | None, Parameter(help="none, s_pts, d_pts, var, or a sum such as s_pts+var")] = None
+    calibration: Annotated[str | None, Parameter(help="self, python, a text file, or hub:NAME[:CONFIG[:SPLIT]]")] = None
+    calibration_tokens: Annotated[int | None, Parameter(help="how many tokens of it")] = None
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    targets: Annotated[str | None, Parameter(help="name patterns of the layers to make sparse, by commas")] = None
+    ignore: Annotated[str | None, Parameter(help="name patterns of the layers to leave dense, by commas")] = None
+    seed: int | None = None
+    recipe: Annotated[Path | None, Parameter(help="a YAML recipe")] = None
+    set: Annotated[list[str] | None, Parameter(help="KEY=VALUE of the recipe, such as s_pts=scalar")] = None
+
+    def effective(self) -> Recipe:
+        """Return the recipe: defaults, then the file, then --set, then the other options."""
+        recipe = from_yaml(self.recipe) if self.recipe else Recipe()
+        recipe = recipe.replace(parse_set(self.set or []), "--set")
+        given: dict[str, Any] = {
+            "pattern": self.pattern,
+            "criterion": self.criterion,
+            "mitigation": self.mitigation,
+            "calibration.source": self.calibration,
+            "calibration.tokens": self.calibration_tokens,
+            "dtype": self.dtype,
+            "targets": self.targets,
+            "ignore": self.ignore,
+            "seed": self.seed,
+        }
+        return recipe.replace({key: value for key, value in given.items() if value is not None}, "options")
+
+
+@app.command
+def convert(
+    model: str,
+    out: Path,
+    options: RecipeOptions | None = None,
+    *,
+    model_revision: str | None = None,
+    dry_run: bool = False,
+    json_output: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """Convert MODEL (a Hub id, a folder with safetensors, or a GGUF file) to the folder OUT."""
+    from converter.pipeline import run
+
+    recipe = (options or RecipeOptions()).effective()
+    if dry_run:
+        _show_plan(model, model_revision, recipe, json_output)
+        return
+    report = run(model, out, recipe, model_revision, Stages())
+    _show_report(out, report, json_output)
+
+
+@app.command
+def calibrate(
+    model: str, out: Path, options: RecipeOptions | None = None, *, model_revision: str | None = None
+) -> None:
+    """Fit the recipe to MODEL and write calibration and recipe to the folder OUT, for `nmsparse export`."""
+    from converter.pipeline import calibrate as stage
+
+    stage(model, out, (options or RecipeOptions()).effective(), model_revision, Stages())
+    print(out)
+
+
+@app.command
+def export(
+    calibrated: Path,
+    out: Path,
+    *,
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    json_output: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """Write OUT from the folder that `nmsparse calibrate` (or convert) wrote."""
+    from converter.pipeline import export as stage
+
+    _show_report(out, stage(calibrated, out, dtype, Stages()), json_output)
+
+
+@app.command
+def validate(
+    out: Path,
+    *,
+    text: str | None = None,
+    model: str | None = None,
+    json_output: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """Compare OUT in ONNX Runtime with its checkpoint in PyTorch; exit code 14 when they differ too much.
+
+    Parameters
+    ----------
+    text
+        The text to compare on: a file, hub:NAME, or python (default).
+    model
+        Where the checkpoint is now, when it has moved.
+    """
+    from converter.pipeline import validate as stage
+
+    parity = stage(out, model, text, Stages())
+    if json_output:
+        print(json.dumps(parity.summary() | {"parity_layers": [asdict(layer) for layer in parity.layers]}, indent=2))
+    else:
+        _show_parity(parity.summary())
+
+
+@app.command
+def generate(
+    model: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 128,
+    chat: bool = True,
+    sample: bool = False,
+    seed: int = 0,
+) -> None:
+    """Write on from PROMPT with OUT (on ONNX Runtime) or with a checkpoint (dense, in PyTorch), as text comes.
+
+    Parameters
+    ----------
+    chat
+        Put the prompt into the model's chat template, where it has one.
+    sample
+        Sample with the model's generation config; else the likeliest token each time.
+    """
+    import torch
+    from transformers import TextStreamer
+
+    from converter.pipeline import load_with_tokenizer
+
+    loaded, tokenizer = load_with_tokenizer(model)
+    if chat and tokenizer.chat_template:
+        messages = [{"role": "user", "content": prompt}]
+        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+    else:
+        inputs = tokenizer(prompt, return_tensors="pt")
+    torch.manual_seed(seed)
+    loaded.generate(  # type: ignore[operator]
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=max_new_tokens,
+        do_sample=sample,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+    )
+
+
+@app.command
+def perplexity(
+    model: str,
+    *,
+    text: str = "python",
+    context: int = 512,
+    tokens: int = 0,
+    field: str = "text",
+    json_output: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """Measure the perplexity of OUT (on ONNX Runtime) or of a checkpoint (dense, in PyTorch) on a text.
+
+    Parameters
+    ----------
+    text
+        A file, hub:NAME[:CONFIG[:SPLIT]], or python: the language reference that comes with every Python.
+    context
+        Tokens in a window; windows do not overlap.
+    tokens
+        How many tokens of the text to use; 0 for all.
+    """
+    from converter.calibration.texts import windows
+    from converter.evaluation.perplexity import perplexity as measure
+    from converter.pipeline import load_with_tokenizer
+
+    loaded, tokenizer = load_with_tokenizer(model)
+    with Stages().stage("perplexity", "windows") as advance:
+        found = measure(loaded, windows(text, tokenizer, tokens // context, context, field), advance)
+    if json_output:
+        print(json.dumps(asdict(found)))
+    else:
+        print(f"perplexity {found.perplexity:.3f} on {found.tokens} tokens of {text} (context {found.context})")
+
+
+def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bool) -> None:
+    from converter.checkpoint import open_checkpoint
+    from converter.plan import plan
+
+    layers = plan(open_checkpoint(model, revision).skeleton(), recipe).layers
+    if json_output:
+        print(json.dumps({"recipe": recipe.model_dump(mode="json"), "layers": [asdict(layer) for layer in layers]}))
+        return
+    table = Table("layer", "in x out", "pattern", "why dense")
+    for layer in layers:
+        pattern = f"{layer.keep}:{layer.group}" if layer.sparse else "dense"
+        table.add_row(layer.name, f"{layer.in_features} x {layer.out_features}", pattern, layer.reason)
+    Console().print(table)
+    print(recipe.to_yaml())
+
+
+def _show_report(out: Path, report: dict[str, Any], json_output: bool) -> None:
+    if json_output:
+        print(json.dumps(report, indent=2))
+        return
+    table = Table("stage", "seconds", "peak memory")
+    for cost in report["stages"]:
+        table.add_row(cost["stage"], f"{cost['seconds']:.1f}", f"{cost['peak_bytes'] / 1e9:.2f} GB")
+    console = Console()
+    console.print(table)
+    if report["parity"] is not None:
+        _show_parity(report["parity"])
+    elif report["recipe"]["dtype"] == "bfloat16":
+        console.print("not validated: ONNX Runtime's CPU provider has no bfloat16 kernels")
+    layers = report["layers"]
+    console.print(f"{layers['sparse']} layers sparse, {layers['dense']} dense, {report['bytes'] / 1e9:.2f} GB")
+    console.print("runs as ONNX function bodies of standard ops: right everywhere, slower than dense (see README)")
+    print(out)
+
+
+def _show_parity(summary: dict[str, Any]) -> None:
+    limits = summary["limits"]
+    table = Table(f"parity, {summary['dtype']}, {summary['tokens']} tokens", "worst", "limit")
+    table.add_row("mask: share of flips", f"{summary['largest_flip_share']:.2g}", f"{limits['flips']:g}")
+    table.add_row("mask: margin of a flip", f"{summary['largest_flip_margin']:.2g}", f"{limits['margin']:g}")
+    table.add_row(f"value, {summary['layers']} layers", f"{summary['largest_layer_error']:.2g}", f"{limits['layer']:g}")
+    for phase, error in summary["dense_error"].items():
+        table.add_row(f"whole graph run dense, {phase}", f"{error:.2g}", f"{limits['model']:g}")
+    for name, value in summary["sparse_not_judged"].items():
+        table.add_row(f"whole graph, {name.replace('_', ' ')}", f"{value:.3g}", "not judged")
+    Console().print(table)
+
+
+def _terminate(_signal: int, _frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main() -> None:
+    """Run the command line: a user's error is one line and an exit code of its own, a bug shows its traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    warnings.simplefilter("ignore")
+    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    try:
+        app(exit_on_error=False, print_error=True)
+    except CycloptsError:
+        sys.exit(USAGE)
+    except ConverterError as error:
+        errors.print(f"[red]error:[/] {type(error).__name__}:", end=" ")
+        errors.print(str(error), markup=False)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        errors.print("interrupted; OUT is as it was")
+        sys.exit(INTERRUPTED)
+
+
+__all__ = ["RecipeError", "app", "main"]

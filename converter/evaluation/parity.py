@@ -1,0 +1,466 @@
+"""Parity: does ONNX Runtime compute what PyTorch does? Masks first, then values, layer by layer on the same input.
+
+Three comparisons, all through polygraphy:
+  layers  every `SparseLinear` node by itself, on inputs from the PyTorch model on real text: masks, then values
+  dense   the whole graph with keep = group in every node against the dense model: everything around the nodes
+  sparse  the whole graph as it is; reported and never judged, because a sparse forward amplifies rounding
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import torch
+from polygraphy.backend.base import BaseRunner
+from polygraphy.backend.onnxrt import OnnxrtRunner
+from polygraphy.common import TensorMetadata
+from polygraphy.comparator import Comparator, SimpleCompareFunc
+from polygraphy.logger import G_LOGGER
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from converter.errors import ExportError, ValidationError
+from converter.evaluation.limits import LIMITS, Limits
+from converter.graph.export import MODEL
+from converter.graph.op import DOMAIN, INPUTS, OP
+from converter.graph.trace import cache_names
+from converter.runtimes.onnxruntime import session
+from converter.sparsity.linear import Params, SparseLinear, bake, prune
+
+Array = np.ndarray[Any, Any]
+
+
+@dataclass(frozen=True)
+class LayerParity:
+    """One layer in one phase; errors are relative to the largest magnitude of the layer's output."""
+
+    layer: str
+    phase: str
+    flips: float
+    margin: float
+    error: float
+    passed: bool
+
+
+@dataclass
+class Parity:
+    """What `nmsparse validate` found; `failures` says what is beyond the limits."""
+
+    dtype: str
+    limits: Limits
+    tokens: int
+    layers: list[LayerParity] = field(default_factory=list)
+    dense: dict[str, float] = field(default_factory=dict)
+    sparse: dict[str, float] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
+
+    def summary(self) -> dict[str, Any]:
+        """Return the figures that matter, for a table and for report.json."""
+        return {
+            "passed": not self.failures,
+            "dtype": self.dtype,
+            "tokens": self.tokens,
+            "limits": asdict(self.limits),
+            "layers": len({layer.layer for layer in self.layers}),
+            "largest_flip_share": max(layer.flips for layer in self.layers),
+            "largest_flip_margin": max(layer.margin for layer in self.layers),
+            "largest_layer_error": max(layer.error for layer in self.layers),
+            "dense_error": self.dense,
+            "sparse_not_judged": self.sparse,
+            "failures": self.failures,
+        }
+
+    def check(self) -> None:
+        """Raise when anything is beyond the limits.
+
+        Raises:
+            ValidationError: with the first failures.
+        """
+        if self.failures:
+            shown = "\n  ".join(self.failures[:8])
+            more = f"\n  and {len(self.failures) - 8} more" if len(self.failures) > 8 else ""
+            raise ValidationError(f"validate: ONNX Runtime must agree with PyTorch, got:\n  {shown}{more}")
+
+
+def validate(
+    folder: Path,
+    model: PreTrainedModel,
+    params: dict[str, Params],
+    dtype: str,
+    ids: Tensor,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Parity:
+    """Return how `folder/model.onnx` compares with the dense `model`, which is made sparse with `params` on the way.
+
+    `ids [1, S]` is real text; the last token is decoded, the others are the prefill.
+
+    Raises:
+        ExportError: for a dtype that ONNX Runtime's CPU provider cannot run.
+    """
+    if dtype not in LIMITS:
+        raise ExportError(
+            f"validate: dtype must be one of {', '.join(LIMITS)}, got {dtype}: ONNX Runtime's CPU provider has no "
+            f"kernels for {dtype}, so this model cannot be compared here."
+        )
+    report = Parity(dtype, LIMITS[dtype], ids.numel())
+    graph = onnx.load(folder / MODEL, load_external_data=False)
+    kind = np.float16 if dtype == "float16" else np.float32
+    with torch.no_grad(), _quiet():
+        _round(model, dtype)
+        feeds = _model_feeds(model, ids, kind)
+        _compare_dense(report, folder, graph, model, feeds)
+        progress(1, 4)
+        _make_sparse(model, params, dtype)
+        inputs = _layer_inputs(model, list(params), ids, kind)
+        flipped = _compare_masks(report, folder, graph, model, inputs)
+        progress(2, 4)
+        _compare_layers(report, folder, graph, model, inputs, flipped)
+        progress(3, 4)
+        _report_sparse(report, folder, graph, model, ids, kind)
+        progress(4, 4)
+    return report
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    severity = G_LOGGER.module_severity
+    G_LOGGER.module_severity = G_LOGGER.CRITICAL
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        G_LOGGER.module_severity = severity
+
+
+class _TorchRunner(BaseRunner):  # type: ignore[misc]
+    """A polygraphy runner over a function of arrays."""
+
+    def __init__(self, function: Callable[[Any], dict[str, Array]], metadata: TensorMetadata) -> None:
+        super().__init__(name="pytorch")
+        self.function, self.metadata = function, metadata
+
+    def get_input_metadata_impl(self) -> TensorMetadata:
+        return self.metadata
+
+    def infer_impl(self, feed_dict: Any) -> Any:
+        start = time.perf_counter()
+        outputs = OrderedDict(self.function(feed_dict))
+        self.inference_time = time.perf_counter() - start
+        return outputs
+
+
+def _compare(
+    function: Callable[[Any], dict[str, Array]], ort: Any, feeds: list[Any], keep: Callable[[int, str, Array], Array]
+) -> list[dict[str, tuple[float, float]]]:
+    """Return, per feed and output, the largest error and the largest magnitude; `keep` drops what is not compared."""
+    metadata = TensorMetadata()
+    for name, array in feeds[0].items():
+        metadata.add(name, dtype=array.dtype, shape=[None] * array.ndim)
+    results = Comparator.run([OnnxrtRunner(ort, name="onnxruntime"), _TorchRunner(function, metadata)], feeds)
+    largest: list[dict[str, float]] = []
+    for _, iterations in results.items():
+        largest = []
+        for number, iteration in enumerate(iterations):
+            for name in list(iteration):
+                iteration[name] = keep(number, name, iteration[name].astype(np.float32))
+            largest.append({name: float(np.abs(iteration[name]).max(initial=0)) for name in iteration})
+    found = Comparator.compare_accuracy(results, compare_func=SimpleCompareFunc(check_error_stat="max"))
+    (compared,) = found[0].values()
+    return [
+        {name: (float(result.max_absdiff), largest[number][name]) for name, result in outputs.items()}
+        for number, outputs in enumerate(compared)
+    ]
+
+
+def _relative(error: float, magnitude: float) -> float:
+    """Return error / magnitude; an error that is not a number is infinite."""
+    return float("inf") if np.isnan(error) or np.isnan(magnitude) else error / max(magnitude, 1e-30)
+
+
+def _everything(_number: int, _name: str, array: Array) -> Array:
+    return array
+
+
+def _round(model: nn.Module, dtype: str) -> None:
+    """Round the weights as the export does, and go on computing in float32."""
+    if dtype != "float32":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype)).float()
+
+
+def _make_sparse(model: nn.Module, params: dict[str, Params], dtype: str) -> None:
+    for name, layer in params.items():
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        baked = bake(linear.weight.data, None if linear.bias is None else linear.bias.data, layer)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, SparseLinear(baked))
+
+
+# The whole graph: a prefill of two rows, one padded on the left, then one token more for both.
+
+
+def _model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:
+    pad, length = 3, min(ids.shape[1], 64)
+    text = ids[0, :length]
+    rows = torch.stack([text, torch.cat([text.new_zeros(pad), text[: length - pad]])])
+    mask = torch.ones_like(rows)
+    mask[1, :pad] = 0
+    prefill, decode = slice(0, length - 1), slice(length - 1, length)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    out = model(
+        input_ids=rows[:, prefill],
+        attention_mask=mask[:, prefill],
+        position_ids=positions[:, prefill],
+        past_key_values=DynamicCache(),
+        use_cache=True,
+    )
+    feeds = []
+    for part, cache in ((prefill, None), (decode, out.past_key_values)):
+        feed: OrderedDict[str, Array] = OrderedDict(
+            input_ids=rows[:, part].numpy(),
+            attention_mask=mask[:, : part.stop].contiguous().numpy(),
+            position_ids=positions[:, part].contiguous().numpy(),
+        )
+        for index, layer in enumerate(out.past_key_values.layers):
+            for name, tensor in zip(
+                cache_names("past_key_values", index), (layer.keys, layer.values), strict=True
+            ):
+                feed[name] = (tensor if cache else tensor[:, :, :0]).contiguous().numpy().astype(kind)
+        feeds.append(feed)
+    return feeds
+
+
+def _run_model(model: PreTrainedModel, feed: Any) -> dict[str, Array]:
+    cache = DynamicCache()
+    count = sum(name.startswith("past_key_values.") for name in feed) // 2
+    for index in range(count):
+        key, value = (torch.from_numpy(feed[n]).float() for n in cache_names("past_key_values", index))
+        if key.shape[2]:
+            cache.update(key, value, index)
+    out = model(
+        input_ids=torch.from_numpy(feed["input_ids"]),
+        attention_mask=torch.from_numpy(feed["attention_mask"]),
+        position_ids=torch.from_numpy(feed["position_ids"]),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    outputs = {"logits": out.logits.numpy()}
+    for index, layer in enumerate(out.past_key_values.layers):
+        for name, tensor in zip(cache_names("present", index), (layer.keys, layer.values), strict=True):
+            outputs[name] = tensor.numpy()
+    return outputs
+
+
+def _seen(feed: Any, name: str, array: Array) -> Array:
+    """Return `array` with the padding positions zero: nothing reads them, and runtimes fill them as they like."""
+    mask = feed["attention_mask"].astype(bool)
+    if name == "logits":
+        return np.where(mask[:, -array.shape[1] :, None], array, 0)
+    return np.where(mask[:, None, :, None], array, 0)
+
+
+def _compare_dense(report: Parity, folder: Path, graph: onnx.ModelProto, model: PreTrainedModel, feeds: Any) -> None:
+    dense = onnx.ModelProto()
+    dense.CopyFrom(graph)
+    for node in _nodes(dense):
+        attributes = {a.name: a for a in node.attribute}
+        attributes["keep"].i = attributes["group"].i
+    found = _compare(
+        lambda feed: _run_model(model, feed),
+        session(dense.SerializeToString(), folder, prepack=False),
+        feeds,
+        lambda number, name, array: _seen(feeds[number], name, array),
+    )
+    for phase, outputs in zip(("prefill", "decode"), found, strict=True):
+        error, where = max((_relative(*pair), name) for name, pair in outputs.items())
+        report.dense[phase] = error
+        if not error <= report.limits.model:
+            report.failures.append(
+                f"{where} ({phase}, dense): error must be at most {report.limits.model:g} of the largest value, "
+                f"got {error:.3g}."
+            )
+
+
+# The layers, each by itself.
+
+
+def _nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    return [node for node in graph.graph.node if node.domain == DOMAIN and node.op_type == OP]
+
+
+def _layer(node: onnx.NodeProto) -> str:
+    name: str = node.input[1]
+    return name.removesuffix(".weight")
+
+
+def _layer_inputs(model: PreTrainedModel, names: list[str], ids: Tensor, kind: Any) -> list[Any]:
+    """Return the inputs `[T, K]` of every layer at prefill and at decode of one token, from the sparse model."""
+    feeds: list[Any] = []
+    cache = DynamicCache()
+    for part in (ids[:, :-1], ids[:, -1:]):
+        seen: OrderedDict[str, Array] = OrderedDict()
+        handles = []
+        for name in names:
+
+            def note(_module: nn.Module, args: Any, name: str = name, seen: Any = seen) -> None:
+                seen[f"{name}.X"] = args[0].reshape(-1, args[0].shape[-1]).numpy().astype(kind)
+
+            handles.append(model.get_submodule(name).register_forward_pre_hook(note))
+        model(input_ids=part, past_key_values=cache, use_cache=True)
+        for handle in handles:
+            handle.remove()
+        feeds.append(seen)
+    return feeds
+
+
+def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
+    """Return a graph of the op's nodes alone, each with an input LAYER.X and an output LAYER.Y.
+
+    With `probe`, W is the identity and nothing is added, so that Y shows which channels of X are kept.
+    """
+    tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
+    kind = tensors[_nodes(graph)[0].input[1]].data_type
+    nodes: dict[str, list[onnx.NodeProto]] = {}
+    inputs, outputs, weights = [], [], {}
+    for node in _nodes(graph):
+        name = _layer(node)
+        width, size = tensors[node.input[1]].dims
+        new = onnx.NodeProto()
+        new.CopyFrom(node)
+        new.input[0], new.output[0] = f"{name}.X", f"{name}.Y"
+        for position, given in enumerate(node.input[1:], 1):
+            if probe and given and INPUTS[position] in {"W", "bias", "row_sum"}:
+                role = "identity" if INPUTS[position] == "W" else "zeros"
+                new.input[position] = f"{role}.{width}"
+                nodes.setdefault(f"{role}.{width}", _constant(role, width, kind))
+            elif given:
+                weights[given] = tensors[given]
+        nodes[name] = [new]
+        inputs.append(onnx.helper.make_tensor_value_info(f"{name}.X", kind, ["tokens", width]))
+        outputs.append(onnx.helper.make_tensor_value_info(f"{name}.Y", kind, ["tokens", width if probe else size]))
+    ordered = sorted(nodes, key=lambda key: not key.startswith(("identity.", "zeros.")))
+    body = onnx.helper.make_graph(
+        [node for key in ordered for node in nodes[key]], "layers", inputs, outputs, list(weights.values())
+    )
+    return onnx.helper.make_model(
+        body, opset_imports=graph.opset_import, functions=graph.functions, ir_version=graph.ir_version
+    )
+
+
+def _constant(role: str, width: int, kind: int) -> list[onnx.NodeProto]:
+    """Return nodes that compute the identity `[K, K]` in `kind`, or zeros `[K]` in float32, and store neither."""
+    name, make = f"{role}.{width}", onnx.helper.make_node
+    dims = [width, width] if role == "identity" else [width]
+    filled = f"{name}.empty" if role == "identity" else name
+    nodes = [
+        make("Constant", [], [f"{name}.shape"], value_ints=dims),
+        make("ConstantOfShape", [f"{name}.shape"], [filled]),
+    ]
+    if role == "identity":
+        nodes += [make("EyeLike", [filled], [f"{name}.32"]), make("Cast", [f"{name}.32"], [name], to=kind)]
+    return nodes
+
+
+def _compare_masks(
+    report: Parity, folder: Path, graph: onnx.ModelProto, model: PreTrainedModel, feeds: list[Any]
+) -> list[dict[str, Array]]:
+    """Judge the masks of every layer; return, per phase and layer, the tokens whose masks differ."""
+    ort = session(_layers_graph(graph, probe=True).SerializeToString(), folder, prepack=False)
+    flipped: list[dict[str, Array]] = []
+    names = [value.name for value in ort.get_outputs()]
+    for phase, feed in zip(("prefill", "decode"), feeds, strict=True):
+        rows: dict[str, Array] = {}
+        for output, y in zip(names, ort.run(names, feed), strict=True):
+            name = output.removesuffix(".Y")
+            baked = _sparse(model, name).baked
+            z, zs, _ = prune(torch.from_numpy(feed[f"{name}.X"]).float(), baked)
+            scores = z.abs() if baked.channel_scale is None else z.abs() * baked.channel_scale
+            differ = (zs != 0) != torch.from_numpy(y != 0)
+            margin = _margin(scores, zs != 0, differ, baked.group)
+            share = float(differ.float().mean())
+            rows[output] = differ.any(-1).numpy()
+            report.layers.append(LayerParity(name, phase, share, margin, 0.0, True))
+            if not (margin <= report.limits.margin and share <= report.limits.flips):
+                report.failures.append(
+                    f"{name} ({phase}): masks must differ in at most {report.limits.flips:g} of the channels and by "
+                    f"at most {report.limits.margin:g} of the score, got {share:.3g} and {margin:.3g}."
+                )
+        flipped.append(rows)
+    return flipped
+
+
+def _margin(scores: Tensor, kept: Tensor, differ: Tensor, group: int) -> float:
+    """Return the largest gap between two channels that were ranked the other way, relative to the token's largest."""
+    if not differ.any():
+        return 0.0
+    largest = scores.amax(-1, keepdim=True).clamp_min(1e-30)
+    share, ours, theirs = ((t.reshape(-1, group)) for t in (scores / largest, kept & differ, ~kept & differ))
+    best = torch.where(ours, share, 0.0).amax(-1)
+    worst = torch.where(theirs, share, torch.inf).amin(-1)
+    gap = torch.where(worst.isinf(), best, best - worst)
+    return float(gap.amax())
+
+
+def _sparse(model: nn.Module, name: str) -> SparseLinear:
+    module = model.get_submodule(name)
+    assert isinstance(module, SparseLinear)
+    return module
+
+
+def _compare_layers(
+    report: Parity,
+    folder: Path,
+    graph: onnx.ModelProto,
+    model: PreTrainedModel,
+    feeds: list[Any],
+    flipped: list[dict[str, Array]],
+) -> None:
+    """Judge the values of every layer on the tokens whose masks agree."""
+
+    def reference(feed: Any) -> dict[str, Array]:
+        return {
+            f"{name.removesuffix('.X')}.Y": _sparse(model, name.removesuffix(".X"))(torch.from_numpy(x).float()).numpy()
+            for name, x in feed.items()
+        }
+
+    ort = session(_layers_graph(graph, probe=False).SerializeToString(), folder, prepack=False)
+    found = _compare(
+        reference, ort, feeds, lambda number, name, array: np.where(flipped[number][name][:, None], 0, array)
+    )
+    masks, report.layers = report.layers, []
+    for entry in masks:
+        outputs = found[0 if entry.phase == "prefill" else 1]
+        error = _relative(*outputs[f"{entry.layer}.Y"])
+        good = error <= report.limits.layer
+        report.layers.append(LayerParity(entry.layer, entry.phase, entry.flips, entry.margin, error, good))
+        if not good:
+            report.failures.append(
+                f"{entry.layer} ({entry.phase}): error must be at most {report.limits.layer:g} of the largest value, "
+                f"got {error:.3g}."
+            )
+
+
+def _report_sparse(
+    report: Parity, folder: Path, graph: onnx.ModelProto, model: PreTrainedModel, ids: Tensor, kind: Any
+) -> None:
+    feeds = _model_feeds(model, ids, kind)
+    ort = session(graph.SerializeToString(), folder, prepack=False)
+    for phase, feed in zip(("prefill", "decode"), feeds, strict=True):
+        logits = _seen(feed, "logits", ort.run(["logits"], feed)[0].astype(np.float32))
+        expected = _seen(feed, "logits", _run_model(model, feed)["logits"])
+        seen = feed["attention_mask"][:, -logits.shape[1] :].astype(bool)
+        report.sparse[f"{phase}_logits_error"] = _relative(
+            float(np.abs(logits - expected).max()), float(np.abs(expected).max())
+        )
+        report.sparse[f"{phase}_same_top_token"] = float((logits.argmax(-1) == expected.argmax(-1))[seen].mean())

@@ -1,0 +1,226 @@
+"""The stages in order: checkpoint, calibrate, export, validate. Read this first.
+
+Each stage is a plain function, and the file that it leaves is what the next one starts from.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from converter.calibration import file as calibration_file
+from converter.calibration.texts import sampled, windows
+from converter.calibration.walk import calibrate as walk
+from converter.checkpoint import Checkpoint, open_checkpoint
+from converter.delivery.bundle import (
+    RECIPE,
+    REPORT,
+    check_files,
+    is_bundle,
+    manifest,
+    staged,
+    versions,
+    write_client_files,
+    write_json,
+    write_manifest,
+)
+from converter.errors import CheckpointError
+from converter.evaluation.limits import LIMITS
+from converter.evaluation.parity import Parity
+from converter.evaluation.parity import validate as compare
+from converter.graph.export import export as write_graph
+from converter.plan import Plan, plan
+from converter.recipe import Recipe, from_yaml
+from converter.runtimes.onnxruntime import load_onnx
+from converter.sparsity.linear import Params
+from converter.stages import Stages
+
+VALIDATION_TOKENS = 128
+TEXT = "python"
+WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
+
+
+def convert(model: str, out: str | Path, recipe: Recipe | None = None, *, revision: str | None = None) -> Path:
+    """Return OUT: the checkpoint `model`, calibrated, exported and validated by `recipe`.
+
+    Raises:
+        ConverterError: a subclass says what the user can mend; OUT is then as it was before.
+    """
+    run(model, Path(out), recipe or Recipe(), revision, Stages())
+    return Path(out)
+
+
+def load(path: str | Path) -> PreTrainedModel:
+    """Return OUT on ONNX Runtime, or a checkpoint in PyTorch, as a transformers model."""
+    return load_with_tokenizer(path)[0]
+
+
+def load_with_tokenizer(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the model as `load` does, and its tokenizer."""
+    folder = Path(path)
+    if is_bundle(folder):
+        manifest(folder)
+        return load_onnx(folder), Checkpoint(str(path), None, folder).tokenizer()
+    checkpoint = open_checkpoint(str(path))
+    return checkpoint.model(), checkpoint.tokenizer()
+
+
+def run(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Stages) -> dict[str, Any]:
+    """Convert, and return the report that lies in OUT."""
+    with stages.stage("checkpoint"):
+        checkpoint = open_checkpoint(model, revision)
+        layers = plan(checkpoint.skeleton(), recipe)
+        about = _about(checkpoint, recipe, layers)
+    with staged(out, _bytes(checkpoint, recipe)) as folder:
+        params = _calibrate(checkpoint, layers, recipe, folder, stages)
+        _export(checkpoint, layers, params, recipe, about, folder, stages)
+        parity = _validate(folder, checkpoint, params, recipe, None, stages) if recipe.dtype in LIMITS else None
+        report = _report(recipe, layers, folder, stages, parity)
+        write_json(folder / REPORT, report)
+        write_manifest(folder, about)
+    return report
+
+
+def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Stages) -> None:
+    """Write recipe, calibration and manifest to the folder `out`, for `export` to start from."""
+    with stages.stage("checkpoint"):
+        checkpoint = open_checkpoint(model, revision)
+        layers = plan(checkpoint.skeleton(), recipe)
+        about = _about(checkpoint, recipe, layers)
+    with staged(out, 0) as folder:
+        _calibrate(checkpoint, layers, recipe, folder, stages)
+        write_manifest(folder, about)
+
+
+def export(calibrated: Path, out: Path, dtype: str | None, stages: Stages) -> dict[str, Any]:
+    """Write OUT from what `calibrate` (or `convert`) left in `calibrated`; return its report."""
+    with stages.stage("checkpoint"):
+        checkpoint = _source(calibrated, None)
+        recipe = from_yaml(calibrated / RECIPE)
+        if dtype is not None:
+            recipe = recipe.replace({"dtype": dtype})
+        layers = plan(checkpoint.skeleton(), recipe)
+        params = calibration_file.read(calibrated / calibration_file.NAME)
+        about = _about(checkpoint, recipe, layers)
+    with staged(out, _bytes(checkpoint, recipe)) as folder:
+        shutil.copy(calibrated / calibration_file.NAME, folder)
+        (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
+        _export(checkpoint, layers, params, recipe, about, folder, stages)
+        report = _report(recipe, layers, folder, stages, None)
+        write_json(folder / REPORT, report)
+        write_manifest(folder, about)
+    return report
+
+
+def validate(folder: Path, source: str | None, text: str | None, stages: Stages) -> Parity:
+    """Return how OUT compares with its checkpoint (`source` where that has moved) on `text`."""
+    with stages.stage("checkpoint"):
+        check_files(folder)
+        checkpoint = _source(folder, source)
+        recipe = from_yaml(folder / RECIPE)
+        params = calibration_file.read(folder / calibration_file.NAME)
+    return _validate(folder, checkpoint, params, recipe, text, stages)
+
+
+def _calibrate(
+    checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages
+) -> dict[str, Params]:
+    model = checkpoint.model()
+    text: Tensor | None = None
+    if recipe.needs_statistics():
+        settings = recipe.calibration
+        tokenizer, count = checkpoint.tokenizer(), settings.tokens // settings.window
+        if settings.source == "self":
+            with stages.stage("sample", "tokens") as advance:
+                text = sampled(model, tokenizer, count, settings.window, recipe.seed, advance)
+        else:
+            text = windows(settings.source, tokenizer, count, settings.window, settings.field)
+    with stages.stage("calibrate", "blocks") as advance:
+        params = walk(model, layers, recipe, text, folder, advance)
+        calibration_file.write(folder / calibration_file.NAME, params)
+        (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
+    return params
+
+
+def _export(
+    checkpoint: Checkpoint,
+    layers: Plan,
+    params: dict[str, Params],
+    recipe: Recipe,
+    about: dict[str, Any],
+    folder: Path,
+    stages: Stages,
+) -> None:
+    metadata = {
+        "nmsparse.version": about["versions"]["nmsparse"],
+        "nmsparse.recipe_sha256": about["recipe_sha256"],
+        "nmsparse.source": about["source"]["name"],
+        "nmsparse.source_revision": about["source"]["revision"] or about["source"]["weights_sha256"],
+    }
+    with stages.stage("export", "tensors") as advance:
+        write_graph(checkpoint, layers, params, recipe.dtype, folder, metadata, advance)
+        write_client_files(folder, checkpoint, recipe.dtype)
+
+
+def _validate(
+    folder: Path, checkpoint: Checkpoint, params: dict[str, Params], recipe: Recipe, text: str | None, stages: Stages
+) -> Parity:
+    with stages.stage("validate", "comparisons") as advance:
+        ids = windows(text or TEXT, checkpoint.tokenizer(), 1, VALIDATION_TOKENS)
+        parity = compare(folder, checkpoint.model(), params, recipe.dtype, ids, advance)
+    parity.check()
+    return parity
+
+
+def _about(checkpoint: Checkpoint, recipe: Recipe, layers: Plan) -> dict[str, Any]:
+    """Return what the manifest says besides the files."""
+    local = Path(checkpoint.source).exists()
+    return {
+        "versions": versions(),
+        "source": {
+            "name": str(Path(checkpoint.source).resolve()) if local else checkpoint.source,
+            "revision": checkpoint.revision,
+            "weights_sha256": checkpoint.fingerprint(),
+        },
+        "recipe_sha256": recipe.sha256(),
+        "layers": {"sparse": len(layers.sparse), "dense": len(layers.layers) - len(layers.sparse)},
+    }
+
+
+def _source(folder: Path, moved: str | None) -> Checkpoint:
+    """Return the checkpoint that the folder was made from.
+
+    Raises:
+        CheckpointError: when its weights are not the ones that the manifest names.
+    """
+    source = manifest(folder)["source"]
+    checkpoint = open_checkpoint(moved or source["name"], None if moved else source["revision"])
+    found = checkpoint.fingerprint()
+    if found != source["weights_sha256"]:
+        raise CheckpointError(
+            f"{checkpoint.source}: weights must have SHA-256 {source['weights_sha256']}, got {found}. "
+            f"{folder} was made from others: give them with --model, or convert again."
+        )
+    return checkpoint
+
+
+def _bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
+    """Return how much room OUT needs on the disk, with a tenth to spare."""
+    numbers = sum(p.numel() for p in checkpoint.skeleton().parameters())
+    return int(1.1 * numbers * WIDTH[recipe.dtype]) + 50_000_000
+
+
+def _report(recipe: Recipe, layers: Plan, folder: Path, stages: Stages, parity: Parity | None) -> dict[str, Any]:
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "layers": {"sparse": len(layers.sparse), "dense": len(layers.layers) - len(layers.sparse)},
+        "stages": [asdict(cost) for cost in stages.costs],
+        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
+        "parity": None if parity is None else parity.summary(),
+        "parity_layers": [] if parity is None else [asdict(layer) for layer in parity.layers],
+    }

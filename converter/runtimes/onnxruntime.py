@@ -1,0 +1,103 @@
+"""OUT in ONNX Runtime, behind the interface of a transformers model: `model(...)`, `model.generate(...)`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from converter.errors import ExportError
+from converter.graph.export import MODEL
+
+INITIALIZERS = "session.model_external_initializers_file_folder_path"
+
+
+def session(model: bytes, folder: Path, *, prepack: bool = True) -> onnxruntime.InferenceSession:
+    """Return a session for a graph whose weights lie in `folder`; without `prepack` each weight is in memory once.
+
+    Raises:
+        ExportError: when ONNX Runtime has no kernel for the graph, as its CPU provider has none for bfloat16.
+    """
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry(INITIALIZERS, str(folder.resolve()))
+    if not prepack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime's own classes derive from Exception alone
+        raise ExportError(f"{folder / MODEL}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
+
+
+class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A language model whose forward is an ONNX Runtime session."""
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: PreTrainedConfig, onnx_session: onnxruntime.InferenceSession) -> None:
+        """Keep the session; `config` is that of the checkpoint."""
+        super().__init__(config)
+        self.session = onnx_session
+        self.cache_inputs = [i for i in onnx_session.get_inputs() if i.name.startswith("past_key_values.")]
+        self.cache_type = np.float16 if "float16" in self.cache_inputs[0].type else np.float32
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU, where inputs are expected and outputs lie."""
+        return torch.device("cpu")
+
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """Return what transformers' `generate` returns, with a cache that keeps every position."""
+        kwargs.setdefault("past_key_values", DynamicCache())
+        return super().generate(*args, **kwargs)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        **_: Any,
+    ) -> CausalLMOutputWithPast:
+        """Return logits `[B, S, V]` in float32 for token ids `[B, S]`, and the cache with their keys and values."""
+        cache = DynamicCache() if past_key_values is None else past_key_values
+        past = cache.get_seq_length()
+        batch, sequence = input_ids.shape
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, past + sequence, dtype=torch.int64)
+        attention_mask = attention_mask.to(torch.int64)
+        if position_ids is None:
+            position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -sequence:]
+        feeds = {
+            "input_ids": input_ids.numpy(),
+            "attention_mask": attention_mask.numpy(),
+            "position_ids": position_ids.expand(batch, sequence).contiguous().numpy(),
+        }
+        for number, value in enumerate(self.cache_inputs):
+            layer, part = divmod(number, 2)
+            if past:
+                tensor = cache.layers[layer].values if part else cache.layers[layer].keys
+                feeds[value.name] = tensor.contiguous().numpy()
+            else:
+                feeds[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), self.cache_type)
+        logits, *present = (torch.from_numpy(array) for array in self.session.run(None, feeds))
+        for layer in range(len(present) // 2):
+            keys, values = present[2 * layer : 2 * layer + 2]
+            if len(cache.layers) <= layer:
+                cache.update(keys, values, layer)
+            cache.layers[layer].keys, cache.layers[layer].values = keys, values
+        return CausalLMOutputWithPast(logits=logits.float(), past_key_values=cache)
+
+
+def load_onnx(folder: Path) -> OnnxCausalLM:
+    """Return the model in OUT, ready to run."""
+    model = OnnxCausalLM(AutoConfig.from_pretrained(folder), session((folder / MODEL).read_bytes(), folder))
+    model.generation_config = GenerationConfig.from_pretrained(folder)
+    return model
