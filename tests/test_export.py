@@ -1,0 +1,215 @@
+"""The whole graph on tiny random models of many families; none has code of its own."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from conftest import make_tiny
+
+from converter import Recipe, convert, load
+from converter.checkpoint import open_checkpoint
+from converter.errors import ExportError, ValidationError
+from converter.evaluation.parity import validate
+from converter.graph.trace import signature
+from converter.plan import find_blocks
+from converter.sparsity.linear import Params
+
+FAMILIES = {
+    "llama": {},
+    "qwen2": {},  # biases in q, k, v
+    "gemma3_text": {  # two kinds of blocks with two masks, norms with 1 + weight
+        "sliding_window": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+    },
+    "smollm3": {"no_rope_layer_interval": 2},  # every other block without rotary embedding
+    "phi": {},  # parallel blocks, partial rotary embedding, biases everywhere, LayerNorm
+}
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(family: str, mitigation: str = "var", dtype: str = "float32") -> Path:
+        key = (family, mitigation, dtype)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family)
+            recipe = Recipe().replace(
+                {"mitigation": mitigation, "dtype": dtype, "calibration.tokens": 64, "calibration.window": 32}
+            )
+            make_tiny(folder / "model", family, **FAMILIES[family])
+            made[key] = convert(str(folder / "model"), folder / "out", recipe)
+        return made[key]
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families(converted: Callable[..., Path], family: str) -> None:
+    out = converted(family)
+    parity = json.loads((out / "report.json").read_text())["parity"]
+    assert parity["passed"]
+    assert parity["largest_flip_share"] == 0
+    graph = onnx.load(out / "model.onnx", load_external_data=False)
+    onnx.checker.check_model(out / "model.onnx")
+    kinds = Counter(node.op_type for node in graph.graph.node)
+    assert kinds["Attention"] == 3
+    assert kinds["SparseLinear"] == parity["layers"]
+    assert {node.domain for node in graph.graph.node} == {"", "nmsparse"}
+    names = [value.name for value in graph.graph.input]
+    assert names[:3] == ["input_ids", "attention_mask", "position_ids"]
+    assert names[3:] == [f"past_key_values.{i}.{part}" for i in range(3) for part in ("key", "value")]
+    assert [value.name for value in graph.graph.output] == [
+        "logits",
+        *(f"present.{i}.{part}" for i in range(3) for part in ("key", "value")),
+    ]
+
+
+@pytest.mark.parametrize("mitigation", ["none", "s_pts", "d_pts", "s_pts+var", "d_pts+var"])
+def test_mitigations_reach_the_graph(converted: Callable[..., Path], mitigation: str) -> None:
+    out = converted("qwen2", mitigation)
+    assert json.loads((out / "report.json").read_text())["parity"]["passed"]
+    graph = onnx.load(out / "model.onnx", load_external_data=False)
+    node = next(n for n in graph.graph.node if n.op_type == "SparseLinear")
+    settings = {a.name: a.i or a.s for a in node.attribute}
+    expected = {"none": b"none", "s_pts": b"static", "d_pts": b"token_median"}
+    assert settings["shift_mode"] == expected[mitigation.partition("+")[0]]
+    assert settings["variance"] == mitigation.endswith("var")
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_other_dtypes(converted: Callable[..., Path], dtype: str) -> None:
+    out = converted("llama", "s_pts+var", dtype)
+    graph = onnx.load(out / "model.onnx")
+    kind = {"float16": onnx.TensorProto.FLOAT16, "bfloat16": onnx.TensorProto.BFLOAT16}[dtype]
+    weights = [t for t in graph.graph.initializer if t.name.endswith("_proj.weight")]
+    assert {t.data_type for t in weights} == {kind}
+    report = json.loads((out / "report.json").read_text())
+    if dtype == "float16":
+        assert report["parity"]["passed"]
+    else:  # ONNX Runtime's CPU provider has no bfloat16 kernels: say so, and say that nothing was validated
+        assert report["parity"] is None
+        with pytest.raises(ExportError, match="cannot run it"):
+            load(out)
+
+
+def test_weights_are_stored_once_and_as_baked(converted: Callable[..., Path]) -> None:
+    out = converted("llama")
+    graph = onnx.load(out / "model.onnx")
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.graph.initializer}
+    checkpoint = open_checkpoint(str(out.parent / "model"))
+    for name in checkpoint.files:
+        weight = checkpoint.read(name).numpy()
+        expected = weight.T if name.endswith("_proj.weight") or name == "lm_head.weight" else weight
+        np.testing.assert_array_equal(stored[name], expected, err_msg=name)
+    data = (out / "model.onnx.data").stat().st_size
+    assert data <= sum(path.stat().st_size for path in {p for p in checkpoint.files.values()})
+
+
+def test_metadata_and_manifest(converted: Callable[..., Path]) -> None:
+    out = converted("llama")
+    manifest = json.loads((out / "manifest.json").read_text())
+    metadata = {p.key: p.value for p in onnx.load(out / "model.onnx", load_external_data=False).metadata_props}
+    assert metadata["nmsparse.recipe_sha256"] == manifest["recipe_sha256"]
+    assert metadata["nmsparse.source_revision"] == manifest["source"]["weights_sha256"]
+    assert metadata["nmsparse.version"] == manifest["versions"]["nmsparse"]
+    assert set(manifest["files"]) == {p.name for p in out.iterdir()} - {"manifest.json"}
+    for needed in ("config.json", "generation_config.json", "tokenizer.json", "genai_config.json", "recipe.yaml"):
+        assert needed in manifest["files"]
+
+
+def test_left_padded_batch_gives_the_tokens_of_single_runs(converted: Callable[..., Path]) -> None:
+    model = load(converted("gemma3_text"))
+    rows = [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15], [20, 21, 22], [30]]
+    width = max(map(len, rows))
+    ids = torch.tensor([[0] * (width - len(row)) + row for row in rows])
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows])
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    batch = model.generate(input_ids=ids, attention_mask=mask, **options)
+    for row, found in zip(rows, batch, strict=True):
+        alone = torch.tensor([row])
+        single = model.generate(input_ids=alone, attention_mask=torch.ones_like(alone), **options)
+        assert found[width:].tolist() == single[0, len(row) :].tolist()
+
+
+def test_prefill_in_pieces_equals_prefill_at_once(converted: Callable[..., Path]) -> None:
+    model = load(converted("llama"))
+    ids = torch.arange(3, 33)[None]
+    whole = model(input_ids=ids).logits
+    first = model(input_ids=ids[:, :7])
+    second = model(input_ids=ids[:, 7:8], past_key_values=first.past_key_values)
+    third = model(input_ids=ids[:, 8:], past_key_values=second.past_key_values)
+    pieces = torch.cat([first.logits, second.logits, third.logits], 1)
+    torch.testing.assert_close(pieces, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_equal_blocks_share_a_signature_and_others_do_not(tmp_path: Path) -> None:
+    skeleton = open_checkpoint(str(make_tiny(tmp_path, "gemma3_text", **FAMILIES["gemma3_text"]))).skeleton()
+    kinds = [signature(block) for block in find_blocks(skeleton)[1]]
+    assert kinds[0] == kinds[1] != kinds[2]
+
+
+def _altered(out: Path, folder: Path, change: Callable[[onnx.ModelProto], None]) -> Path:
+    model = onnx.load(out / "model.onnx")
+    change(model)
+    onnx.save(model, folder / "model.onnx", save_as_external_data=True, location="model.onnx.data")
+    return folder
+
+
+def _scale_one_layer(model: onnx.ModelProto) -> None:
+    for tensor in model.graph.initializer:
+        if tensor.name.endswith("layers.1.mlp.up_proj.weight"):
+            tensor.raw_data = (onnx.numpy_helper.to_array(tensor) * np.float32(1.001)).tobytes()
+
+
+def _keep_one_more(model: onnx.ModelProto) -> None:
+    node = next(n for n in model.graph.node if n.op_type == "SparseLinear")
+    next(a for a in node.attribute if a.name == "keep").i += 1
+
+
+def _ties_to_the_higher_channel(model: onnx.ModelProto) -> None:
+    node = next(n for n in model.functions[0].node if n.op_type == "TopK")
+    next(a for a in node.attribute if a.name == "largest").i = 0
+
+
+def _no_variance(model: onnx.ModelProto) -> None:
+    node = next(n for n in model.functions[0].node if n.op_type == "Sqrt")
+    node.op_type = "Identity"
+
+
+def _wrong_scale_of_attention(model: onnx.ModelProto) -> None:
+    node = next(n for n in model.graph.node if n.op_type == "Attention")
+    next(a for a in node.attribute if a.name == "scale").f *= 1.001
+
+
+MUTANTS = [
+    (_scale_one_layer, r"up_proj \(prefill\): error must be at most"),
+    (_keep_one_more, r"q_proj \(prefill\): masks must differ in at most"),
+    (_ties_to_the_higher_channel, r"masks must differ"),
+    (_no_variance, r"error must be at most"),
+    (_wrong_scale_of_attention, r"\(prefill, dense\): error must be at most"),
+]
+
+
+@pytest.mark.parametrize(("mutate", "message"), MUTANTS)
+def test_validate_finds_every_mutant(
+    converted: Callable[..., Path], tmp_path: Path, mutate: Callable[[onnx.ModelProto], None], message: str
+) -> None:
+    out = converted("llama")
+    checkpoint = open_checkpoint(str(out.parent / "model"))
+    params = {
+        name: Params(8, 16, variance=True)
+        for name, module in checkpoint.skeleton().named_modules()
+        if isinstance(module, torch.nn.Linear) and name != "lm_head"
+    }
+    ids = torch.randint(3, 200, (1, 48), generator=torch.Generator().manual_seed(0))
+    assert not validate(out, checkpoint.model(), params, "float32", ids).failures
+    with pytest.raises(ValidationError, match=message):
+        validate(_altered(out, tmp_path, mutate), checkpoint.model(), params, "float32", ids).check()

@@ -1,0 +1,134 @@
+"""Tables worked by hand: one or two tokens, the arithmetic beside them."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from converter.sparsity.criteria import CRITERIA
+from converter.sparsity.linear import Params, SparseLinear, apply, bake, prune, token_scale
+from converter.sparsity.mitigations import MITIGATIONS, mitigations
+from converter.sparsity.pattern import Pattern, mask
+from converter.sparsity.statistics import LayerStats
+
+NAN, INF = math.nan, math.inf
+
+MASKS = [
+    # scores, keep, group, kept channels
+    ([3, 1, 2, 4], 2, 4, [0, 3]),
+    ([3, 1, 2, 4, 9, 8, 7, 6], 2, 4, [0, 3, 4, 5]),  # each group for itself: 7 and 6 lose to 9 and 8
+    ([3, 1, 2, 4, 9, 8, 7, 6], 4, 8, [4, 5, 6, 7]),  # one group
+    ([5, 5, 5, 5], 2, 4, [0, 1]),  # all tied: the lower positions
+    ([1, 5, 5, 5], 2, 4, [1, 2]),
+    ([5, 1, 5, 7], 2, 4, [0, 3]),  # 7, then the lower of the two fives
+    ([0, 0, 0, 0], 1, 4, [0]),
+    ([1, 2, 3, 4], 3, 4, [1, 2, 3]),  # keep counts what is kept: 3 of 4, not 1
+    ([1, 2, 3, 4], 1, 4, [3]),
+    ([1, NAN, 3, 4], 2, 4, [1, 3]),  # NaN is kept
+    ([1, INF, NAN, 4], 1, 4, [1]),  # and ties with infinity
+]
+
+
+@pytest.mark.parametrize(("scores", "keep", "group", "kept"), MASKS)
+def test_mask(scores: list[float], keep: int, group: int, kept: list[int]) -> None:
+    found = mask(torch.tensor([scores], dtype=torch.float64), keep, group)
+    assert found[0].nonzero().flatten().tolist() == kept
+
+
+PATTERNS = [
+    # text, in_features, keep, group
+    ("8:16", 64, 8, 16),
+    ("2:4", 8, 2, 4),
+    ("3", 10, 3, 10),
+    ("50%", 10, 5, 10),
+    ("25%", 10, 2, 10),  # 2.5 rounds to even
+    ("1%", 10, 1, 10),  # never nothing
+]
+
+
+@pytest.mark.parametrize(("text", "in_features", "keep", "group"), PATTERNS)
+def test_pattern(text: str, in_features: int, keep: int, group: int) -> None:
+    assert Pattern.parse(text).at(in_features, "layer") == (keep, group)
+    assert str(Pattern.parse(text)) == text
+
+
+# One layer for all rows: x = (4, -1, 2, 3), mean 2, lower median 2; W = rows (1, 2, 3, 4) and (0, 1, 0, -1).
+X = [[4.0, -1.0, 2.0, 3.0]]
+WEIGHT = [[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, -1.0]]
+BIAS = [10.0, 20.0]
+
+
+def shifted_by_one(name: str, variant: str) -> Params:
+    """Fit on two tokens: (4,-1,2,3) with median 2 and (-2,3,0,-1) with median -1; channel means (1,1,1,1)."""
+    stats = LayerStats.of("layer", 4)
+    stats.update(torch.tensor([*X, [-2.0, 3.0, 0.0, -1.0]]))
+    params = Params(2, 4)
+    (method,) = mitigations([name], {name: variant})
+    return method.fit(params, stats)
+
+
+GOLDEN = {
+    # none: kept 4 and 3: y = 4*1 + 3*4 + 10 = 26; 0 - 3 + 20 = 17
+    ("none", ""): [26.0, 17.0],
+    # s_pts channel: eta = (1,1,1,1); z = (3,-2,1,2); kept 3, -2 (ties with 2 at the lower channel):
+    # z part: 3 - 4 = -1 and -2; eta part: 1+2+3+4 = 10 and 0: y = -1 + 10 + 10 = 19; -2 + 0 + 20 = 18
+    ("s_pts", "channel"): [19.0, 18.0],
+    # s_pts scalar: eta = mean of the medians 2 and -1 = 0.5; z = (3.5,-1.5,1.5,2.5); kept 3.5, 2.5:
+    # 3.5 + 10 = 13.5 and -2.5; eta part 5 and 0: y = 28.5; 17.5
+    ("s_pts", "scalar"): [28.5, 17.5],
+    # d_pts: median and mean of x are both 2; z = (2,-3,0,1); kept -3, 2: 2 - 6 = -4 and -3; eta part 20, 0:
+    # y = -4 + 20 + 10 = 26; -3 + 0 + 20 = 17
+    ("d_pts", "median"): [26.0, 17.0],
+    ("d_pts", "mean"): [26.0, 17.0],
+    # var: x = (4,-1,2,3), mean 2, squares 4+9+0+1 = 14, Var = 14/3; zs = (4,0,0,3), mean 1.75,
+    # squares 5.0625+3.0625+3.0625+1.5625 = 12.75, Var = 4.25; nu = sqrt(14/12.75); y = nu*(16, -3) + bias
+    ("var", ""): [16 * math.sqrt(14 / 12.75) + 10, -3 * math.sqrt(14 / 12.75) + 20],
+}
+
+
+@pytest.mark.parametrize(("name", "variant"), GOLDEN)
+def test_mitigation(name: str, variant: str) -> None:
+    params = shifted_by_one(name, variant)
+    x, weight, bias = (torch.tensor(t, dtype=torch.float64) for t in (X, WEIGHT, BIAS))
+    expected = torch.tensor([GOLDEN[name, variant]], dtype=torch.float64)
+    torch.testing.assert_close(apply(x, weight, bias, params), expected, rtol=1e-12, atol=1e-12)
+    baked = bake(weight, bias, params).to(torch.float64)
+    torch.testing.assert_close(SparseLinear(baked)(x), expected, rtol=1e-12, atol=1e-12)
+
+
+def test_even_median_is_the_lower_of_the_two() -> None:
+    params = Params(2, 4, shift_mode="token_median")
+    # sorted -1, 2, 3, 9: the median is 2, not 2.5
+    _, _, eta = prune(torch.tensor([[9.0, -1.0, 2.0, 3.0]]), params)
+    assert eta is not None
+    assert eta.item() == 2.0
+
+
+def test_criterion_magnitude_scores_by_absolute_value() -> None:
+    assert CRITERIA["magnitude"](torch.tensor(WEIGHT)) is None
+    _, zs, _ = prune(torch.tensor([[-5.0, 1.0, 4.0, -2.0]]), Params(2, 4))
+    assert zs.tolist() == [[-5.0, 0.0, 4.0, 0.0]]
+
+
+def test_channel_scale_multiplies_the_score_and_not_the_value() -> None:
+    params = Params(1, 2, channel_scale=torch.tensor([1.0, 3.0]))
+    _, zs, _ = prune(torch.tensor([[2.0, 1.0]]), params)
+    assert zs.tolist() == [[0.0, 1.0]]
+
+
+def test_variance_floor() -> None:
+    z, zs = torch.tensor([[1.0, -1.0]]), torch.zeros(1, 2)
+    # Var(z) = 2, Var(zs) = 0 -> sqrt(2 / 1e-9)
+    assert token_scale(z, zs).item() == pytest.approx(math.sqrt(2e9))
+
+
+def test_dropped_infinity_gives_no_nan() -> None:
+    _, zs, _ = prune(torch.tensor([[INF, INF, 1.0, 2.0]]), Params(1, 4))
+    assert zs.tolist() == [[INF, 0.0, 0.0, 0.0]]
+
+
+def test_every_entry_has_a_row() -> None:
+    assert set(GOLDEN) == {(name, variant) for name, table in MITIGATIONS.items() for variant in table}
+    assert set(CRITERIA) == {"magnitude"}

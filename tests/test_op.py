@@ -1,0 +1,123 @@
+"""The function body in ONNX Runtime against the reference in torch, for every form of the op."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnx_ir as ir
+import onnxruntime
+import pytest
+import torch
+
+from converter.graph.op import DOMAIN, OP, OPSET, VERSION, Form, function
+from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake
+
+FORMS = list(itertools.product(["float32", "float16"], SHIFT_MODES, [False, True], [False, True], [False, True]))
+NUMPY = {"float32": np.float32, "float16": np.float16}
+
+
+def run(form: Form, baked: Baked, x: np.ndarray) -> np.ndarray:
+    """Return Y of one node, run by a stock ONNX Runtime from a model that holds node and function body."""
+    kind = onnx.helper.np_dtype_to_tensor_dtype(x.dtype)
+    values = {name: getattr(baked, {"W": "weight"}.get(name, name)) for name in form.takes()[1:]}
+    tensors = []
+    for name, tensor in values.items():
+        array = tensor.contiguous().numpy().astype(x.dtype if name == "W" else np.float32)
+        tensors.append(onnx.numpy_helper.from_array(array, name))
+    names = [n if n == "X" or n in values else "" for n in ("X", "W", "bias", "channel_scale", "shift", "row_sum")]
+    attributes = {
+        "keep": baked.keep,
+        "group": baked.group,
+        "shift_mode": baked.shift_mode,
+        "variance": int(baked.variance),
+    }
+    node = onnx.helper.make_node(OP, names, ["Y"], domain=DOMAIN, **attributes)
+    graph = onnx.helper.make_graph(
+        [node],
+        "one",
+        [onnx.helper.make_tensor_value_info("X", kind, ["tokens", x.shape[-1]])],
+        [onnx.helper.make_tensor_value_info("Y", kind, ["tokens", baked.weight.shape[1]])],
+        tensors,
+    )
+    model = onnx.helper.make_model(
+        graph,
+        functions=[ir.to_proto(function(form))],
+        opset_imports=[onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)],
+        ir_version=11,
+    )
+    onnx.checker.check_model(model, full_check=True)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    y: np.ndarray = session.run(None, {"X": x})[0]
+    return y
+
+
+def layer(form: Form, keep: int, group: int, seed: int = 0) -> Baked:
+    generator = torch.Generator().manual_seed(seed)
+    in_features, out_features = max(2 * group, 32) // group * group, 24
+    params = Params(
+        keep,
+        group,
+        shift_mode=form.shift_mode,
+        variance=form.variance,
+        channel_scale=torch.rand(in_features, generator=generator) + 0.5 if form.channel_scale else None,
+        shift=torch.randn(in_features, generator=generator) / 4 if form.shift_mode == "static" else None,
+    )
+    weight = torch.randn(out_features, in_features, generator=generator)
+    if form.dtype == "float16":
+        weight = weight.half().float()
+    bias = torch.randn(out_features, generator=generator)
+    return bake(weight, bias if form.bias else None, params)
+
+
+@pytest.mark.parametrize(("dtype", "shift_mode", "variance", "bias", "scaled"), FORMS)
+def test_body_equals_reference(dtype: str, shift_mode: str, variance: bool, bias: bool, scaled: bool) -> None:
+    form = Form(dtype, shift_mode, variance, bias or shift_mode == "static", scaled)
+    tolerance = 2e-6 if dtype == "float32" else 2e-3
+    for (keep, group), tokens in itertools.product([(2, 4), (8, 16), (3, 33), (1, 4)], [1, 5]):
+        baked = layer(form, keep, group)
+        x = torch.randn(tokens, baked.weight.shape[0], generator=torch.Generator().manual_seed(1)).numpy() + 0.3
+        x = x.astype(NUMPY[dtype])
+        expected = SparseLinear(baked)(torch.from_numpy(x).float()).numpy()
+        assert np.abs(run(form, baked, x) - expected).max() <= tolerance * np.abs(expected).max()
+
+
+IDENTITY = Form("float32", "none", False, False, False)
+
+
+def identity(keep: int, group: int, channels: int) -> Baked:
+    return bake(torch.eye(channels), None, Params(keep, group))
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_ties_go_to_the_lower_channel(keep: int) -> None:
+    x = np.array([[1, 1, 1, 1, -2, 2, 2, -2]], np.float32)
+    expected = np.where(np.arange(8) % 4 < keep, x, 0)
+    np.testing.assert_array_equal(run(IDENTITY, identity(keep, 4, 8), x), expected)
+
+
+def test_many_ties_at_every_size() -> None:
+    x = np.random.default_rng(0).integers(-3, 4, (64, 64)).astype(np.float32)
+    for keep, group in [(2, 4), (4, 8), (8, 16), (16, 32), (32, 64), (5, 64)]:
+        baked = identity(keep, group, 64)
+        np.testing.assert_array_equal(run(IDENTITY, baked, x), SparseLinear(baked)(torch.from_numpy(x)).numpy())
+
+
+def test_nan_and_infinity_stay_visible() -> None:
+    weight = torch.ones(1, 4)
+    for bad in (np.nan, np.inf):
+        y = run(IDENTITY, bake(weight, None, Params(1, 4)), np.array([[1, bad, 3, 9]], np.float32))
+        np.testing.assert_array_equal(y, [[bad]])
+    # More infinities than are kept: the dropped one is gone, and leaves no NaN behind.
+    y = run(IDENTITY, bake(weight, None, Params(1, 4)), np.array([[np.inf, np.inf, 3, 9]], np.float32))
+    np.testing.assert_array_equal(y, [[np.inf]])
+
+
+def test_body_holds_only_what_its_form_needs() -> None:
+    def nodes(shift_mode: str, variance: bool) -> int:
+        return len(list(function(Form("float32", shift_mode, variance, False, False))))
+
+    assert nodes("none", False) < nodes("token_mean", False) < nodes("token_median", True)
+    assert nodes("none", False) < nodes("none", True)
