@@ -49,14 +49,15 @@ class Checkpoint:
     def config(self) -> PreTrainedConfig:
         """The model's configuration."""
         try:
-            return AutoConfig.from_pretrained(self.folder)
+            config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder)
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"{self.source}: must hold a config.json that transformers knows, {error}") from error
+        return config
 
     @cached_property
     def files(self) -> dict[str, Path]:
         """Which safetensors file holds each tensor."""
-        found = {}
+        found: dict[str, Path] = {}
         for path in sorted(self.folder.glob("*.safetensors")):
             try:
                 with safe_open(path, "pt") as file:
@@ -104,7 +105,8 @@ class Checkpoint:
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
         for name, parameter in model.named_parameters():
             self._finite(name, parameter.data)
-        return model.requires_grad_(False)
+        model.requires_grad_(False)
+        return model
 
     def read(self, name: str) -> Tensor:
         """Return one weight; the file is closed again, so that its pages do not stay in memory.
@@ -197,7 +199,9 @@ def _unpacked(path: Path, *, gguf: bool) -> Path:
             # transformers opens the file anew for each of the three, and is silent about what it lacks.
             tokenizer = AutoTokenizer.from_pretrained(home, **where)
             dtype = torch.float32 if gguf else "auto"
-            model, info = AutoModelForCausalLM.from_pretrained(home, dtype=dtype, output_loading_info=True, **where)
+            options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **where}
+            loaded: Any = AutoModelForCausalLM.from_pretrained(home, **options)
+            model, info = loaded
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, IndexError, SafetensorError) as error:
         raise CheckpointError(
             f"{path}: must hold a causal language model that transformers can read, got "

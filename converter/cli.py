@@ -24,7 +24,9 @@ from converter.errors import ConverterError, RecipeError
 from converter.recipe import Recipe, from_yaml, parse_set
 from converter.stages import Stages
 
-app = App(name="nmsparse", help="Convert language models to ONNX with N:M activation sparsity.", version_flags=["--version"])
+app = App(
+    name="nmsparse", help="Convert language models to ONNX with N:M activation sparsity.", version_flags=["--version"]
+)
 USAGE, INTERRUPTED = 2, 130
 
 
@@ -162,7 +164,9 @@ def generate(
     loaded, tokenizer = load_with_tokenizer(model)
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
-        inputs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_tensors="pt", return_dict=True)
+        inputs: Any = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
     torch.manual_seed(seed)

@@ -127,9 +127,7 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
     return _validate(folder, checkpoint, params, recipe, text, stages)
 
 
-def _calibrate(
-    checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages
-) -> dict[str, Params]:
+def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> dict[str, Params]:
     model = checkpoint.model()
     text: Tensor | None = None
     if recipe.needs_statistics():

@@ -10,7 +10,8 @@ from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from converter.errors import RecipeError, listing
 from converter.sparsity.criteria import criterion
@@ -160,9 +161,9 @@ def parse_set(assignments: list[str]) -> dict[str, Any]:
     return changes
 
 
-def _yaml() -> YAML:
+def _yaml() -> Any:
     # YAML 1.2: to YAML 1.1 a bare 8:16 is the number 496, in base 60.
-    yaml = YAML(typ="safe", pure=True)
+    yaml: Any = YAML(typ="safe", pure=True)
     yaml.default_flow_style = False
     yaml.sort_base_mapping_type_on_output = False
     return yaml

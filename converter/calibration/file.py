@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -44,7 +45,8 @@ def read(path: Path) -> dict[str, Params]:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"{path}: must be a calibration, got {error}. Run nmsparse calibrate.") from error
-    return {
-        name: Params(**settings, **{part: tensors.get(f"{name}.{part}") for part in TENSORS})
-        for name, settings in json.loads(metadata["layers"]).items()
-    }
+    params = {}
+    for name, settings in json.loads(metadata["layers"]).items():
+        parts: dict[str, Any] = {part: tensors.get(f"{name}.{part}") for part in TENSORS}
+        params[name] = Params(**settings, **parts)
+    return params

@@ -70,7 +70,7 @@ def _hub(source: str) -> Iterator[Any]:
     except ImportError as error:
         raise CalibrationError(f"{source}: reading the Hub needs datasets. Install nmsparse[data].") from error
     _, name, *rest = source.split(":")
-    config, split = (rest + [None, None])[:2]
+    config, split = [*rest, "", ""][:2]
     try:
         yield from load_dataset(name, config or None, split=split or "train", streaming=True)
     except Exception as error:  # whatever a remote data set may raise

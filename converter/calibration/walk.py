@@ -157,7 +157,9 @@ def _watched(model: nn.Module, stats: dict[str, LayerStats]) -> Iterator[None]:
     for name, layer_stats in stats.items():
 
         def update(_module: nn.Module, args: tuple[Any, ...], layer_stats: LayerStats = layer_stats) -> None:
-            layer_stats.update(args[0])
+            # Without the first token of a window: it is an attention sink, whose activations are hundreds of times
+            # larger than any other and would be the mean.
+            layer_stats.update(args[0][:, 1:])
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(update))
     try:

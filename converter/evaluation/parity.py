@@ -233,9 +233,7 @@ def _model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:
             position_ids=positions[:, part].contiguous().numpy(),
         )
         for index, layer in enumerate(out.past_key_values.layers):
-            for name, tensor in zip(
-                cache_names("past_key_values", index), (layer.keys, layer.values), strict=True
-            ):
+            for name, tensor in zip(cache_names("past_key_values", index), (layer.keys, layer.values), strict=True):
                 feed[name] = (tensor if cache else tensor[:, :, :0]).contiguous().numpy().astype(kind)
         feeds.append(feed)
     return feeds

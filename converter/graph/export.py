@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import onnx_ir as ir
@@ -74,7 +74,9 @@ def export(
             callback=lambda _, info: progress(info.index + 1, info.total),
         )
     except OSError as error:
-        raise ExportError(f"{folder}: model.onnx could not be written: {error}. Free some space and run again.") from error
+        raise ExportError(
+            f"{folder}: model.onnx could not be written: {error}. Free some space and run again."
+        ) from error
 
 
 def _form(checkpoint: Checkpoint, params: dict[str, Params], dtype: str) -> Form:
@@ -108,7 +110,7 @@ def _attach_weights(model: ir.Model, checkpoint: Checkpoint, transposed: set[str
     def content(name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
         layer, _, part = name.rpartition(".")
         if layer in params:
-            tensor = getattr(baked(layer), part)
+            tensor: Tensor | None = getattr(baked(layer), part)
             if tensor is None:  # neutral where this layer has none and another has one
                 tensor = (torch.ones if part == "channel_scale" else torch.zeros)(shape)
         else:
@@ -119,15 +121,15 @@ def _attach_weights(model: ir.Model, checkpoint: Checkpoint, transposed: set[str
             raise ExportError(f"{name}: must have shape {shape} in the graph, got {tuple(tensor.shape)}.")
         return tensor.to(kind).contiguous()
 
+    def lazy(name: str, shape: tuple[int, ...], kind: torch.dtype) -> TorchTensor:
+        return TorchTensor(content(name, shape, kind), name=name)
+
     kinds = {value: DTYPES[key] for key, value in IR_DTYPES.items()}
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             assert value.shape is not None
             assert value.dtype is not None
-            shape, kind = tuple(int(d) for d in value.shape), kinds[value.dtype]
+            shape, kind = value.shape.numpy(), kinds[value.dtype]
             value.const_value = ir.LazyTensor(
-                lambda name=name, shape=shape, kind=kind: TorchTensor(content(name, shape, kind), name=name),
-                dtype=value.dtype,
-                shape=ir.Shape(shape),
-                name=name,
+                partial(lazy, name, shape, kind), dtype=value.dtype, shape=ir.Shape(shape), name=name
             )

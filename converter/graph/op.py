@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
-import onnx_ir as ir
 import onnx.parser
+import onnx_ir as ir
 
 DOMAIN = "nmsparse"
 OP = "SparseLinear"
@@ -65,7 +65,7 @@ def _select(form: Form) -> Sequence[str]:
         f"magnitude = Abs ({_z(form)})",
         *(["score = Mul (magnitude, channel_scale)"] if form.channel_scale else ["score = Identity (magnitude)"]),
         "is_nan = IsNaN (score)",
-        'infinity = Constant <value = float {inf}> ()',
+        "infinity = Constant <value = float {inf}> ()",
         "rank = Where (is_nan, infinity, score)",
         "group_size = Constant <value_int : int = @group> ()",
         "keep_size = Constant <value_int : int = @keep> ()",
@@ -119,7 +119,11 @@ def _product(form: Form) -> Sequence[str]:
             "W32 = Cast <to = 1> (W)",
             "product = MatMul (pruned_32, W32)",
         ]
-    return ["pruned_x = CastLike (pruned, X)", "product_x = MatMul (pruned_x, W)", "product = Cast <to = 1> (product_x)"]
+    return [
+        "pruned_x = CastLike (pruned, X)",
+        "product_x = MatMul (pruned_x, W)",
+        "product = Cast <to = 1> (product_x)",
+    ]
 
 
 def _variance(name: str, of: str) -> Sequence[str]:

@@ -69,10 +69,12 @@ def _ancestors(values: list[ir.Value], stop: set[ir.Value]) -> set[ir.Node]:
 
 
 def _expand(graph: ir.Graph, placeholder: ir.Node, body: _Body, index: int, prefix: str) -> None:
-    mapped: dict[ir.Value, ir.Value | None] = {body.hidden: placeholder.inputs[0]}
-    for value, name in zip(body.past, cache_names("past_key_values", index), strict=True):
-        mapped[value] = ir.Value(name=name, type=value.type, shape=value.shape)
-        graph.inputs.append(mapped[value])
+    hidden = placeholder.inputs[0]
+    assert hidden is not None
+    mapped = {body.hidden: hidden}
+    for past, name in zip(body.past, cache_names("past_key_values", index), strict=True):
+        mapped[past] = ir.Value(name=name, type=past.type, shape=past.shape)
+        graph.inputs.append(mapped[past])
     for node in body.nodes:
         for value in node.inputs:
             if value is not None and value not in mapped and body.owns(value):
@@ -89,14 +91,10 @@ def _expand(graph: ir.Graph, placeholder: ir.Node, body: _Body, index: int, pref
             new.type, new.shape = old.type, old.shape
             mapped[old] = new
         graph.insert_before(placeholder, copy)
-    for value, name in zip(body.present, cache_names("present", index), strict=True):
-        new = mapped[value]
-        assert new is not None
-        new.name = name
-        graph.outputs.append(new)
-    out = mapped[body.out]
-    assert out is not None
-    placeholder.outputs[0].replace_all_uses_with(out)
+    for present, name in zip(body.present, cache_names("present", index), strict=True):
+        mapped[present].name = name
+        graph.outputs.append(mapped[present])
+    placeholder.outputs[0].replace_all_uses_with(mapped[body.out])
     graph.remove(placeholder, safe=True)
 
 

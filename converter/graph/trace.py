@@ -68,12 +68,12 @@ class TracedLinear(nn.Module):
         """Return the node's output, of which only the shape is known."""
         if not self.node.keep:
             y = torch.matmul(x, self.weight)
-            return y if self.bias is None else y + self.bias
+            return y + self.bias if isinstance(self.bias, Tensor) else y
         given = dict(zip(self.names, (getattr(self, name) for name in self.names), strict=True))
         inputs = [x, self.weight, *(given.get(name) for name in ("bias", "channel_scale", "shift", "row_sum"))]
         while inputs[-1] is None:
             inputs.pop()
-        attributes = {
+        attributes: dict[str, Any] = {
             "keep": self.node.keep,
             "group": self.node.group,
             "shift_mode": self.form.shift_mode,
@@ -165,7 +165,7 @@ class _Exported(nn.Module):
     def forward(
         self, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor, past: list[tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        cache = DynamicCache()
+        cache: Any = DynamicCache()
         for index in range(self.blocks):
             # A placeholder's layer is asked for its length only, which is that of any other.
             key, value = past[self.own.index(index) if index in self.own else 0]
@@ -200,6 +200,7 @@ def _additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any
     kwargs["allow_is_causal_skip"] = False
     kwargs["allow_is_bidirectional_skip"] = False
     seen = sdpa_mask(*args, **kwargs)
+    assert seen is not None
     return torch.where(seen, torch.zeros((), dtype=dtype), torch.full((), torch.finfo(dtype).min / 2, dtype=dtype))
 
 
@@ -345,10 +346,10 @@ def _name(model: ir.Model, own: list[int]) -> None:
     total = "past_sequence_length + sequence_length"
     names = {str(ids[0]): "batch_size", str(ids[1]): "sequence_length", str(key[2]): "past_sequence_length"}
     sums = {str(mask[1]): total, f"{key[2]} + {ids[1]}": total, f"{ids[1]} + {key[2]}": total}
-    for value in model.graph.inputs[:], model.graph.outputs[:], *(node.outputs for node in model.graph):
-        for item in value:
-            if item.shape is not None:
-                item.shape = ir.Shape([_renamed(dim, names | sums) for dim in item.shape])
+    computed = [value for node in model.graph for value in node.outputs]
+    for value in [*model.graph.inputs, *model.graph.outputs, *computed]:
+        if value.shape is not None:
+            value.shape = ir.Shape([_renamed(dim, names | sums) for dim in value.shape])
 
 
 def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | None:

