@@ -26,7 +26,7 @@ demo: $(DEMO)/manifest.json
 	@echo "== the sparse model lies in $(DEMO)"
 
 $(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed
-	$(BIN)/nmsparse convert $(GGUF) $(DEMO) --pattern 8:16 --mitigation s_pts+var
+	$(BIN)/nmsparse convert $(GGUF) $(DEMO) --pattern 8:16
 
 test: check $(GGUF) $(CLIENTS)/installed
 	NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest

@@ -93,7 +93,8 @@ class Checkpoint:
                     f"{self.source}: must be a causal language model, got {type(self.config).__name__}."
                 ) from error
         model.tie_weights()
-        return model.eval()
+        model.eval()
+        return model
 
     def model(self) -> PreTrainedModel:
         """Return the model in float32, in evaluation mode.
@@ -102,7 +103,8 @@ class Checkpoint:
             CheckpointError: when a weight is missing, NaN or infinite.
         """
         with _quiet():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32).eval()
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+        model.eval()
         for name, parameter in model.named_parameters():
             self._finite(name, parameter.data)
         model.requires_grad_(False)

@@ -25,7 +25,10 @@ from converter.recipe import Recipe, from_yaml, parse_set
 from converter.stages import Stages
 
 app = App(
-    name="nmsparse", help="Convert language models to ONNX with N:M activation sparsity.", version_flags=["--version"]
+    name="nmsparse",
+    help="Convert language models to ONNX with N:M activation sparsity.",
+    version_flags=["--version"],
+    suppress_keyboard_interrupt=False,
 )
 USAGE, INTERRUPTED = 2, 130
 

@@ -214,3 +214,11 @@ def test_generate_and_perplexity(nmsparse: Command, tiny: Path, tmp_path: Path) 
         assert values[-1]["tokens"] == 62
         assert nmsparse("generate", model, "the quick", "--max-new-tokens", "4").returncode == 0
     assert values[0]["perplexity"] != values[1]["perplexity"]
+
+
+@pytest.mark.parametrize("sample", sorted((Path(__file__).parents[1] / "samples").glob("*.py")), ids=lambda p: p.name)
+def test_samples_run(tiny: Path, tmp_path: Path, sample: Path) -> None:
+    command = [sys.executable, str(sample), str(tiny), str(tmp_path / "out")]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip()

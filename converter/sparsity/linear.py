@@ -49,7 +49,9 @@ class Baked:
     def to(self, dtype: torch.dtype) -> Baked:
         """Return the same layer with every tensor in `dtype`."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Baked(**{name: v.to(dtype) if isinstance(v, Tensor) else v for name, v in values.items()})
+        for name, value in values.items():
+            values[name] = value.to(dtype) if isinstance(value, Tensor) else value
+        return Baked(**values)
 
 
 def token_shift(x: Tensor, shift_mode: str, shift: Tensor | None) -> Tensor | None:
