@@ -30,7 +30,6 @@ from converter.delivery.bundle import (
     write_manifest,
 )
 from converter.errors import CheckpointError
-from converter.evaluation.limits import LIMITS
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
 from converter.graph.export import export as write_graph
@@ -79,7 +78,7 @@ def run(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Sta
     with staged(out, _bytes(checkpoint, recipe)) as folder:
         params = _calibrate(checkpoint, layers, recipe, folder, stages)
         _export(checkpoint, layers, params, recipe, about, folder, stages)
-        parity = _validate(folder, checkpoint, params, recipe, None, stages) if recipe.dtype in LIMITS else None
+        parity = _validate(folder, checkpoint, params, recipe, None, stages)
         report = _report(recipe, layers, folder, stages, parity)
         write_json(folder / REPORT, report)
         write_manifest(folder, about)

@@ -136,7 +136,7 @@ def test_left_padded_batch_of_the_graph_run_dense(smol: Path) -> None:
             attributes = {a.name: a for a in node.attribute}
             attributes["keep"].i = attributes["group"].i
     checkpoint = Checkpoint("", None, smol)
-    model = OnnxCausalLM(checkpoint.config, session(graph.SerializeToString(), smol))
+    model = OnnxCausalLM(checkpoint.config, session(graph, smol))
     inputs = checkpoint.tokenizer()(
         ["Hello!", "Name three rivers of Europe, please."], return_tensors="pt", padding=True, padding_side="left"
     )

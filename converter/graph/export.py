@@ -55,7 +55,7 @@ def export(
     transposed = {name for name in nodes if f"{name}.weight" not in tied_weights(skeleton)}
     model = trace(skeleton, nodes, form, DTYPES[dtype])
     stamp(model, plan.blocks)
-    _attach_weights(model, checkpoint, transposed, params)
+    _attach_weights(model, checkpoint, transposed, params, DTYPES[dtype])
     model.functions[(DOMAIN, "SparseLinear", "")] = function(form)
     model.opset_imports[DOMAIN] = VERSION
     model.ir_version = IR_VERSION
@@ -96,16 +96,15 @@ def _form(checkpoint: Checkpoint, params: dict[str, Params], dtype: str) -> Form
     )
 
 
-def baked_layer(read: Callable[[str], Tensor], name: str, bias: bool, params: Params) -> Baked:
-    """Return the baked form of one layer of a checkpoint, in float32."""
-    weight = read(f"{name}.weight").float()
-    return bake(weight, read(f"{name}.bias").float() if bias else None, params)
-
-
-def _attach_weights(model: ir.Model, checkpoint: Checkpoint, transposed: set[str], params: dict[str, Params]) -> None:
+def _attach_weights(
+    model: ir.Model, checkpoint: Checkpoint, transposed: set[str], params: dict[str, Params], dtype: torch.dtype
+) -> None:
     @lru_cache(maxsize=1)
     def baked(layer: str) -> Baked:
-        return baked_layer(checkpoint.read, layer, f"{layer}.bias" in checkpoint.files, params[layer])
+        # Rounded before it is baked, so that bias and row sums belong to the weight that is stored.
+        weight = checkpoint.read(f"{layer}.weight").to(dtype).float()
+        bias = checkpoint.read(f"{layer}.bias").to(dtype).float() if f"{layer}.bias" in checkpoint.files else None
+        return bake(weight, bias, params[layer])
 
     def content(name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
         layer, _, part = name.rpartition(".")

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import onnxruntime
 import torch
 from torch import Tensor
@@ -14,15 +15,18 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from converter.errors import ExportError
 from converter.graph.export import MODEL
+from converter.graph.widen import is_bfloat16, widen
 
 INITIALIZERS = "session.model_external_initializers_file_folder_path"
 
 
-def session(model: bytes, folder: Path, *, prepack: bool = True) -> onnxruntime.InferenceSession:
+def session(model: onnx.ModelProto, folder: Path, *, prepack: bool = True) -> onnxruntime.InferenceSession:
     """Return a session for a graph whose weights lie in `folder`; without `prepack` each weight is in memory once.
 
+    The CPU provider has no bfloat16 kernels: a bfloat16 graph is run in float32, on the same weights.
+
     Raises:
-        ExportError: when ONNX Runtime has no kernel for the graph, as its CPU provider has none for bfloat16.
+        ExportError: when ONNX Runtime has no kernel for the graph.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
@@ -30,7 +34,8 @@ def session(model: bytes, folder: Path, *, prepack: bool = True) -> onnxruntime.
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+        graph = (widen(model) if is_bfloat16(model) else model).SerializeToString()
+        return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own classes derive from Exception alone
         raise ExportError(f"{folder / MODEL}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
 
@@ -98,6 +103,8 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
 
 def load_onnx(folder: Path) -> OnnxCausalLM:
     """Return the model in OUT, ready to run."""
-    model = OnnxCausalLM(AutoConfig.from_pretrained(folder), session((folder / MODEL).read_bytes(), folder))
+    model = OnnxCausalLM(
+        AutoConfig.from_pretrained(folder), session(onnx.load(folder / MODEL, load_external_data=False), folder)
+    )
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model
