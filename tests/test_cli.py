@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -221,3 +222,14 @@ def test_samples_run(tiny: Path, tmp_path: Path, sample: Path) -> None:
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip()
+
+
+def test_commands_and_options_of_the_readme_exist(nmsparse: Command) -> None:
+    lines = re.findall(r"^nmsparse (\w+)(.*?)(?:\s#.*)?$", (Path(__file__).parents[1] / "README.md").read_text(), re.M)
+    commands = {command for command, _ in lines}
+    assert commands == {"convert", "calibrate", "export", "validate", "generate", "perplexity"}
+    for command in sorted(commands):
+        help_text = nmsparse(command, "--help").stdout
+        for name, rest in lines:
+            for option in re.findall(r"--[a-z-]+", rest if name == command else ""):
+                assert option in help_text, (command, option)

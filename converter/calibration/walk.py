@@ -20,7 +20,7 @@ from converter.errors import CalibrationError
 from converter.plan import LayerPlan, Plan
 from converter.recipe import Recipe
 from converter.sparsity.criteria import criterion
-from converter.sparsity.linear import Params, SparseLinear, bake
+from converter.sparsity.linear import Params, install
 from converter.sparsity.statistics import LayerStats
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -47,7 +47,8 @@ def calibrate(
     assert isinstance(blocks, nn.ModuleList)
     if windows is None:
         for layer in plan.sparse:
-            params[layer.name] = install(model, layer, fit(model, layer, recipe, None))
+            params[layer.name] = fit(model, layer, recipe, None)
+            install(model, layer.name, params[layer.name])
         return params
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="hidden-", dir=scratch) as folder:
         states = _States(Path(folder))
@@ -62,7 +63,8 @@ def calibrate(
                 for number, batch in enumerate(batches):
                     _run(block, states.read(number), calls[len(batch)][index])
             for layer in layers:
-                params[layer.name] = install(model, layer, fit(model, layer, recipe, stats[layer.name]))
+                params[layer.name] = fit(model, layer, recipe, stats[layer.name])
+                install(model, layer.name, params[layer.name])
             for number, batch in enumerate(batches):
                 states.write(number, _run(block, states.read(number), calls[len(batch)][index]))
             progress(index + 1, len(blocks))
@@ -78,16 +80,6 @@ def fit(model: nn.Module, layer: LayerPlan, recipe: Recipe, stats: LayerStats | 
     params = Params(layer.keep, layer.group, channel_scale=criterion(recipe.criterion)(linear.weight))
     for method in recipe.methods():
         params = method.fit(params, stats)
-    return params
-
-
-def install(model: nn.Module, layer: LayerPlan, params: Params) -> Params:
-    """Put the sparse layer in the place of the dense one, over the same weight; return `params`."""
-    linear = model.get_submodule(layer.name)
-    assert isinstance(linear, nn.Linear)
-    bias = None if linear.bias is None else linear.bias.data
-    parent, _, child = layer.name.rpartition(".")
-    setattr(model.get_submodule(parent), child, SparseLinear(bake(linear.weight.data, bias, params)))
     return params
 
 

@@ -26,18 +26,23 @@ from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, SimpleCompareFunc
 from polygraphy.logger import G_LOGGER
-from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from torch import Tensor
+from transformers import PreTrainedModel
 
 from converter.errors import ValidationError
 from converter.evaluation.limits import LIMITS, Limits
+from converter.evaluation.reference import (
+    Array,
+    layer_inputs,
+    model_feeds,
+    round_weights,
+    run_model,
+    sparse_layer,
+)
 from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP
-from converter.graph.trace import cache_names
 from converter.runtimes.onnxruntime import session
-from converter.sparsity.linear import Params, SparseLinear, bake, prune
-
-Array = np.ndarray[Any, Any]
+from converter.sparsity.linear import Params, install, prune
 
 
 @dataclass(frozen=True)
@@ -110,12 +115,13 @@ def validate(
     graph = onnx.load(folder / MODEL, load_external_data=False)
     kind = np.float16 if dtype == "float16" else np.float32
     with torch.no_grad(), _quiet():
-        _round(model, dtype)
-        feeds = _model_feeds(model, ids, kind)
+        round_weights(model, dtype)
+        feeds = model_feeds(model, ids, kind)
         _compare_dense(report, folder, graph, model, feeds)
         progress(1, 4)
-        _make_sparse(model, params, dtype)
-        inputs = _layer_inputs(model, list(params), ids, kind)
+        for name, layer in params.items():
+            install(model, name, layer)
+        inputs = layer_inputs(model, list(params), ids, kind)
         flipped = _compare_masks(report, folder, graph, model, inputs)
         progress(2, 4)
         _compare_layers(report, folder, graph, model, inputs, flipped)
@@ -185,75 +191,6 @@ def _everything(_number: int, _name: str, array: Array) -> Array:
     return array
 
 
-def _round(model: nn.Module, dtype: str) -> None:
-    """Round the weights as the export does, and go on computing in float32."""
-    if dtype != "float32":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, dtype)).float()
-
-
-def _make_sparse(model: nn.Module, params: dict[str, Params], dtype: str) -> None:
-    for name, layer in params.items():
-        linear = model.get_submodule(name)
-        assert isinstance(linear, nn.Linear)
-        baked = bake(linear.weight.data, None if linear.bias is None else linear.bias.data, layer)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, SparseLinear(baked))
-
-
-# The whole graph: a prefill of two rows, one padded on the left, then one token more for both.
-
-
-def _model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:
-    pad, length = 3, min(ids.shape[1], 64)
-    text = ids[0, :length]
-    rows = torch.stack([text, torch.cat([text.new_zeros(pad), text[: length - pad]])])
-    mask = torch.ones_like(rows)
-    mask[1, :pad] = 0
-    prefill, decode = slice(0, length - 1), slice(length - 1, length)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    out = model(
-        input_ids=rows[:, prefill],
-        attention_mask=mask[:, prefill],
-        position_ids=positions[:, prefill],
-        past_key_values=DynamicCache(),
-        use_cache=True,
-    )
-    feeds = []
-    for part, cache in ((prefill, None), (decode, out.past_key_values)):
-        feed: OrderedDict[str, Array] = OrderedDict(
-            input_ids=rows[:, part].numpy(),
-            attention_mask=mask[:, : part.stop].contiguous().numpy(),
-            position_ids=positions[:, part].contiguous().numpy(),
-        )
-        for index, layer in enumerate(out.past_key_values.layers):
-            for name, tensor in zip(cache_names("past_key_values", index), (layer.keys, layer.values), strict=True):
-                feed[name] = (tensor if cache else tensor[:, :, :0]).contiguous().numpy().astype(kind)
-        feeds.append(feed)
-    return feeds
-
-
-def _run_model(model: PreTrainedModel, feed: Any) -> dict[str, Array]:
-    cache = DynamicCache()
-    count = sum(name.startswith("past_key_values.") for name in feed) // 2
-    for index in range(count):
-        key, value = (torch.from_numpy(feed[n]).float() for n in cache_names("past_key_values", index))
-        if key.shape[2]:
-            cache.update(key, value, index)
-    out = model(
-        input_ids=torch.from_numpy(feed["input_ids"]),
-        attention_mask=torch.from_numpy(feed["attention_mask"]),
-        position_ids=torch.from_numpy(feed["position_ids"]),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    outputs = {"logits": out.logits.numpy()}
-    for index, layer in enumerate(out.past_key_values.layers):
-        for name, tensor in zip(cache_names("present", index), (layer.keys, layer.values), strict=True):
-            outputs[name] = tensor.numpy()
-    return outputs
-
-
 def _seen(feed: Any, name: str, array: Array) -> Array:
     """Return `array` with the padding positions zero: nothing reads them, and runtimes fill them as they like."""
     mask = feed["attention_mask"].astype(bool)
@@ -269,7 +206,7 @@ def _compare_dense(report: Parity, folder: Path, graph: onnx.ModelProto, model: 
         attributes = {a.name: a for a in node.attribute}
         attributes["keep"].i = attributes["group"].i
     found = _compare(
-        lambda feed: _run_model(model, feed),
+        lambda feed: run_model(model, feed),
         session(dense, folder, prepack=False),
         feeds,
         lambda number, name, array: _seen(feeds[number], name, array),
@@ -294,26 +231,6 @@ def _nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
 def _layer(node: onnx.NodeProto) -> str:
     name: str = node.input[1]
     return name.removesuffix(".weight")
-
-
-def _layer_inputs(model: PreTrainedModel, names: list[str], ids: Tensor, kind: Any) -> list[Any]:
-    """Return the inputs `[T, K]` of every layer at prefill and at decode of one token, from the sparse model."""
-    feeds: list[Any] = []
-    cache = DynamicCache()
-    for part in (ids[:, :-1], ids[:, -1:]):
-        seen: OrderedDict[str, Array] = OrderedDict()
-        handles = []
-        for name in names:
-
-            def note(_module: nn.Module, args: Any, name: str = name, seen: Any = seen) -> None:
-                seen[f"{name}.X"] = args[0].reshape(-1, args[0].shape[-1]).numpy().astype(kind)
-
-            handles.append(model.get_submodule(name).register_forward_pre_hook(note))
-        model(input_ids=part, past_key_values=cache, use_cache=True)
-        for handle in handles:
-            handle.remove()
-        feeds.append(seen)
-    return feeds
 
 
 def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
@@ -375,7 +292,7 @@ def _compare_masks(
         rows: dict[str, Array] = {}
         for output, y in zip(names, ort.run(names, feed), strict=True):
             name = output.removesuffix(".Y")
-            baked = _sparse(model, name).baked
+            baked = sparse_layer(model, name).baked
             z, zs, _ = prune(torch.from_numpy(feed[f"{name}.X"]).float(), baked)
             scores = z.abs() if baked.channel_scale is None else z.abs() * baked.channel_scale
             differ = (zs != 0) != torch.from_numpy(y != 0)
@@ -404,12 +321,6 @@ def _margin(scores: Tensor, kept: Tensor, differ: Tensor, group: int) -> float:
     return float(gap.amax())
 
 
-def _sparse(model: nn.Module, name: str) -> SparseLinear:
-    module = model.get_submodule(name)
-    assert isinstance(module, SparseLinear)
-    return module
-
-
 def _compare_layers(
     report: Parity,
     folder: Path,
@@ -422,7 +333,9 @@ def _compare_layers(
 
     def reference(feed: Any) -> dict[str, Array]:
         return {
-            f"{name.removesuffix('.X')}.Y": _sparse(model, name.removesuffix(".X"))(torch.from_numpy(x).float()).numpy()
+            f"{name.removesuffix('.X')}.Y": sparse_layer(model, name.removesuffix(".X"))(
+                torch.from_numpy(x).float()
+            ).numpy()
             for name, x in feed.items()
         }
 
@@ -446,11 +359,11 @@ def _compare_layers(
 def _report_sparse(
     report: Parity, folder: Path, graph: onnx.ModelProto, model: PreTrainedModel, ids: Tensor, kind: Any
 ) -> None:
-    feeds = _model_feeds(model, ids, kind)
+    feeds = model_feeds(model, ids, kind)
     ort = session(graph, folder, prepack=False)
     for phase, feed in zip(("prefill", "decode"), feeds, strict=True):
         logits = _seen(feed, "logits", ort.run(["logits"], feed)[0].astype(np.float32))
-        expected = _seen(feed, "logits", _run_model(model, feed)["logits"])
+        expected = _seen(feed, "logits", run_model(model, feed)["logits"])
         seen = feed["attention_mask"][:, -logits.shape[1] :].astype(bool)
         report.sparse[f"{phase}_logits_error"] = _relative(
             float(np.abs(logits - expected).max()), float(np.abs(expected).max())

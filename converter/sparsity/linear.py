@@ -144,3 +144,12 @@ class SparseLinear(nn.Module):
         if baked.row_sum is not None and eta is not None:
             y = y + eta * baked.row_sum
         return y if baked.bias is None else y + baked.bias
+
+
+def install(model: nn.Module, name: str, params: Params) -> None:
+    """Put the sparse layer in the place of the dense one called `name`, over the same weight."""
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    bias = None if linear.bias is None else linear.bias.data
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, SparseLinear(bake(linear.weight.data, bias, params)))

@@ -1,0 +1,105 @@
+"""The PyTorch side of parity: the reference model, and the inputs that both sides are given, on real text."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from converter.graph.trace import cache_names
+from converter.sparsity.linear import SparseLinear
+
+Array = np.ndarray[Any, Any]
+
+
+def round_weights(model: nn.Module, dtype: str) -> None:
+    """Round the weights as the export does, and go on computing in float32."""
+    if dtype != "float32":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(getattr(torch, dtype)).float()
+
+
+def model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:
+    """Return inputs of the whole graph: a prefill of two rows, one padded on the left, then one token more for both.
+
+    `kind` is the numpy dtype of the cache.
+    """
+    pad, length = 3, min(ids.shape[1], 64)
+    text = ids[0, :length]
+    rows = torch.stack([text, torch.cat([text.new_zeros(pad), text[: length - pad]])])
+    mask = torch.ones_like(rows)
+    mask[1, :pad] = 0
+    prefill, decode = slice(0, length - 1), slice(length - 1, length)
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    out = model(
+        input_ids=rows[:, prefill],
+        attention_mask=mask[:, prefill],
+        position_ids=positions[:, prefill],
+        past_key_values=DynamicCache(),
+        use_cache=True,
+    )
+    feeds = []
+    for part, cache in ((prefill, None), (decode, out.past_key_values)):
+        feed: OrderedDict[str, Array] = OrderedDict(
+            input_ids=rows[:, part].numpy(),
+            attention_mask=mask[:, : part.stop].contiguous().numpy(),
+            position_ids=positions[:, part].contiguous().numpy(),
+        )
+        for index, layer in enumerate(out.past_key_values.layers):
+            for name, tensor in zip(cache_names("past_key_values", index), (layer.keys, layer.values), strict=True):
+                feed[name] = (tensor if cache else tensor[:, :, :0]).contiguous().numpy().astype(kind)
+        feeds.append(feed)
+    return feeds
+
+
+def run_model(model: PreTrainedModel, feed: Any) -> dict[str, Array]:
+    """Return logits and cache under the names of the graph's outputs, computed by torch."""
+    cache = DynamicCache()
+    count = sum(name.startswith("past_key_values.") for name in feed) // 2
+    for index in range(count):
+        key, value = (torch.from_numpy(feed[n]).float() for n in cache_names("past_key_values", index))
+        if key.shape[2]:
+            cache.update(key, value, index)
+    out = model(
+        input_ids=torch.from_numpy(feed["input_ids"]),
+        attention_mask=torch.from_numpy(feed["attention_mask"]),
+        position_ids=torch.from_numpy(feed["position_ids"]),
+        past_key_values=cache,
+        use_cache=True,
+    )
+    outputs = {"logits": out.logits.numpy()}
+    for index, layer in enumerate(out.past_key_values.layers):
+        for name, tensor in zip(cache_names("present", index), (layer.keys, layer.values), strict=True):
+            outputs[name] = tensor.numpy()
+    return outputs
+
+
+def layer_inputs(model: PreTrainedModel, names: list[str], ids: Tensor, kind: Any) -> list[Any]:
+    """Return the inputs `[T, K]` of every layer at prefill and at decode of one token, from the sparse model."""
+    feeds: list[Any] = []
+    cache = DynamicCache()
+    for part in (ids[:, :-1], ids[:, -1:]):
+        seen: OrderedDict[str, Array] = OrderedDict()
+        handles = []
+        for name in names:
+
+            def note(_module: nn.Module, args: Any, name: str = name, seen: Any = seen) -> None:
+                seen[f"{name}.X"] = args[0].reshape(-1, args[0].shape[-1]).numpy().astype(kind)
+
+            handles.append(model.get_submodule(name).register_forward_pre_hook(note))
+        model(input_ids=part, past_key_values=cache, use_cache=True)
+        for handle in handles:
+            handle.remove()
+        feeds.append(seen)
+    return feeds
+
+
+def sparse_layer(model: nn.Module, name: str) -> SparseLinear:
+    """Return the sparse layer of that name."""
+    module = model.get_submodule(name)
+    assert isinstance(module, SparseLinear)
+    return module
