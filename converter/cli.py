@@ -34,7 +34,7 @@ USAGE, INTERRUPTED = 2, 130
 
 
 @Parameter(name="*")
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
     """The recipe on the command line; what is not given comes from --recipe, else from the defaults."""
 

@@ -225,7 +225,9 @@ def test_samples_run(tiny: Path, tmp_path: Path, sample: Path) -> None:
 
 
 def test_commands_and_options_of_the_readme_exist(nmsparse: Command) -> None:
-    lines = re.findall(r"^nmsparse (\w+)(.*?)(?:\s#.*)?$", (Path(__file__).parents[1] / "README.md").read_text(), re.M)
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    blocks = "".join(re.findall(r"```bash\n(.*?)```", readme, re.S))
+    lines = re.findall(r"^nmsparse (\w+)(.*?)(?:\s#.*)?$", blocks, re.M)
     commands = {command for command, _ in lines}
     assert commands == {"convert", "calibrate", "export", "validate", "generate", "perplexity"}
     for command in sorted(commands):
