@@ -41,7 +41,7 @@ style: $(VENV)/installed
 	$(BIN)/ruff format .
 
 bench: $(GGUF) $(VENV)/installed $(CLIENTS)/installed $(BUILDER)/installed
-	$(BIN)/python benchmarks/convert.py $(GGUF) --optimum $(CLIENTS)/bin/optimum-cli --builder $(BUILDER)/bin/python
+	$(BIN)/python benchmarks/convert.py $(GGUF) --optimum $(CLIENTS)/bin/optimum-cli --builder $(BUILDER)/bin/python --exporter
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

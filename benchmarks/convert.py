@@ -31,7 +31,7 @@ config = OnnxConfig(dynamic=True)
 config.multi_token_decode = True
 inputs = {"input_ids": torch.ones(1, 4, dtype=torch.int64)}
 exported = OnnxExporter().export_for_generation(model, inputs, config=config)
-exported["decode"].save_pretrained(sys.argv[2])
+exported.save_pretrained(sys.argv[2])
 """
 
 
@@ -54,6 +54,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--optimum", help="optimum-cli of an environment with optimum-onnx")
     parser.add_argument("--builder", help="python of an environment with onnxruntime-genai and transformers 5")
+    parser.add_argument("--exporter", action="store_true", help="also transformers' own exporter, which takes minutes")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", type=Path, help="write rows of name, value, unit, goal, met")
     options = parser.parse_args()
@@ -77,8 +78,9 @@ def main() -> None:
         if options.builder:
             arguments = ["-m", "onnxruntime_genai.models.builder", "-p", "fp32", "-e", "cpu", "-i", str(work / "model")]
             tools["onnxruntime-genai builder"] = [options.builder, *arguments, "-c", str(work / "cache"), "-o"]
-        (work / "exporter.py").write_text(EXPORTER)
-        tools["transformers OnnxExporter"] = [sys.executable, str(work / "exporter.py"), str(work / "model")]
+        if options.exporter:
+            (work / "exporter.py").write_text(EXPORTER)
+            tools["transformers OnnxExporter"] = [sys.executable, str(work / "exporter.py"), str(work / "model")]
         runs: dict[str, list[tuple[float, float]]] = {name: [] for name in tools}
         sizes = {}
         for _ in range(options.rounds):

@@ -212,6 +212,7 @@ def _unpacked(path: Path, *, gguf: bool) -> Path:
     if info["missing_keys"]:
         raise CheckpointError(f"{path}: must hold every weight of the model, got none for {info['missing_keys']}.")
     config = model.config
+    config.architectures = [type(model).__name__]  # a GGUF file does not say; clients ask for it
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     folder.parent.mkdir(parents=True, exist_ok=True)
