@@ -128,11 +128,15 @@ class Checkpoint:
 
     def fingerprint(self) -> str:
         """Return the SHA-256 of the weights' files in the order of their names, in hexadecimal."""
-        digest = hashlib.sha256()
-        for path in sorted(set(self.files.values())):
-            with path.open("rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        return digest.hexdigest()
+        return _sha256(sorted(set(self.files.values())))
+
+
+def _sha256(paths: list[Path]) -> str:
+    digest = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
@@ -168,11 +172,10 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     return Checkpoint(source, revision, _unpacked(folder, gguf=False))
 
 
-def weight_names(model: nn.Module) -> dict[str, str]:
+def weight_names(model: nn.Module) -> list[str]:
     """Return the parameters and the saved buffers of the model, tied ones under the name that is stored."""
-    return {name: name for name, _ in model.named_parameters()} | {
-        name: name for name in model.state_dict() if name in dict(model.named_buffers())
-    }
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    return [*parameters, *(name for name in model.state_dict() if name in buffers)]
 
 
 def _from_hub(source: str, revision: str | None) -> Path:
@@ -187,11 +190,8 @@ def _from_hub(source: str, revision: str | None) -> Path:
 
 def _unpacked(path: Path, *, gguf: bool) -> Path:
     """Return a folder of safetensors, in the Hub cache, with the weights under the names that torch gives them."""
-    digest = hashlib.sha256()
-    for file in [path] if gguf else sorted(path.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            digest.update(hashlib.file_digest(stream, "sha256").digest())
-    folder = Path(constants.HF_HOME) / "nmsparse" / digest.hexdigest()
+    digest = _sha256([path] if gguf else sorted(path.glob("*.safetensors")))
+    folder = Path(constants.HF_HOME) / "nmsparse" / digest
     if folder.exists():
         return folder
     where = {"gguf_file": path.name} if gguf else {}

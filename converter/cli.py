@@ -20,7 +20,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TORCH_LOGS", "-all")
 
-from converter.errors import ConverterError, RecipeError
+from converter.errors import ConverterError
 from converter.recipe import Recipe, from_yaml, parse_set
 from converter.stages import Stages
 
@@ -284,6 +284,3 @@ def main() -> None:
     except KeyboardInterrupt:
         errors.print("interrupted; OUT is as it was")
         sys.exit(INTERRUPTED)
-
-
-__all__ = ["RecipeError", "app", "main"]

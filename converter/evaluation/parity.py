@@ -187,10 +187,6 @@ def _relative(error: float, magnitude: float) -> float:
     return float("inf") if np.isnan(error) or np.isnan(magnitude) else error / max(magnitude, 1e-30)
 
 
-def _everything(_number: int, _name: str, array: Array) -> Array:
-    return array
-
-
 def _seen(feed: Any, name: str, array: Array) -> Array:
     """Return `array` with the padding positions zero: nothing reads them, and runtimes fill them as they like."""
     mask = feed["attention_mask"].astype(bool)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from converter.checkpoint import Checkpoint
 from converter.errors import ExportError
-from converter.graph.op import DOMAIN, VERSION, Form, function
+from converter.graph.op import DOMAIN, OP, VERSION, Form, function
 from converter.graph.stamp import stamp
 from converter.graph.trace import LinearNode, tied_weights, trace
 from converter.plan import Plan
@@ -52,11 +52,12 @@ def export(
         keep, group = (params[layer.name].keep, params[layer.name].group) if layer.sparse else (0, 0)
         nodes[layer.name] = LinearNode(keep, group, layer.name in biased)
     skeleton = checkpoint.skeleton()
-    transposed = {name for name in nodes if f"{name}.weight" not in tied_weights(skeleton)}
+    tied = tied_weights(skeleton)
+    transposed = {name for name in nodes if f"{name}.weight" not in tied}
     model = trace(skeleton, nodes, form, DTYPES[dtype])
     stamp(model, plan.blocks)
     _attach_weights(model, checkpoint, transposed, params, DTYPES[dtype])
-    model.functions[(DOMAIN, "SparseLinear", "")] = function(form)
+    model.functions[(DOMAIN, OP, "")] = function(form)
     model.opset_imports[DOMAIN] = VERSION
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "nmsparse", metadata["nmsparse.version"]
