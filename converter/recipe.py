@@ -49,6 +49,7 @@ class Recipe(_Frozen):
     mitigation: tuple[str, ...] = ("var",)
     s_pts: Literal["channel", "scalar"] = "channel"
     d_pts: Literal["median", "mean"] = "median"
+    rank: int = Field(default=64, gt=0)
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -93,7 +94,12 @@ class Recipe(_Frozen):
 
     def needs_statistics(self) -> bool:
         """Return whether calibration text has to be run through the model."""
-        return any(method.needs_statistics for method in self.methods())
+        wanted = criterion(self.criterion).needs_statistics
+        return wanted or any(method.needs_statistics for method in self.methods())
+
+    def needs_together(self) -> bool:
+        """Return whether the statistics must say which channels are large together."""
+        return any(method.needs_together for method in self.methods())
 
     def to_yaml(self) -> str:
         """Return the YAML text that `from_yaml` reads back."""

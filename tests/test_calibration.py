@@ -5,12 +5,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from converter.calibration import file as calibration_file
 from converter.calibration.texts import sampled, texts, windows
 from converter.calibration.walk import calibrate
 from converter.checkpoint import open_checkpoint
-from converter.errors import CalibrationError
+from converter.errors import CalibrationError, RecipeError
+from converter.pipeline import convert
 from converter.plan import plan
 from converter.recipe import Recipe
 from converter.sparsity.linear import Params, SparseLinear
@@ -70,6 +72,32 @@ def test_calibration_file_round_trip(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(CalibrationError, match="must be a calibration"):
         calibration_file.read(tmp_path / "bad.safetensors")
+
+
+METHODS = [
+    {"criterion": "clact", "mitigation": "pcs+var"},
+    {"criterion": "amber_trimmed", "mitigation": "permute+s_pts"},
+    {"criterion": "wina", "mitigation": "permute+r_sparse+d_pts+var", "rank": 3},
+    {"mitigation": "r_sparse", "rank": 3, "dtype": "float16"},
+    {"mitigation": "permute+r_sparse", "rank": 3, "dtype": "bfloat16"},
+]
+
+
+@pytest.mark.parametrize("changes", METHODS, ids=lambda changes: "-".join(map(str, changes.values())))
+def test_methods_convert_with_parity(tiny: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    small = {"pattern": "2:8", "calibration.tokens": 64, "calibration.window": 16}
+    out = convert(str(tiny), tmp_path / "out", Recipe().replace({**small, **changes}))
+    report = json.loads((out / "report.json").read_text())
+    assert report["parity"]["passed"]
+    parts = {name.rpartition(".")[2] for name in load_file(out / "calibration.safetensors")}
+    assert ("permutation" in parts) == ("permute" in str(changes["mitigation"]))
+    assert ("residual_in" in parts) == ("r_sparse" in str(changes["mitigation"]))
+
+
+def test_rank_that_is_not_below_the_width(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"r_sparse: rank must be between 1 and 63 for a layer of 64 x 64, got 64"):
+        convert(str(tiny), tmp_path / "out", Recipe().replace({"mitigation": "r_sparse", "rank": 64}))
+    assert not (tmp_path / "out").exists()
 
 
 def test_text_sources(tmp_path: Path) -> None:

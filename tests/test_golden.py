@@ -9,8 +9,9 @@ import torch
 
 from converter.sparsity.criteria import CRITERIA
 from converter.sparsity.linear import Params, SparseLinear, apply, bake, prune, token_scale
-from converter.sparsity.mitigations import MITIGATIONS, mitigations
+from converter.sparsity.mitigations import MITIGATIONS, Layer, mitigations
 from converter.sparsity.pattern import Pattern, mask
+from converter.sparsity.permutation import decorrelate
 from converter.sparsity.statistics import LayerStats
 
 NAN, INF = math.nan, math.inf
@@ -60,14 +61,20 @@ WEIGHT = [[1.0, 2.0, 3.0, 4.0], [0.0, 1.0, 0.0, -1.0]]
 BIAS = [10.0, 20.0]
 
 
-def shifted_by_one(name: str, variant: str) -> Params:
-    """Fit on two tokens: (4,-1,2,3) with median 2 and (-2,3,0,-1) with median -1; channel means (1,1,1,1)."""
-    stats = LayerStats.of("layer", 4)
+def statistics() -> LayerStats:
+    """Return those of two tokens: (4,-1,2,3) with median 2 and (-2,3,0,-1) with median -1; channel means (1,1,1,1)."""
+    stats = LayerStats.of("layer", 4, together=True)
     stats.update(torch.tensor([*X, [-2.0, 3.0, 0.0, -1.0]]))
-    params = Params(2, 4)
-    (method,) = mitigations([name], {name: variant})
-    return method.fit(params, stats)
+    return stats
 
+
+def fitted(name: str, variant: str) -> Params:
+    (method,) = mitigations([name], {name: variant})
+    return method.fit(Params(2, 4), Layer(torch.tensor(WEIGHT), statistics(), rank=1))
+
+
+T = 7 - math.sqrt(50)
+C = (4 - T) / (1 + T * T)
 
 GOLDEN = {
     # none: kept 4 and 3: y = 4*1 + 3*4 + 10 = 26; 0 - 3 + 20 = 17
@@ -85,17 +92,26 @@ GOLDEN = {
     # var: x = (4,-1,2,3), mean 2, squares 4+9+0+1 = 14, Var = 14/3; zs = (4,0,0,3), mean 1.75,
     # squares 5.0625+3.0625+3.0625+1.5625 = 12.75, Var = 4.25; nu = sqrt(14/12.75); y = nu*(16, -3) + bias
     ("var", ""): [16 * math.sqrt(14 / 12.75) + 10, -3 * math.sqrt(14 / 12.75) + 20],
+    # pcs: max|X| = (4,3,2,3), max|W| = (1,2,3,4), s^2 = (4, 3/2, 2/3, 3/4); |x|/s = 2, 0.82, 2.45, 3.46; kept 2 and 3
+    # in their own size: y = 2*3 + 3*4 + 10 = 28; 0 - 3 + 20 = 17
+    ("pcs", ""): [28.0, 17.0],
+    # permute: 2:4 of 4 channels is one group, so as none; test_permutation has two groups
+    ("permute", ""): [26.0, 17.0],
+    # r_sparse: what is dropped, d = (0,-1,2,0), gives W d = (4,-1). W W^T = ((30,-2),(-2,2)) has the largest
+    # eigenvalue 16 + sqrt(200), with u ~ (1, T), T = 7 - sqrt(50); rank 1 adds u u^T (4,-1) = C (1, T)
+    ("r_sparse", ""): [26.0 + C, 17.0 + C * T],
 }
 
 
 @pytest.mark.parametrize(("name", "variant"), GOLDEN)
 def test_mitigation(name: str, variant: str) -> None:
-    params = shifted_by_one(name, variant)
+    params = fitted(name, variant)
+    tolerance = {"rtol": 1e-12, "atol": 1e-12} if name != "r_sparse" else {"rtol": 1e-6, "atol": 1e-6}
     x, weight, bias = (torch.tensor(t, dtype=torch.float64) for t in (X, WEIGHT, BIAS))
     expected = torch.tensor([GOLDEN[name, variant]], dtype=torch.float64)
-    torch.testing.assert_close(apply(x, weight, bias, params), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(apply(x, weight, bias, params), expected, **tolerance)
     baked = bake(weight, bias, params).to(torch.float64)
-    torch.testing.assert_close(SparseLinear(baked)(x), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(SparseLinear(baked)(x), expected, **tolerance)
 
 
 def test_even_median_is_the_lower_of_the_two() -> None:
@@ -106,8 +122,41 @@ def test_even_median_is_the_lower_of_the_two() -> None:
     assert eta.item() == 2.0
 
 
+# The weights in order: -1, 0, 0, 1, 1, 2, 3, 4. Their quantiles 0.005 and 0.995 lie just inside -1 and 4, so the
+# outliers are these two; of the others the mean is 7/6 and the variance 41/36: standardised, w is (6 w - 7) / sqrt(41).
+SCALES = {
+    "magnitude": None,
+    "clact": [20, 10, 4, 10],  # 16 + 4, 1 + 9, 4 + 0, 9 + 1
+    "wina": [1, 5, 9, 17],
+    "weight_variance": [0.25, 0.25, 2.25, 6.25],  # columns (1,0), (2,1), (3,0), (4,-1)
+    "amber": [50 / 41, 26 / 41, 170 / 41, 458 / 41],  # (-1,-7), (5,-1), (11,-7), (17,-13)
+    "amber_trimmed": [50 / 41, 26 / 41, 170 / 41, 0],  # both weights of the last column are outliers
+}
+
+
+@pytest.mark.parametrize("name", SCALES)
+def test_criterion(name: str) -> None:
+    found, squares = CRITERIA[name].scale(torch.tensor(WEIGHT), statistics()), SCALES[name]
+    if squares is None:
+        assert found is None
+    else:
+        assert found is not None
+        torch.testing.assert_close(found.square(), torch.tensor(squares, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+
+
+def test_permutation() -> None:
+    # Shares |x|/||x||: (4,1,2,3)/sqrt(30) and (2,3,0,1)/sqrt(14). Energies .82, .68, .13, .37: first 0, then 1, which
+    # is large with 0 (.56) and so goes to the other group; 3 is large with 0 (.54) more than with 1 (.31); 2 is left.
+    together = statistics().together
+    assert together is not None
+    assert decorrelate(together, 2).tolist() == [0, 2, 1, 3]
+    # Groups (0,3) and (1,2) of x = (4,-1,2,3): kept 4 and 2: y = 4 + 6 + 10 = 20; 0 + 0 + 20 = 20
+    params = Params(1, 2, permutation=torch.tensor([0, 3, 1, 2]))
+    y = SparseLinear(bake(torch.tensor(WEIGHT), torch.tensor(BIAS), params))(torch.tensor(X))
+    assert y.tolist() == [[20.0, 20.0]]
+
+
 def test_criterion_magnitude_scores_by_absolute_value() -> None:
-    assert CRITERIA["magnitude"](torch.tensor(WEIGHT)) is None
     _, zs, _ = prune(torch.tensor([[-5.0, 1.0, 4.0, -2.0]]), Params(2, 4))
     assert zs.tolist() == [[-5.0, 0.0, 4.0, 0.0]]
 
@@ -131,4 +180,4 @@ def test_dropped_infinity_gives_no_nan() -> None:
 
 def test_every_entry_has_a_row() -> None:
     assert set(GOLDEN) == {(name, variant) for name, table in MITIGATIONS.items() for variant in table}
-    assert set(CRITERIA) == {"magnitude"}
+    assert set(SCALES) == set(CRITERIA)

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 
-from converter.graph.op import DOMAIN, OP, OPSET, VERSION, Form, function
+from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION, Form, function
 from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake
 
 FORMS = list(itertools.product(["float32", "float16"], SHIFT_MODES, [False, True], [False, True], [False, True]))
@@ -25,9 +25,10 @@ def run(form: Form, baked: Baked, x: np.ndarray) -> np.ndarray:
     values = {name: getattr(baked, {"W": "weight"}.get(name, name)) for name in form.takes()[1:]}
     tensors = []
     for name, tensor in values.items():
-        array = tensor.contiguous().numpy().astype(x.dtype if name == "W" else np.float32)
+        kinds = {"permutation": np.int64} | dict.fromkeys(("W", "residual_in", "residual_out"), x.dtype)
+        array = tensor.contiguous().numpy().astype(kinds.get(name, np.float32))
         tensors.append(onnx.numpy_helper.from_array(array, name))
-    names = [n if n == "X" or n in values else "" for n in ("X", "W", "bias", "channel_scale", "shift", "row_sum")]
+    names = [n if n == "X" or n in values else "" for n in INPUTS]
     attributes = {
         "keep": baked.keep,
         "group": baked.group,
@@ -64,6 +65,9 @@ def layer(form: Form, keep: int, group: int, seed: int = 0) -> Baked:
         variance=form.variance,
         channel_scale=torch.rand(in_features, generator=generator) + 0.5 if form.channel_scale else None,
         shift=torch.randn(in_features, generator=generator) / 4 if form.shift_mode == "static" else None,
+        permutation=torch.randperm(in_features, generator=generator) if form.permutation else None,
+        residual_in=torch.randn(in_features, 3, generator=generator).half().float() if form.residual else None,
+        residual_out=torch.randn(3, out_features, generator=generator).half().float() if form.residual else None,
     )
     weight = torch.randn(out_features, in_features, generator=generator)
     if form.dtype == "float16":
@@ -74,7 +78,18 @@ def layer(form: Form, keep: int, group: int, seed: int = 0) -> Baked:
 
 @pytest.mark.parametrize(("dtype", "shift_mode", "variance", "bias", "scaled"), FORMS)
 def test_body_equals_reference(dtype: str, shift_mode: str, variance: bool, bias: bool, scaled: bool) -> None:
-    form = Form(dtype, shift_mode, variance, bias or shift_mode == "static", scaled)
+    check(Form(dtype, shift_mode, variance, bias or shift_mode == "static", scaled))
+
+
+@pytest.mark.parametrize(("permutation", "residual"), [(True, False), (False, True), (True, True)])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_body_with_permutation_and_residual(dtype: str, permutation: bool, residual: bool) -> None:
+    for shift_mode, variance in itertools.product(SHIFT_MODES, [False, True]):
+        check(Form(dtype, shift_mode, variance, True, True, permutation, residual))
+
+
+def check(form: Form) -> None:
+    dtype = form.dtype
     tolerance = 2e-6 if dtype == "float32" else 2e-3
     for (keep, group), tokens in itertools.product([(2, 4), (8, 16), (3, 33), (1, 4)], [1, 5]):
         baked = layer(form, keep, group)

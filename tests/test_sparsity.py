@@ -22,7 +22,7 @@ SHAPES = st.sampled_from([(2, 4), (1, 4), (4, 8), (8, 16), (3, 16), (16, 32), (7
     shape=SHAPES,
     seed=st.integers(0, 2**31),
     shift_mode=st.sampled_from(SHIFT_MODES),
-    flags=st.tuples(*[st.booleans()] * 5),
+    flags=st.tuples(*[st.booleans()] * 7),
     tokens=st.integers(1, 5),
 )
 def test_bake_equals_apply(
@@ -34,7 +34,7 @@ def test_bake_equals_apply(
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
-    variance, bias, scaled, output_scale, output_shift = flags
+    variance, bias, scaled, output_scale, output_shift, permuted, residual = flags
     in_features, out_features = 2 * group, 5
     params = Params(
         keep,
@@ -45,6 +45,9 @@ def test_bake_equals_apply(
         shift=normal(in_features) if shift_mode == "static" else None,
         output_scale=normal(out_features) if output_scale else None,
         output_shift=normal(out_features) if output_shift else None,
+        permutation=torch.randperm(in_features, generator=generator) if permuted else None,
+        residual_in=normal(in_features, 2) if residual else None,
+        residual_out=normal(2, out_features) if residual else None,
     )
     weight, b = normal(out_features, in_features), normal(out_features) if bias else None
     x = normal(tokens, in_features) + 0.5

@@ -16,7 +16,15 @@ from converter.sparsity.linear import Params
 NAME = "calibration.safetensors"
 FORMAT = "nmsparse-calibration-1"
 SETTINGS = ("keep", "group", "shift_mode", "variance")
-TENSORS = ("channel_scale", "shift", "output_scale", "output_shift")
+TENSORS = (
+    "channel_scale",
+    "shift",
+    "output_scale",
+    "output_shift",
+    "permutation",
+    "residual_in",
+    "residual_out",
+)
 
 
 def write(path: Path, params: dict[str, Params]) -> None:
@@ -26,7 +34,7 @@ def write(path: Path, params: dict[str, Params]) -> None:
         for part in TENSORS:
             tensor = getattr(layer, part)
             if tensor is not None:
-                tensors[f"{name}.{part}"] = tensor.float().contiguous()
+                tensors[f"{name}.{part}"] = (tensor.float() if tensor.is_floating_point() else tensor).contiguous()
     layers = {name: {key: getattr(layer, key) for key in SETTINGS} for name, layer in params.items()}
     save_file(tensors, path, metadata={"format": FORMAT, "layers": json.dumps(layers)})
 

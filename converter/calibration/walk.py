@@ -21,6 +21,7 @@ from converter.plan import LayerPlan, Plan
 from converter.recipe import Recipe
 from converter.sparsity.criteria import criterion
 from converter.sparsity.linear import Params, install
+from converter.sparsity.mitigations import Layer
 from converter.sparsity.statistics import LayerStats
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -58,7 +59,10 @@ def calibrate(
             states.write(number, _first_hidden(model, blocks, batch))
         for index, block in enumerate(blocks):
             layers = [layer for layer in plan.sparse if layer.name.startswith(f"{plan.blocks}.{index}.")]
-            stats = {layer.name: LayerStats.of(layer.name, layer.in_features) for layer in layers}
+            stats = {
+                layer.name: LayerStats.of(layer.name, layer.in_features, together=recipe.needs_together())
+                for layer in layers
+            }
             with _watched(model, stats):
                 for number, batch in enumerate(batches):
                     _run(block, states.read(number), calls[len(batch)][index])
@@ -77,9 +81,10 @@ def fit(model: nn.Module, layer: LayerPlan, recipe: Recipe, stats: LayerStats | 
         raise CalibrationError(f"{layer.name}: must see the calibration text, got no token. Add it to --ignore.")
     linear = model.get_submodule(layer.name)
     assert isinstance(linear, nn.Linear)
-    params = Params(layer.keep, layer.group, channel_scale=criterion(recipe.criterion)(linear.weight))
+    weight = linear.weight.data
+    params = Params(layer.keep, layer.group, channel_scale=criterion(recipe.criterion).scale(weight, stats))
     for method in recipe.methods():
-        params = method.fit(params, stats)
+        params = method.fit(params, Layer(weight, stats, recipe.rank))
     return params
 
 

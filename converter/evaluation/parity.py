@@ -35,6 +35,7 @@ from converter.evaluation.reference import (
     Array,
     layer_inputs,
     model_feeds,
+    round_residual,
     round_weights,
     run_model,
     sparse_layer,
@@ -42,7 +43,7 @@ from converter.evaluation.reference import (
 from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP
 from converter.runtimes.onnxruntime import session
-from converter.sparsity.linear import Params, install, prune
+from converter.sparsity.linear import Baked, Params, install, prune
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def validate(
         _compare_dense(report, folder, graph, model, feeds)
         progress(1, 4)
         for name, layer in params.items():
-            install(model, name, layer)
+            install(model, name, round_residual(layer, dtype))
         inputs = layer_inputs(model, list(params), ids, kind)
         flipped = _compare_masks(report, folder, graph, model, inputs)
         progress(2, 4)
@@ -245,10 +246,14 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
         new.CopyFrom(node)
         new.input[0], new.output[0] = f"{name}.X", f"{name}.Y"
         for position, given in enumerate(node.input[1:], 1):
-            if probe and given and INPUTS[position] in {"W", "bias", "row_sum"}:
-                role = "identity" if INPUTS[position] == "W" else "zeros"
-                new.input[position] = f"{role}.{width}"
-                nodes.setdefault(f"{role}.{width}", _constant(role, width, kind))
+            if probe and given and INPUTS[position] in {"W", "bias", "row_sum", "residual_out"}:
+                dims = [*tensors[given].dims[:-1], width]
+                if INPUTS[position] == "W":
+                    stand_in, made = _identity(width, kind)
+                else:
+                    stand_in, made = _zeros(dims, tensors[given].data_type)
+                new.input[position] = stand_in
+                nodes.setdefault(stand_in, made)
             elif given:
                 weights[given] = tensors[given]
         nodes[name] = [new]
@@ -263,18 +268,25 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
     )
 
 
-def _constant(role: str, width: int, kind: int) -> list[onnx.NodeProto]:
-    """Return nodes that compute the identity `[K, K]` in `kind`, or zeros `[K]` in float32, and store neither."""
-    name, make = f"{role}.{width}", onnx.helper.make_node
-    dims = [width, width] if role == "identity" else [width]
-    filled = f"{name}.empty" if role == "identity" else name
-    nodes = [
+def _zeros(dims: list[int], kind: int) -> tuple[str, list[onnx.NodeProto]]:
+    """Return the name of zeros of that shape, and the nodes that make them where they are run."""
+    name, make = f"zeros.{'x'.join(map(str, dims))}.{kind}", onnx.helper.make_node
+    return name, [
         make("Constant", [], [f"{name}.shape"], value_ints=dims),
-        make("ConstantOfShape", [f"{name}.shape"], [filled]),
+        make("ConstantOfShape", [f"{name}.shape"], [f"{name}.32"]),
+        make("Cast", [f"{name}.32"], [name], to=kind),
     ]
-    if role == "identity":
-        nodes += [make("EyeLike", [filled], [f"{name}.32"]), make("Cast", [f"{name}.32"], [name], to=kind)]
-    return nodes
+
+
+def _identity(width: int, kind: int) -> tuple[str, list[onnx.NodeProto]]:
+    """Return the name of the identity `[K, K]`, and the nodes that make it where they are run."""
+    name, make = f"identity.{width}", onnx.helper.make_node
+    return name, [
+        make("Constant", [], [f"{name}.shape"], value_ints=[width, width]),
+        make("ConstantOfShape", [f"{name}.shape"], [f"{name}.empty"]),
+        make("EyeLike", [f"{name}.empty"], [f"{name}.32"]),
+        make("Cast", [f"{name}.32"], [name], to=kind),
+    ]
 
 
 def _compare_masks(
@@ -292,7 +304,7 @@ def _compare_masks(
             z, zs, _ = prune(torch.from_numpy(feed[f"{name}.X"]).float(), baked)
             scores = z.abs() if baked.channel_scale is None else z.abs() * baked.channel_scale
             differ = (zs != 0) != torch.from_numpy(y != 0)
-            margin = _margin(scores, zs != 0, differ, baked.group)
+            margin = _margin(_arranged(scores, baked), _arranged(zs != 0, baked), _arranged(differ, baked), baked.group)
             share = float(differ.float().mean())
             rows[output] = differ.any(-1).numpy()
             report.layers.append(LayerParity(name, phase, share, margin, 0.0, True))
@@ -303,6 +315,11 @@ def _compare_masks(
                 )
         flipped.append(rows)
     return flipped
+
+
+def _arranged(part: Tensor, baked: Baked) -> Tensor:
+    """Return `part [T, K]` with the channels of a group side by side."""
+    return part if baked.permutation is None else part[:, baked.permutation]
 
 
 def _margin(scores: Tensor, kept: Tensor, differ: Tensor, group: int) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
 from converter.graph.trace import cache_names
-from converter.sparsity.linear import SparseLinear
+from converter.sparsity.linear import Params, SparseLinear
 
 Array = np.ndarray[Any, Any]
 
@@ -21,6 +22,13 @@ def round_weights(model: nn.Module, dtype: str) -> None:
     if dtype != "float32":
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, dtype)).float()
+
+
+def round_residual(params: Params, dtype: str) -> Params:
+    """Return the parameters with the low-rank residual rounded as the export does; all else stays in float32."""
+    kind = getattr(torch, dtype)
+    parts = {name: getattr(params, name) for name in ("residual_in", "residual_out")}
+    return replace(params, **{name: None if t is None else t.to(kind).float() for name, t in parts.items()})
 
 
 def model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:

@@ -50,7 +50,7 @@ def export(
     nodes = {}
     for layer in plan.layers:
         keep, group = (params[layer.name].keep, params[layer.name].group) if layer.sparse else (0, 0)
-        nodes[layer.name] = LinearNode(keep, group, layer.name in biased)
+        nodes[layer.name] = LinearNode(keep, group, layer.name in biased, _rank(params.get(layer.name)))
     skeleton = checkpoint.skeleton()
     tied = tied_weights(skeleton)
     transposed = {name for name in nodes if f"{name}.weight" not in tied}
@@ -94,7 +94,20 @@ def _form(checkpoint: Checkpoint, params: dict[str, Params], dtype: str) -> Form
         variance=variance,
         bias=shift_mode == "static" or affine or has_bias,
         channel_scale=any(p.channel_scale is not None for p in params.values()),
+        permutation=any(p.permutation is not None for p in params.values()),
+        residual=any(p.residual_in is not None for p in params.values()),
     )
+
+
+def _rank(params: Params | None) -> int:
+    return 0 if params is None or params.residual_in is None else params.residual_in.shape[1]
+
+
+def _neutral(part: str, shape: tuple[int, ...]) -> Tensor:
+    """Return what changes nothing, where this layer has no such input and another has one."""
+    if part == "permutation":
+        return torch.arange(shape[0])
+    return (torch.ones if part == "channel_scale" else torch.zeros)(shape)
 
 
 def _attach_weights(
@@ -111,8 +124,8 @@ def _attach_weights(
         layer, _, part = name.rpartition(".")
         if layer in params:
             tensor: Tensor | None = getattr(baked(layer), part)
-            if tensor is None:  # neutral where this layer has none and another has one
-                tensor = (torch.ones if part == "channel_scale" else torch.zeros)(shape)
+            if tensor is None:
+                tensor = _neutral(part, shape)
         else:
             tensor = checkpoint.read(name)
             if layer in transposed and part == "weight":
@@ -124,7 +137,7 @@ def _attach_weights(
     def lazy(name: str, shape: tuple[int, ...], kind: torch.dtype) -> TorchTensor:
         return TorchTensor(content(name, shape, kind), name=name)
 
-    kinds = {value: DTYPES[key] for key, value in IR_DTYPES.items()}
+    kinds = {value: DTYPES[key] for key, value in IR_DTYPES.items()} | {ir.DataType.INT64: torch.int64}
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             assert value.shape is not None

@@ -14,7 +14,17 @@ OP = "SparseLinear"
 VERSION = 1
 OPSET = 23
 # The order is the op's signature; an input that a model has no use for is left empty in all its nodes.
-INPUTS = ("X", "W", "bias", "channel_scale", "shift", "row_sum")
+INPUTS = (
+    "X",
+    "W",
+    "bias",
+    "channel_scale",
+    "shift",
+    "row_sum",
+    "permutation",
+    "residual_in",
+    "residual_out",
+)
 ATTRIBUTES = ("keep", "group", "shift_mode", "variance")
 
 
@@ -27,6 +37,8 @@ class Form:
     variance: bool
     bias: bool
     channel_scale: bool
+    permutation: bool = False
+    residual: bool = False
 
     def takes(self) -> tuple[str, ...]:
         """Return the names of the inputs that the nodes give, in order."""
@@ -37,6 +49,9 @@ class Form:
             "channel_scale": self.channel_scale,
             "shift": self.shift_mode == "static",
             "row_sum": self.shift_mode in {"token_mean", "token_median"},
+            "permutation": self.permutation,
+            "residual_in": self.residual,
+            "residual_out": self.residual,
         }
         return tuple(name for name in INPUTS if given[name])
 
@@ -73,15 +88,37 @@ def _select(form: Form) -> Sequence[str]:
         "keep_1d = Reshape (keep_size, one_axis)",
         "group_1d = Reshape (group_size, one_axis)",
         "groups = Concat <axis = 0> (last, group_1d)",
-        "rank_groups = Reshape (rank, groups)",
-        f"z_groups = Reshape ({_z(form)}, groups)",
+        *_arranged("rank_arranged", "rank", form),
+        *_arranged("z_arranged", _z(form), form),
+        "rank_groups = Reshape (rank_arranged, groups)",
+        "z_groups = Reshape (z_arranged, groups)",
         "kept_rank, kept = TopK <axis = -1, largest = 1, sorted = 1> (rank_groups, keep_1d)",
         "kept_z = GatherElements <axis = -1> (z_groups, kept)",
         "groups_shape = Shape (z_groups)",
         "zero_groups = ConstantOfShape <value = float[1] {0.0}> (groups_shape)",
         "pruned_groups = ScatterElements <axis = -1> (zero_groups, kept, kept_z)",
         f"z_shape = Shape ({_z(form)})",
-        "pruned = Reshape (pruned_groups, z_shape)",
+        *(_back(form) if form.permutation else ["pruned = Reshape (pruned_groups, z_shape)"]),
+    ]
+
+
+def _arranged(name: str, of: str, form: Form) -> Sequence[str]:
+    """Return lines that put the channels of a group side by side."""
+    return [f"{name} = Gather <axis = -1> ({of}, permutation)" if form.permutation else f"{name} = Identity ({of})"]
+
+
+def _back(form: Form) -> Sequence[str]:
+    """Return lines that put the pruned channels into the order of W's rows."""
+    return [
+        "pruned_arranged = Reshape (pruned_groups, z_shape)",
+        "first = Constant <value_int = 0> ()",
+        "step = Constant <value_int = 1> ()",
+        "scalar_axis = Constant <value_ints = [0]> ()",
+        f"width_1d = Shape <start = -1> ({_z(form)})",
+        "end = Squeeze (width_1d, scalar_axis)",
+        "places = Range (first, end, step)",
+        "inverse = ScatterElements <axis = 0> (permutation, permutation, places)",
+        "pruned = Gather <axis = -1> (pruned_arranged, inverse)",
     ]
 
 
@@ -126,6 +163,30 @@ def _product(form: Form) -> Sequence[str]:
     ]
 
 
+def _residual(form: Form, y: str) -> Sequence[str]:
+    """Return lines that add what is dropped through the product of low rank; the products in the GEMM's dtype."""
+    lines = [f"dropped = Sub ({_z(form)}, pruned)"]
+    if form.dtype == "float32":
+        lines += ["thin = MatMul (dropped, residual_in)", "residual = MatMul (thin, residual_out)"]
+    elif form.dtype == "bfloat16":
+        lines += [
+            "dropped_x = CastLike (dropped, X)",
+            "dropped_32 = Cast <to = 1> (dropped_x)",
+            "residual_in_32 = Cast <to = 1> (residual_in)",
+            "residual_out_32 = Cast <to = 1> (residual_out)",
+            "thin_32 = MatMul (dropped_32, residual_in_32)",
+            "residual = MatMul (thin_32, residual_out_32)",
+        ]
+    else:
+        lines += [
+            "dropped_x = CastLike (dropped, X)",
+            "thin = MatMul (dropped_x, residual_in)",
+            "residual_x = MatMul (thin, residual_out)",
+            "residual = Cast <to = 1> (residual_x)",
+        ]
+    return [*lines, f"repaired = Add ({y}, residual)"]
+
+
 def _variance(name: str, of: str) -> Sequence[str]:
     return [
         f"{name}_mean = ReduceMean <keepdims = 1> ({of}, last)",
@@ -155,6 +216,9 @@ def _epilogue(form: Form) -> Sequence[str]:
     if "row_sum" in form.takes():
         lines += ["rank_one = Mul (eta, row_sum)", f"shifted = Add ({y}, rank_one)"]
         y = "shifted"
+    if form.residual:
+        lines += _residual(form, y)
+        y = "repaired"
     if form.bias:
         lines += [f"biased = Add ({y}, bias)"]
         y = "biased"

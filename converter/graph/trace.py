@@ -24,7 +24,7 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from converter.errors import ExportError
-from converter.graph.op import DOMAIN, OP, OPSET, VERSION, Form
+from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION, Form
 from converter.plan import find_blocks
 
 ATTENTION = "nmsparse_onnx"
@@ -40,6 +40,7 @@ class LinearNode:
     keep: int
     group: int
     bias: bool
+    rank: int = 0  # of the low-rank residual
 
 
 class TracedLinear(nn.Module):
@@ -50,16 +51,20 @@ class TracedLinear(nn.Module):
         super().__init__()
         self.node, self.form, self.out_features = node, form, linear.out_features
         shapes = {
-            "bias": linear.out_features,
-            "channel_scale": linear.in_features,
-            "shift": linear.in_features,
-            "row_sum": linear.out_features,
+            "bias": (linear.out_features,),
+            "channel_scale": (linear.in_features,),
+            "shift": (linear.in_features,),
+            "row_sum": (linear.out_features,),
+            "permutation": (linear.in_features,),
+            "residual_in": (linear.in_features, node.rank),
+            "residual_out": (node.rank, linear.out_features),
         }
+        kinds = {"permutation": torch.int64, "residual_in": dtype, "residual_out": dtype}
         self.weight = _placeholder((linear.in_features, linear.out_features), dtype)
         if node.keep:
             self.names = form.takes()[2:]
             for name in self.names:
-                self.register_parameter(name, _placeholder((shapes[name],), torch.float32))
+                self.register_parameter(name, _placeholder(shapes[name], kinds.get(name, torch.float32)))
         else:
             self.names = ("bias",) if node.bias else ()
             self.register_parameter("bias", _placeholder((linear.out_features,), dtype) if node.bias else None)
@@ -70,7 +75,7 @@ class TracedLinear(nn.Module):
             y = torch.matmul(x, self.weight)
             return y + self.bias if isinstance(self.bias, Tensor) else y
         given = dict(zip(self.names, (getattr(self, name) for name in self.names), strict=True))
-        inputs = [x, self.weight, *(given.get(name) for name in ("bias", "channel_scale", "shift", "row_sum"))]
+        inputs = [x, self.weight, *(given.get(name) for name in INPUTS[2:])]
         while inputs[-1] is None:
             inputs.pop()
         attributes: dict[str, Any] = {

@@ -3,24 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from converter.errors import RecipeError, lookup
+from converter.sparsity.statistics import LayerStats
 
-Criterion = Callable[[Tensor], Tensor | None]
+OUTLIERS = 0.005  # the share at either end that Amber-Pruner leaves out
 
 
-def magnitude(weight: Tensor) -> Tensor | None:
-    """Return None, that is a scale of one for every channel: the score is |z|.
+@dataclass(frozen=True)
+class Criterion:
+    """`scale` gives `channel_scale [K]`, or None for ones, from weight `[N, K]` and statistics."""
 
-    Source: arXiv:2509.22166, ACT.
+    scale: Callable[[Tensor, LayerStats | None], Tensor | None]
+    needs_statistics: bool = False
+
+
+def clact(_weight: Tensor, stats: LayerStats | None) -> Tensor:
+    """Return the norm of each input channel over the calibration tokens, `[K]`.
+
+    Source: arXiv:2509.22166 eq. (4), without the token's norm, which is constant within a token. There the norm runs
+    over the sequence that is pruned, later tokens included; calibrated, it is causal and can be served.
     """
-    del weight
-    return None
+    assert stats is not None
+    return stats.square_sum.sqrt().float()
 
 
-CRITERIA: dict[str, Criterion] = {"magnitude": magnitude}
+def amber(weight: Tensor, _stats: LayerStats | None) -> Tensor:
+    """Return the norm of each column of the standardised weight, `[K]`; mean and deviation are taken without outliers.
+
+    Source: arXiv:2508.02128 as the code of arXiv:2509.22166 reads it, but with exact quantiles, not those of a random
+    sample, and not divided by the smallest norm, which changes no mask.
+    """
+    return _standardised(weight, trim=False)
+
+
+def amber_trimmed(weight: Tensor, _stats: LayerStats | None) -> Tensor:
+    """Return as `amber`, but with the outliers left out of the norm too, as the text of arXiv:2509.22166 reads."""
+    return _standardised(weight, trim=True)
+
+
+def _standardised(weight: Tensor, *, trim: bool) -> Tensor:
+    values = weight.detach().double()
+    low, high = np.quantile(values.numpy(), [OUTLIERS, 1 - OUTLIERS])
+    inside = (values >= low) & (values <= high)
+    standard = (values - values[inside].mean()) / values[inside].std(correction=0)
+    return torch.linalg.vector_norm(standard * inside if trim else standard, dim=0).float()
+
+
+def wina(weight: Tensor, _stats: LayerStats | None) -> Tensor:
+    """Return the norm of each column of the weight, `[K]`.
+
+    Source: arXiv:2505.19427; there some projections go without, here none.
+    """
+    return torch.linalg.vector_norm(weight.detach().double(), dim=0).float()
+
+
+def weight_variance(weight: Tensor, _stats: LayerStats | None) -> Tensor:
+    """Return the standard deviation of each column of the weight over the outputs, `[K]`.
+
+    x_j^2 Var(W_:j) is what channel j adds to the variance over the outputs, so scores rank by its root.
+    """
+    return weight.detach().double().std(dim=0, correction=0).float()
+
+
+CRITERIA: dict[str, Criterion] = {
+    # Source: arXiv:2509.22166, ACT: the score is |z|.
+    "magnitude": Criterion(lambda _weight, _stats: None),
+    "clact": Criterion(clact, needs_statistics=True),
+    "amber": Criterion(amber),
+    "amber_trimmed": Criterion(amber_trimmed),
+    "wina": Criterion(wina),
+    "weight_variance": Criterion(weight_variance),
+}
 
 
 def criterion(name: str) -> Criterion:

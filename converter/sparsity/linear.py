@@ -30,6 +30,9 @@ class Params:
     shift: Tensor | None = None  # [K] with shift_mode "static"
     output_scale: Tensor | None = None  # [N] multiplies the layer's output
     output_shift: Tensor | None = None  # [N] is added to it afterwards
+    permutation: Tensor | None = None  # [K] int64: group g holds channels permutation[g*group : (g+1)*group]
+    residual_in: Tensor | None = None  # [K, r] with residual_out: a product of low rank for what is dropped
+    residual_out: Tensor | None = None  # [r, N]
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,15 @@ class Baked:
     channel_scale: Tensor | None  # [K]
     shift: Tensor | None  # [K]
     row_sum: Tensor | None  # [N], with a per-token shift
+    permutation: Tensor | None = None  # [K] int64
+    residual_in: Tensor | None = None  # [K, r]
+    residual_out: Tensor | None = None  # [r, N]
 
     def to(self, dtype: torch.dtype) -> Baked:
-        """Return the same layer with every tensor in `dtype`."""
+        """Return the same layer with every tensor of numbers in `dtype`."""
         values: dict[str, Any] = {f.name: getattr(self, f.name) for f in fields(self)}
         for name, value in values.items():
-            values[name] = value.to(dtype) if isinstance(value, Tensor) else value
+            values[name] = value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
         return Baked(**values)
 
 
@@ -77,7 +83,14 @@ def prune(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | N
     z = x if eta is None else x - eta
     scores = z.abs() if params.channel_scale is None else z.abs() * params.channel_scale
     # where, not a product: a dropped Inf must give 0, not NaN.
-    return z, torch.where(mask(scores, params.keep, params.group), z, torch.zeros_like(z)), eta
+    return z, torch.where(kept(scores, params), z, torch.zeros_like(z)), eta
+
+
+def kept(scores: Tensor, params: Params | Baked) -> Tensor:
+    """Return the mask `[..., K]` in the order of the channels, whoever shares a group."""
+    if params.permutation is None:
+        return mask(scores, params.keep, params.group)
+    return mask(scores[..., params.permutation], params.keep, params.group)[..., params.permutation.argsort()]
 
 
 def token_scale(z: Tensor, zs: Tensor) -> Tensor:
@@ -89,7 +102,9 @@ def token_scale(z: Tensor, zs: Tensor) -> Tensor:
 
 
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None, params: Params) -> Tensor:
-    """Return y `[..., N]` by the definition: xhat = nu * zs + eta; y = (xhat W^T + b) * output_scale + output_shift.
+    """Return y `[..., N]` by the definition, with xhat = nu * zs + eta.
+
+    y = (xhat W^T + b + (z - zs) residual_in residual_out) * output_scale + output_shift.
 
     This is what a mitigation means. It adds eta back, which makes the activations dense: never run it for speed.
     Source: arXiv:2509.22166 eqs. (3) and (5).
@@ -98,13 +113,17 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, params: Params) -> Ten
     xhat = zs * token_scale(z, zs) if params.variance else zs
     xhat = xhat if eta is None else xhat + eta
     y = nn.functional.linear(xhat, weight, bias)
+    if params.residual_in is not None and params.residual_out is not None:
+        y = y + (z - zs) @ params.residual_in.to(z.dtype) @ params.residual_out.to(z.dtype)
     y = y if params.output_scale is None else y * params.output_scale
     return y if params.output_shift is None else y + params.output_shift
 
 
 def bake(weight: Tensor, bias: Tensor | None, params: Params) -> Baked:
     """Return the op that equals `apply`: what is static is folded into weight and bias, row sums are precomputed."""
+    residual_out = params.residual_out
     if params.output_scale is not None:
+        residual_out = None if residual_out is None else residual_out * params.output_scale
         weight = weight * params.output_scale[:, None].to(weight.dtype)
         bias = None if bias is None else bias * params.output_scale.to(bias.dtype)
     if params.shift_mode == "static" and params.shift is not None:
@@ -123,6 +142,9 @@ def bake(weight: Tensor, bias: Tensor | None, params: Params) -> Baked:
         channel_scale=params.channel_scale,
         shift=params.shift,
         row_sum=weight.double().sum(-1).to(weight.dtype) if per_token else None,
+        permutation=params.permutation,
+        residual_in=params.residual_in,
+        residual_out=residual_out,
     )
 
 
@@ -135,7 +157,7 @@ class SparseLinear(nn.Module):
         self.baked = baked
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y `[..., N]` = nu * (zs W) + eta * row_sum + bias for x `[..., K]`."""
+        """Return y `[..., N]` for x `[..., K]`: nu * (zs W) + eta * row_sum + bias + residual."""
         baked = self.baked
         z, zs, eta = prune(x, baked)
         y = zs @ baked.weight
@@ -143,6 +165,8 @@ class SparseLinear(nn.Module):
             y = y * token_scale(z, zs)
         if baked.row_sum is not None and eta is not None:
             y = y + eta * baked.row_sum
+        if baked.residual_in is not None and baked.residual_out is not None:
+            y = y + (z - zs) @ baked.residual_in @ baked.residual_out
         return y if baked.bias is None else y + baked.bias
 
 

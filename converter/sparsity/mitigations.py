@@ -6,10 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from converter.errors import RecipeError, listing, lookup
 from converter.sparsity.linear import Params
+from converter.sparsity.permutation import decorrelate
 from converter.sparsity.statistics import LayerStats
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What a method may look at: the weight `[N, K]`, the statistics of the input, and the recipe's rank."""
+
+    weight: Tensor
+    stats: LayerStats | None = None
+    rank: int = 0
 
 
 @dataclass(frozen=True)
@@ -17,22 +28,58 @@ class Mitigation:
     """One method: `role` is the part of the op that it sets (two of one role exclude each other)."""
 
     role: str
-    fit: Callable[[Params, LayerStats | None], Params]
+    fit: Callable[[Params, Layer], Params]
     needs_statistics: bool = False
+    needs_together: bool = False
 
 
-def _static(params: Params, shift: torch.Tensor) -> Params:
+FLOOR = 1e-8  # of a maximum that is divided by
+
+
+def _static(params: Params, shift: Tensor) -> Params:
     return replace(params, shift_mode="static", shift=shift.float())
 
 
-def _channel_shift(params: Params, stats: LayerStats | None) -> Params:
-    assert stats is not None
-    return _static(params, stats.channel_mean())
+def _channel_shift(params: Params, layer: Layer) -> Params:
+    assert layer.stats is not None
+    return _static(params, layer.stats.channel_mean())
 
 
-def _scalar_shift(params: Params, stats: LayerStats | None) -> Params:
-    assert stats is not None
-    return _static(params, torch.full_like(stats.channel_sum, stats.mean_of_medians()))
+def _scalar_shift(params: Params, layer: Layer) -> Params:
+    assert layer.stats is not None
+    return _static(params, torch.full_like(layer.stats.channel_sum, layer.stats.mean_of_medians()))
+
+
+def _channel_balance(params: Params, layer: Layer) -> Params:
+    """Divide the scores by s_j = sqrt(max|X_j| / max|W_j|): x / s is ranked, and s cancels in the product."""
+    assert layer.stats is not None
+    balance = (layer.stats.largest.clamp_min(FLOOR) / layer.weight.double().abs().amax(0).clamp_min(FLOOR)).sqrt()
+    scale = 1 if params.channel_scale is None else params.channel_scale.double()
+    return replace(params, channel_scale=(scale / balance).float())
+
+
+def _regroup(params: Params, layer: Layer) -> Params:
+    assert layer.stats is not None
+    assert layer.stats.together is not None
+    if params.group == layer.weight.shape[1]:
+        return params  # one group: nobody to part
+    return replace(params, permutation=decorrelate(layer.stats.together, params.group))
+
+
+def _low_rank(params: Params, layer: Layer) -> Params:
+    out_features, in_features = layer.weight.shape
+    if not 0 < layer.rank < min(in_features, out_features):
+        raise RecipeError(
+            f"r_sparse: rank must be between 1 and {min(in_features, out_features) - 1} for a layer of {in_features} x "
+            f"{out_features}, got {layer.rank}. Choose with --set rank=R."
+        )
+    u, s, v = torch.linalg.svd(layer.weight.double(), full_matrices=False)
+    root = s[: layer.rank].sqrt()
+    return replace(
+        params,
+        residual_in=(v[: layer.rank].t() * root).float().contiguous(),
+        residual_out=(u[:, : layer.rank] * root).t().float().contiguous(),
+    )
 
 
 # The variants of S-PTS and D-PTS are different methods under one name (S1's prose, its table and its code disagree);
@@ -52,6 +99,12 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     },
     # Source: arXiv:2509.22166 eq. (5).
     "var": {"": Mitigation("variance", lambda params, _: replace(params, variance=True))},
+    # Source: arXiv:2509.22166 (PCS), with the maximum over the calibration tokens, not over the batch at run time.
+    "pcs": {"": Mitigation("balance of channels", _channel_balance, needs_statistics=True)},
+    # Ours: see converter/sparsity/permutation.py.
+    "permute": {"": Mitigation("permutation", _regroup, needs_statistics=True, needs_together=True)},
+    # Source: arXiv:2509.22166 app. A (R-Sparse): what is dropped goes through the truncated SVD of W, untrained.
+    "r_sparse": {"": Mitigation("low-rank residual", _low_rank)},
 }
 
 

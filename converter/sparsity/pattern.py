@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,10 +84,14 @@ def mask(scores: Tensor, keep: int, group: int) -> Tensor:
 
     Ties go to the lower channel. NaN counts as the largest score, so that it is kept and stays visible.
     """
-    grouped = scores.reshape(-1, group)
+    grouped = scores.detach().reshape(-1, group)
     grouped = torch.where(grouped.isnan(), torch.inf, grouped)
-    threshold = grouped.topk(keep, dim=-1).values[:, -1:]
-    above = grouped > threshold
-    tied = grouped == threshold
-    room = keep - above.sum(-1, keepdim=True)
-    return (above | (tied & (tied.cumsum(-1) <= room))).reshape(scores.shape)
+    # numpy's partition is several times faster than torch's topk on short groups.
+    threshold = torch.from_numpy(np.partition(grouped.numpy(), group - keep, axis=-1)[:, [group - keep]])
+    kept = grouped >= threshold
+    if int(torch.count_nonzero(kept)) != keep * len(kept):
+        crowded = kept.sum(-1) != keep
+        above = grouped[crowded] > threshold[crowded]
+        tied = grouped[crowded] == threshold[crowded]
+        kept[crowded] = above | (tied & (tied.cumsum(-1) <= keep - above.sum(-1, keepdim=True)))
+    return kept.reshape(scores.shape)

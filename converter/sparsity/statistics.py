@@ -16,13 +16,18 @@ class LayerStats:
 
     where: str
     channel_sum: Tensor  # [K]
+    square_sum: Tensor  # [K]
+    largest: Tensor  # [K] the largest |x|
+    together: Tensor | None  # [K, K] sums of u u^T, u = |x| / ||x|| of a token: which channels are large together
     median_sum: float = 0.0
     tokens: int = 0
 
     @classmethod
-    def of(cls, where: str, in_features: int) -> LayerStats:
+    def of(cls, where: str, in_features: int, *, together: bool = False) -> LayerStats:
         """Return empty statistics for a layer called `where` with K = `in_features`."""
-        return cls(where, torch.zeros(in_features, dtype=torch.float64))
+        zeros = torch.zeros(in_features, dtype=torch.float64)
+        square = torch.zeros(in_features, in_features, dtype=torch.float64) if together else None
+        return cls(where, zeros, zeros.clone(), zeros.clone(), square)
 
     def update(self, x: Tensor) -> None:
         """Add the tokens `x [..., K]`.
@@ -37,6 +42,11 @@ class LayerStats:
                 "Check the checkpoint and its dtype."
             )
         self.channel_sum += flat.sum(0)
+        self.square_sum += flat.square().sum(0)
+        self.largest = torch.maximum(self.largest, flat.abs().amax(0))
+        if self.together is not None:
+            share = flat.abs() / flat.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+            self.together += share.t() @ share
         self.median_sum += flat.median(-1).values.sum().item()
         self.tokens += flat.shape[0]
 
