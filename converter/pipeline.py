@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter.calibration import file as calibration_file
+from converter.calibration.distill import distill
 from converter.calibration.texts import sampled, windows
 from converter.calibration.walk import calibrate as walk
 from converter.checkpoint import Checkpoint, open_checkpoint
@@ -131,16 +132,21 @@ def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Pat
     text: Tensor | None = None
     if recipe.needs_statistics():
         settings = recipe.calibration
-        tokenizer, count = checkpoint.tokenizer(), settings.tokens // settings.window
+        tokenizer, count = checkpoint.tokenizer(), recipe.windows()
         if settings.source == "self":
             with stages.stage("sample", "tokens") as advance:
                 text = sampled(model, tokenizer, count, settings.window, recipe.seed, advance)
         else:
             text = windows(settings.source, tokenizer, count, settings.window, settings.field)
     with stages.stage("calibrate", "blocks") as advance:
-        params = walk(model, layers, recipe, text, folder, advance)
-        calibration_file.write(folder / calibration_file.NAME, params)
-        (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
+        used = None if text is None else text[: recipe.calibration.count]
+        params = walk(model, layers, recipe, used, folder, advance)
+    if recipe.distils():
+        assert text is not None
+        with stages.stage("distill", "steps") as advance:
+            params = distill(checkpoint.model(), params, text, recipe, advance)
+    calibration_file.write(folder / calibration_file.NAME, params)
+    (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
     return params
 
 

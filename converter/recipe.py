@@ -40,6 +40,21 @@ class Calibration(_Frozen):
             raise ValueError(f"tokens must be at least one window ({self.window}), got {self.tokens}")
         return self
 
+    @property
+    def count(self) -> int:
+        """The number of windows that the statistics are taken from."""
+        return self.tokens // self.window
+
+
+class Distillation(_Frozen):
+    """How the weights are trained against the dense model, with `distill` among the mitigations."""
+
+    tokens: int = Field(default=61440, gt=0)
+    steps: int = Field(default=60, gt=0)
+    batch: int = Field(default=2, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
+    warm_up: float = Field(default=0.1, ge=0, lt=1)
+
 
 class Recipe(_Frozen):
     """Every choice of a conversion; the defaults are what `nmsparse convert MODEL OUT` does."""
@@ -55,6 +70,7 @@ class Recipe(_Frozen):
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     seed: int = 0
     calibration: Calibration = Calibration()
+    distillation: Distillation = Distillation()
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -96,6 +112,15 @@ class Recipe(_Frozen):
         """Return whether calibration text has to be run through the model."""
         wanted = criterion(self.criterion).needs_statistics
         return wanted or any(method.needs_statistics for method in self.methods())
+
+    def distils(self) -> bool:
+        """Return whether the weights are trained once every layer is fitted."""
+        return any(method.distils for method in self.methods())
+
+    def windows(self) -> int:
+        """Return how many windows of text the calibration takes in all."""
+        wanted = self.distillation.tokens // self.calibration.window if self.distils() else 0
+        return max(self.calibration.count, wanted)
 
     def needs_together(self) -> bool:
         """Return whether the statistics must say which channels are large together."""

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from converter.calibration import file as calibration_file
+from converter.calibration.distill import distill
 from converter.calibration.texts import sampled, texts, windows
 from converter.calibration.walk import calibrate
 from converter.checkpoint import open_checkpoint
@@ -15,7 +16,7 @@ from converter.errors import CalibrationError, RecipeError
 from converter.pipeline import convert
 from converter.plan import plan
 from converter.recipe import Recipe
-from converter.sparsity.linear import Params, SparseLinear
+from converter.sparsity.linear import Params, SparseLinear, install
 from converter.sparsity.statistics import LayerStats
 
 
@@ -80,6 +81,7 @@ METHODS = [
     {"criterion": "wina", "mitigation": "permute+r_sparse+d_pts+var", "rank": 3},
     {"mitigation": "r_sparse", "rank": 3, "dtype": "float16"},
     {"mitigation": "permute+r_sparse", "rank": 3, "dtype": "bfloat16"},
+    {"mitigation": "permute+var+distill", "distillation.steps": 4, "distillation.tokens": 96, "dtype": "float16"},
 ]
 
 
@@ -92,6 +94,52 @@ def test_methods_convert_with_parity(tiny: Path, tmp_path: Path, changes: dict[s
     parts = {name.rpartition(".")[2] for name in load_file(out / "calibration.safetensors")}
     assert ("permutation" in parts) == ("permute" in str(changes["mitigation"]))
     assert ("residual_in" in parts) == ("r_sparse" in str(changes["mitigation"]))
+
+
+def test_distillation_lowers_the_divergence_and_is_the_same_for_a_seed(tiny: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny))
+    settings = {"distillation.steps": 12, "distillation.learning_rate": 2e-3, "mitigation": "s_pts+distill"}
+    recipe = Recipe().replace(settings)
+    ids = torch.randint(3, 200, (12, 16), generator=torch.Generator().manual_seed(0))
+    start = {layer.name: Params(2, 8) for layer in plan(checkpoint.skeleton(), recipe).sparse}
+    runs = [distill(checkpoint.model(), start, ids, recipe) for _ in range(2)]
+    for name in start:
+        first, second = (run[name].weight for run in runs)
+        assert first is not None
+        assert second is not None
+        assert torch.equal(first, second)
+
+    def sparse(params: dict[str, Params]) -> torch.Tensor:
+        model = checkpoint.model()
+        for name, layer in params.items():
+            install(model, name, layer)
+        with torch.no_grad():
+            logits: torch.Tensor = model(input_ids=ids).logits
+        return logits.flatten(0, 1).log_softmax(-1)
+
+    with torch.no_grad():
+        dense = checkpoint.model()(input_ids=ids).logits.flatten(0, 1).log_softmax(-1)
+    losses = [
+        torch.nn.functional.kl_div(sparse(params), dense, reduction="batchmean", log_target=True)
+        for params in (start, runs[0])
+    ]
+    assert losses[1] < 0.9 * losses[0]
+
+
+@pytest.mark.parametrize(
+    ("windows_", "rate", "message"),
+    [
+        (3, 1e-4, r"distillation\.tokens must give at least 4 windows of 16, got 3"),
+        (8, 1e4, r"distill: (loss must be finite|divergence on held-out text must fall)"),
+    ],
+)
+def test_distillation_that_cannot_work(tiny: Path, windows_: int, rate: float, message: str) -> None:
+    checkpoint = open_checkpoint(str(tiny))
+    recipe = Recipe().replace({"distillation.steps": 4, "distillation.learning_rate": rate})
+    start = {layer.name: Params(2, 8) for layer in plan(checkpoint.skeleton(), recipe).sparse}
+    ids = torch.randint(3, 200, (windows_, 16), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(CalibrationError, match=message):
+        distill(checkpoint.model(), start, ids, recipe)
 
 
 def test_rank_that_is_not_below_the_width(tiny: Path, tmp_path: Path) -> None:

@@ -36,8 +36,11 @@ def test_recipes_cannot_be_changed() -> None:
         ({"colour": 1}, r"unknown key 'colour'; available: calibration\.batch, .*targets"),
         ({"calibration.colour": 1}, r"unknown key 'calibration\.colour'; available"),
         ({"pattern": "9:8"}, r"N:M must have 0 < N <= M, got '9:8'"),
-        ({"criterion": "clat"}, r"unknown criterion 'clat'; available: magnitude"),
-        ({"mitigation": "vat"}, r"unknown mitigation 'vat'; available: d_pts, none, s_pts, var"),
+        (
+            {"criterion": "clat"},
+            r"unknown criterion 'clat'; available: amber, amber_trimmed, clact, magnitude, we.*, wina",
+        ),
+        ({"mitigation": "vat"}, r"unknown mitigation 'vat'; available: d_pts, distill, none, .* s_pts, var"),
         ({"mitigation": "none+var"}, r"none cannot be combined"),
         ({"mitigation": "var+var"}, r"both set the variance"),
         ({"dtype": "int8"}, r"'float32', 'float16' or 'bfloat16', got 'int8'"),

@@ -24,6 +24,7 @@ TENSORS = (
     "permutation",
     "residual_in",
     "residual_out",
+    "weight",
 )
 
 

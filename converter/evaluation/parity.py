@@ -35,7 +35,7 @@ from converter.evaluation.reference import (
     Array,
     layer_inputs,
     model_feeds,
-    round_residual,
+    round_params,
     round_weights,
     run_model,
     sparse_layer,
@@ -121,7 +121,7 @@ def validate(
         _compare_dense(report, folder, graph, model, feeds)
         progress(1, 4)
         for name, layer in params.items():
-            install(model, name, round_residual(layer, dtype))
+            install(model, name, round_params(layer, dtype))
         inputs = layer_inputs(model, list(params), ids, kind)
         flipped = _compare_masks(report, folder, graph, model, inputs)
         progress(2, 4)

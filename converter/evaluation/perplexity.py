@@ -25,11 +25,19 @@ def perplexity(model: PreTrainedModel, windows: Tensor, progress: Callable[[int,
 
     Every window starts anew; its first token is context only. `progress` is called with windows done and their total.
     """
-    total, tokens = 0.0, 0
+    count, context = windows.shape
+    mean = window_losses(model, windows, progress).mean().item()
+    return Perplexity(math.exp(mean), count * (context - 1), context)
+
+
+def window_losses(
+    model: PreTrainedModel, windows: Tensor, progress: Callable[[int, int], None] = lambda done, total: None
+) -> Tensor:
+    """Return the mean negative log-likelihood of each window, `[count]`, in nats and float64."""
+    losses = []
     with torch.no_grad():
         for number, window in enumerate(windows):
             logits = model(input_ids=window[None]).logits[0, :-1]
-            total += torch.nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum").double().item()
-            tokens += len(window) - 1
+            losses.append(torch.nn.functional.cross_entropy(logits.float(), window[1:]).double())
             progress(number + 1, len(windows))
-    return Perplexity(math.exp(total / tokens), tokens, windows.shape[1])
+    return torch.stack(losses)

@@ -24,11 +24,19 @@ def round_weights(model: nn.Module, dtype: str) -> None:
             parameter.data = parameter.data.to(getattr(torch, dtype)).float()
 
 
-def round_residual(params: Params, dtype: str) -> Params:
-    """Return the parameters with the low-rank residual rounded as the export does; all else stays in float32."""
+def round_params(params: Params, dtype: str) -> Params:
+    """Return the parameters with weight and low-rank residual rounded as the export does; the rest is float32."""
     kind = getattr(torch, dtype)
-    parts = {name: getattr(params, name) for name in ("residual_in", "residual_out")}
-    return replace(params, **{name: None if t is None else t.to(kind).float() for name, t in parts.items()})
+
+    def rounded(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.to(kind).float()
+
+    return replace(
+        params,
+        weight=rounded(params.weight),
+        residual_in=rounded(params.residual_in),
+        residual_out=rounded(params.residual_out),
+    )
 
 
 def model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:

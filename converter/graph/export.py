@@ -116,7 +116,8 @@ def _attach_weights(
     @lru_cache(maxsize=1)
     def baked(layer: str) -> Baked:
         # Rounded before it is baked, so that bias and row sums belong to the weight that is stored.
-        weight = checkpoint.read(f"{layer}.weight").to(dtype).float()
+        fitted = params[layer].weight
+        weight = (checkpoint.read(f"{layer}.weight") if fitted is None else fitted).to(dtype).float()
         bias = checkpoint.read(f"{layer}.bias").to(dtype).float() if f"{layer}.bias" in checkpoint.files else None
         return bake(weight, bias, params[layer])
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from converter.errors import RecipeError, lookup
@@ -52,7 +51,12 @@ def _standardised(weight: Tensor, *, trim: bool) -> Tensor:
     low, high = np.quantile(values.numpy(), [OUTLIERS, 1 - OUTLIERS])
     inside = (values >= low) & (values <= high)
     standard = (values - values[inside].mean()) / values[inside].std(correction=0)
-    return torch.linalg.vector_norm(standard * inside if trim else standard, dim=0).float()
+    return _norm(standard * inside if trim else standard)
+
+
+def _norm(values: Tensor) -> Tensor:
+    """Return the norm of each column in float32."""
+    return values.square().sum(0).sqrt().float()
 
 
 def wina(weight: Tensor, _stats: LayerStats | None) -> Tensor:
@@ -60,7 +64,7 @@ def wina(weight: Tensor, _stats: LayerStats | None) -> Tensor:
 
     Source: arXiv:2505.19427; there some projections go without, here none.
     """
-    return torch.linalg.vector_norm(weight.detach().double(), dim=0).float()
+    return _norm(weight.detach().double())
 
 
 def weight_variance(weight: Tensor, _stats: LayerStats | None) -> Tensor:

@@ -33,6 +33,7 @@ class Params:
     permutation: Tensor | None = None  # [K] int64: group g holds channels permutation[g*group : (g+1)*group]
     residual_in: Tensor | None = None  # [K, r] with residual_out: a product of low rank for what is dropped
     residual_out: Tensor | None = None  # [r, N]
+    weight: Tensor | None = None  # [N, K] takes the place of the checkpoint's
 
 
 @dataclass(frozen=True)
@@ -175,5 +176,6 @@ def install(model: nn.Module, name: str, params: Params) -> None:
     linear = model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     bias = None if linear.bias is None else linear.bias.data
+    weight = linear.weight.data if params.weight is None else params.weight
     parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, SparseLinear(bake(linear.weight.data, bias, params)))
+    setattr(model.get_submodule(parent), child, SparseLinear(bake(weight, bias, params)))

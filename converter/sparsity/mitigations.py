@@ -31,6 +31,7 @@ class Mitigation:
     fit: Callable[[Params, Layer], Params]
     needs_statistics: bool = False
     needs_together: bool = False
+    distils: bool = False
 
 
 FLOOR = 1e-8  # of a maximum that is divided by
@@ -105,6 +106,8 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     "permute": {"": Mitigation("permutation", _regroup, needs_statistics=True, needs_together=True)},
     # Source: arXiv:2509.22166 app. A (R-Sparse): what is dropped goes through the truncated SVD of W, untrained.
     "r_sparse": {"": Mitigation("low-rank residual", _low_rank)},
+    # Ours: the weights are trained when all layers are fitted, see converter/calibration/distill.py.
+    "distill": {"": Mitigation("weight", lambda params, _: params, needs_statistics=True, distils=True)},
 }
 
 

@@ -1,0 +1,113 @@
+"""Distillation: train the weights of the sparse layers so that the sparse model's tokens are those of the dense one.
+
+What is trained goes into the weights, so the engine pays nothing for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+
+from converter.errors import CalibrationError
+from converter.recipe import Recipe
+from converter.sparsity.linear import Params, apply
+
+CLIP = 1.0  # of the gradient's norm
+
+
+class TrainedLinear(nn.Module):
+    """A layer that is dense as the teacher and sparse, over a weight of its own, as the pupil."""
+
+    def __init__(self, linear: nn.Linear, params: Params) -> None:
+        """Start from the dense weight."""
+        super().__init__()
+        self.linear, self.params, self.dense = linear, params, False
+        self.weight = nn.Parameter(linear.weight.data.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return y `[..., N]` for x `[..., K]`; the mask has no gradient."""
+        if self.dense:
+            y: Tensor = self.linear(x)
+            return y
+        return apply(x, self.weight, self.linear.bias, self.params)
+
+
+def divergence(model: PreTrainedModel, layers: list[TrainedLinear], ids: Tensor) -> Tensor:
+    """Return the mean over the tokens `ids [B, S]` of KL(dense || sparse), in nats."""
+    for layer in layers:
+        layer.dense = True
+    with torch.no_grad():
+        teacher = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
+    for layer in layers:
+        layer.dense = False
+    pupil = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
+    return nn.functional.kl_div(pupil, teacher, reduction="batchmean", log_target=True)
+
+
+def distill(
+    model: PreTrainedModel,
+    params: dict[str, Params],
+    windows: Tensor,
+    recipe: Recipe,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Params]:
+    """Return the parameters with trained weights.
+
+    `model` is dense and is used up; `windows [count, window]` holds token ids. The last batch of windows is held out.
+    AdamW, linear warm-up and cosine decay, clipped gradients; the same seed gives the same weights.
+
+    Raises:
+        CalibrationError: when there is no window left to train on, the loss is not finite, or it does not fall
+            on the held-out text.
+    """
+    settings = recipe.distillation
+    held_out, text = windows[-settings.batch :], windows[: -settings.batch]
+    if len(text) < settings.batch:
+        raise CalibrationError(
+            f"distill: distillation.tokens must give at least {2 * settings.batch} windows of {windows.shape[1]}, got "
+            f"{len(windows)}. Ask for more tokens."
+        )
+    layers = {}
+    for name, layer in params.items():
+        parent, _, child = name.rpartition(".")
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        layers[name] = TrainedLinear(linear, layer)
+        setattr(model.get_submodule(parent), child, layers[name])
+    trained = list(layers.values())
+    with torch.no_grad():
+        before = divergence(model, trained, held_out)
+    weights = [layer.weight for layer in trained]
+    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    warm_up = int(settings.warm_up * settings.steps)
+    schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, settings.steps)
+    generator = torch.Generator().manual_seed(recipe.seed)
+    order: list[int] = []
+    for step in range(settings.steps):
+        if len(order) < settings.batch:
+            order += torch.randperm(len(text), generator=generator).tolist()
+        batch, order = order[: settings.batch], order[settings.batch :]
+        loss = divergence(model, trained, text[batch])
+        if not loss.isfinite():
+            raise CalibrationError(
+                f"distill: loss must be finite, got {loss.item()} at step {step + 1}. "
+                "Use a smaller --set distillation.learning_rate=R."
+            )
+        loss.backward()
+        nn.utils.clip_grad_norm_(weights, CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        progress(step + 1, settings.steps)
+    with torch.no_grad():
+        after = divergence(model, trained, held_out)
+    if not after < before:
+        raise CalibrationError(
+            f"distill: divergence on held-out text must fall, got {before:.4f} before and {after:.4f} after. "
+            "Use a smaller --set distillation.learning_rate=R or more calibration tokens."
+        )
+    return {name: replace(params[name], weight=layer.weight.detach()) for name, layer in layers.items()}
