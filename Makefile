@@ -13,7 +13,7 @@ DEMO := build/demo
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test check style bench clean
+.PHONY: demo test check style bench accuracy clean
 
 demo: $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -42,6 +42,10 @@ style: $(VENV)/installed
 
 bench: $(GGUF) $(VENV)/installed $(CLIENTS)/installed $(BUILDER)/installed
 	$(BIN)/python benchmarks/convert.py $(GGUF) --optimum $(CLIENTS)/bin/optimum-cli --builder $(BUILDER)/bin/python --exporter
+
+# CALIBRATION and TEXT are two texts of your own, such as the validation and test parts of WikiText-2.
+accuracy: $(GGUF) $(VENV)/installed
+	$(BIN)/python benchmarks/accuracy.py $(GGUF) --calibration $(CALIBRATION) --text $(TEXT)
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

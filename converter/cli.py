@@ -39,8 +39,12 @@ class RecipeOptions:
     """The recipe on the command line; what is not given comes from --recipe, else from the defaults."""
 
     pattern: Annotated[str | None, Parameter(help="N:M, K, or P% of a token's channels (default 8:16)")] = None
-    criterion: Annotated[str | None, Parameter(help="what counts as large: magnitude")] = None
-    mitigation: Annotated[str | None, Parameter(help="none, s_pts, d_pts, var, or a sum such as s_pts+var")] = None
+    criterion: Annotated[
+        str | None, Parameter(help="magnitude, clact, amber, amber_trimmed, wina, weight_variance")
+    ] = None
+    mitigation: Annotated[str | None, Parameter(help="none, or a sum of those in the README, such as permute+var")] = (
+        None
+    )
     calibration: Annotated[str | None, Parameter(help="self, python, a text file, or hub:NAME[:CONFIG[:SPLIT]]")] = None
     calibration_tokens: Annotated[int | None, Parameter(help="how many tokens of it")] = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None

@@ -80,7 +80,18 @@ def gguf() -> Path:
 def smol(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct converted at 8:16 with a calibrated recipe, once for all tests."""
     out = tmp_path_factory.mktemp("smol") / "out"
-    command = [sys.executable, "-m", "converter", "convert", gguf, out, "--mitigation", "s_pts+var"]
+    command = [
+        sys.executable,
+        "-m",
+        "converter",
+        "convert",
+        gguf,
+        out,
+        "--criterion",
+        "wina",
+        "--mitigation",
+        "permute+s_pts+var",
+    ]
     command += ["--calibration", "python", "--calibration-tokens", "4096"]
     subprocess.run(list(map(str, command)), check=True)
     return out

@@ -39,6 +39,7 @@ from converter.evaluation.reference import (
     round_weights,
     run_model,
     sparse_layer,
+    use_fitted_weights,
 )
 from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP
@@ -116,6 +117,7 @@ def validate(
     graph = onnx.load(folder / MODEL, load_external_data=False)
     kind = np.float16 if dtype == "float16" else np.float32
     with torch.no_grad(), _quiet():
+        use_fitted_weights(model, params)
         round_weights(model, dtype)
         feeds = model_feeds(model, ids, kind)
         _compare_dense(report, folder, graph, model, feeds)

@@ -24,6 +24,13 @@ def round_weights(model: nn.Module, dtype: str) -> None:
             parameter.data = parameter.data.to(getattr(torch, dtype)).float()
 
 
+def use_fitted_weights(model: nn.Module, params: dict[str, Params]) -> None:
+    """Put the weights that calibration fitted into the dense layers, as the graph has them."""
+    for name, layer in params.items():
+        if layer.weight is not None:
+            model.get_submodule(name).get_parameter("weight").data = layer.weight
+
+
 def round_params(params: Params, dtype: str) -> Params:
     """Return the parameters with weight and low-rank residual rounded as the export does; the rest is float32."""
     kind = getattr(torch, dtype)
