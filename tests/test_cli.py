@@ -72,7 +72,7 @@ def test_bad_recipes(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     text = refused(nmsparse, tmp_path, 10, "convert", tiny, out, "--pattern", "8:40")
     assert "model.layers.0.self_attn.q_proj: in_features must be divisible by 40 for pattern 8:40, got 64" in text
-    assert "available: magnitude" in refused(nmsparse, tmp_path, 10, "convert", tiny, out, "--criterion", "clat")
+    assert "available: amber, amber_trimmed" in refused(nmsparse, tmp_path, 10, "convert", tiny, out, "--criterion", "clat")
     assert "no target of" in refused(nmsparse, tmp_path, 10, "convert", tiny, out, "--targets", "nothing*")
     found = nmsparse("convert", tiny, out, "--colour", "1")
     assert found.returncode == 2
