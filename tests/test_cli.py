@@ -72,7 +72,9 @@ def test_bad_recipes(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     text = refused(nmsparse, tmp_path, 10, "convert", tiny, out, "--pattern", "8:40")
     assert "model.layers.0.self_attn.q_proj: in_features must be divisible by 40 for pattern 8:40, got 64" in text
-    assert "available: amber, amber_trimmed" in refused(nmsparse, tmp_path, 10, "convert", tiny, out, "--criterion", "clat")
+    assert "available: amber, amber_trimmed" in refused(
+        nmsparse, tmp_path, 10, "convert", tiny, out, "--criterion", "clat"
+    )
     assert "no target of" in refused(nmsparse, tmp_path, 10, "convert", tiny, out, "--targets", "nothing*")
     found = nmsparse("convert", tiny, out, "--colour", "1")
     assert found.returncode == 2
@@ -172,7 +174,13 @@ def test_too_little_room_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
     command = [sys.executable, "-m", "converter", "convert", tiny, tmp_path / "out"]
-    process = subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE, text=True)
+    # A shell that runs the tests in the background lets its children ignore SIGINT.
+    process = subprocess.Popen(
+        list(map(str, command)),
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     deadline = time.monotonic() + 60
     while not any(p.name.startswith(".out.") for p in tmp_path.iterdir()):
         assert time.monotonic() < deadline

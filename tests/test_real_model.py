@@ -119,13 +119,20 @@ def generated(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[in
     return [row[ids.shape[1] :].tolist() for row in tokens]
 
 
-def test_left_padding_changes_nothing(smol: Path) -> None:
+def test_left_padding_changes_the_prefill_by_rounding_only(smol: Path) -> None:
+    """The tokens that follow may part: a last bit can flip a near tie, on one machine and not on another."""
     model, tokenizer = load(smol), Checkpoint("", None, smol).tokenizer()
     ids = tokenizer("Name three rivers of Europe, please.", return_tensors="pt")["input_ids"]
     padded = torch.cat([torch.full((1, 5), tokenizer.pad_token_id), ids], 1)
     mask = torch.ones_like(padded)
     mask[:, :5] = 0
-    assert generated(model, padded, mask) == generated(model, ids, torch.ones_like(ids))
+    positions = (mask.cumsum(-1) - 1).clamp_min(0)
+    alone = model(input_ids=ids, attention_mask=torch.ones_like(ids), position_ids=positions[:, 5:]).logits[0]
+    found = model(input_ids=padded, attention_mask=mask, position_ids=positions).logits[0, 5:]
+    errors = (found - alone).abs().amax(-1) / alone.abs().max()
+    assert errors.median() < 1e-4
+    unmasked = model(input_ids=padded, attention_mask=torch.ones_like(mask), position_ids=positions).logits[0, 5:]
+    assert ((unmasked - alone).abs().amax(-1) / alone.abs().max()).median() > 1e-2  # the measure sees a wrong mask
 
 
 def test_left_padded_batch_of_the_graph_run_dense(smol: Path) -> None:
