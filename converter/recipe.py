@@ -113,6 +113,10 @@ class Recipe(_Frozen):
         wanted = criterion(self.criterion).needs_statistics
         return wanted or any(method.needs_statistics for method in self.methods())
 
+    def refits(self) -> bool:
+        """Return whether each weight is fitted anew to the pruned inputs of its layer."""
+        return any(method.refits for method in self.methods())
+
     def distils(self) -> bool:
         """Return whether the weights are trained once every layer is fitted."""
         return any(method.distils for method in self.methods())

@@ -76,6 +76,7 @@ def test_calibration_file_round_trip(tmp_path: Path) -> None:
 
 
 METHODS = [
+    {"criterion": "wina", "mitigation": "permute+s_pts+var+refit"},
     {"criterion": "clact", "mitigation": "pcs+var"},
     {"criterion": "amber_trimmed", "mitigation": "permute+s_pts"},
     {"criterion": "wina", "mitigation": "permute+r_sparse+d_pts+var", "rank": 3},
@@ -93,14 +94,21 @@ METHODS = [
 
 @pytest.mark.parametrize("changes", METHODS, ids=lambda changes: "-".join(map(str, list(changes.values())[:2])))
 def test_methods_convert_with_parity(tiny: Path, tmp_path: Path, changes: dict[str, object]) -> None:
-    small = {"pattern": "2:8", "calibration.tokens": 64, "calibration.window": 16}
+    small = {"pattern": "2:8", "calibration.tokens": 64, "calibration.window": 16, "calibration.batch": 2}
     out = convert(str(tiny), tmp_path / "out", Recipe().replace({**small, **changes}))
     report = json.loads((out / "report.json").read_text())
     assert report["parity"]["passed"]
     parts = {name.rpartition(".")[2] for name in load_file(out / "calibration.safetensors")}
     assert ("permutation" in parts) == ("permute" in str(changes["mitigation"]))
-    assert ("weight" in parts) == ("distill" in str(changes["mitigation"]))
+    assert ("weight" in parts) == any(name in str(changes["mitigation"]) for name in ("refit", "distill"))
     assert ("residual_in" in parts) == ("r_sparse" in str(changes["mitigation"]))
+
+
+def test_refit_needs_a_batch_to_hold_out(tiny: Path, tmp_path: Path) -> None:
+    recipe = Recipe().replace({"mitigation": "refit", "calibration.tokens": 64, "calibration.window": 16})
+    with pytest.raises(CalibrationError, match=r"refit: calibration must have at least two batches .* got 1\."):
+        convert(str(tiny), tmp_path / "out", recipe)
+    assert not (tmp_path / "out").exists()
 
 
 def test_distillation_lowers_the_divergence_and_is_the_same_for_a_seed(tiny: Path) -> None:

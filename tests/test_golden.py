@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from converter.calibration.refit import Sums, gain, refit, solve
 from converter.sparsity.criteria import CRITERIA
 from converter.sparsity.linear import Params, SparseLinear, apply, bake, prune, token_scale
 from converter.sparsity.mitigations import MITIGATIONS, Layer, mitigations
@@ -97,6 +98,8 @@ GOLDEN = {
     ("pcs", ""): [28.0, 17.0],
     # permute: 2:4 of 4 channels is one group, so as none; test_permutation has two groups
     ("permute", ""): [26.0, 17.0],
+    # refit needs the tokens again, once the layer is sparse: test_refit
+    ("refit", ""): [26.0, 17.0],
     # distill sets nothing of a single layer: tests/test_calibration.py
     ("distill", ""): [26.0, 17.0],
     # r_sparse: what is dropped, d = (0,-1,2,0), gives W d = (4,-1). W W^T = ((30,-2),(-2,2)) has the largest
@@ -156,6 +159,37 @@ def test_permutation() -> None:
     params = Params(1, 2, permutation=torch.tensor([0, 3, 1, 2]))
     y = SparseLinear(bake(torch.tensor(WEIGHT), torch.tensor(BIAS), params))(torch.tensor(X))
     assert y.tolist() == [[20.0, 20.0]]
+
+
+def test_refit() -> None:
+    # Tokens (4,-1,2,3) and (-2,3,0,-1), kept (4,0,0,3) and (-2,3,0,0); squared lengths 30 and 14. No permutation, so
+    # channel 2 is never kept: its row and column of A are zero, and so is its row of the change.
+    x, weight = torch.tensor([*X, [-2.0, 3.0, 0.0, -1.0]], dtype=torch.float64), torch.tensor(WEIGHT)
+    sums = Sums.of(4)
+    for token in x:
+        sums.update(token, Params(2, 4))
+    gram = [[16 / 30 + 4 / 14, -6 / 14, 0, 12 / 30], [-6 / 14, 9 / 14, 0, 0], [0, 0, 0, 0], [12 / 30, 0, 0, 9 / 30]]
+    # What is missing: (0,-1,2,0) and (0,0,0,-1).
+    cross = [[0, -4 / 30, 8 / 30, 2 / 14], [0, 0, 0, -3 / 14], [0, 0, 0, 0], [0, -3 / 30, 6 / 30, 0]]
+    torch.testing.assert_close(sums.gram, torch.tensor(gram, dtype=torch.float64))
+    torch.testing.assert_close(sums.cross, torch.tensor(cross, dtype=torch.float64))
+    # lambda = 0.1 * mean(diagonal), and the normal equations with the rows of lambda appended to the tokens.
+    ridge = 0.1 * (25 / 30 + 13 / 14) / 4
+    given = torch.tensor([[4.0, 0, 0, 3], [-2, 3, 0, 0]], dtype=torch.float64) / torch.tensor([[30.0], [14.0]]).sqrt()
+    missing = (
+        torch.tensor([[0, -1.0, 2, 0], [0, 0, 0, -1]], dtype=torch.float64) / torch.tensor([[30.0], [14.0]]).sqrt()
+    )
+    rows = torch.cat([given, math.sqrt(ridge) * torch.eye(4, dtype=torch.float64)])
+    wanted = torch.cat([missing @ weight.double().t(), torch.zeros(4, 2, dtype=torch.float64)])
+    torch.testing.assert_close(solve(sums, weight, 0.1), torch.linalg.lstsq(rows, wanted).solution)
+    # Held out are the same tokens: it helps, by as much as `gain` says. On tokens that go the other way nothing does.
+    found = refit(sums, sums, weight)
+    assert found is not None
+    change = (found.double() - weight.double()).t()
+    errors = [(missing @ weight.double().t() - given @ d).square().sum().item() for d in (0 * change, change)]
+    assert gain(sums, weight, change) == pytest.approx(errors[0] - errors[1])
+    assert errors[1] < 0.1 * errors[0]
+    assert refit(sums, Sums(sums.gram, -sums.cross), weight) is None
 
 
 def test_criterion_magnitude_scores_by_absolute_value() -> None:

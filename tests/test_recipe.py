@@ -42,6 +42,7 @@ def test_recipes_cannot_be_changed() -> None:
         ),
         ({"mitigation": "vat"}, r"unknown mitigation 'vat'; available: d_pts, distill, none, .* s_pts, var"),
         ({"mitigation": "none+var"}, r"none cannot be combined"),
+        ({"mitigation": "refit+r_sparse"}, r"refit and r_sparse cannot be combined"),
         ({"mitigation": "var+var"}, r"both set the variance"),
         ({"dtype": "int8"}, r"'float32', 'float16' or 'bfloat16', got 'int8'"),
         ({"s_pts": "median"}, r"'channel' or 'scalar', got 'median'"),

@@ -23,10 +23,10 @@ class TrainedLinear(nn.Module):
     """A layer that is dense as the teacher and sparse, over a weight of its own, as the pupil."""
 
     def __init__(self, linear: nn.Linear, params: Params) -> None:
-        """Start from the dense weight."""
+        """Start from the fitted weight, where there is one, or the dense one."""
         super().__init__()
         self.linear, self.params, self.dense = linear, params, False
-        self.weight = nn.Parameter(linear.weight.data.clone())
+        self.weight = nn.Parameter((linear.weight.data if params.weight is None else params.weight).clone())
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y `[..., N]` for x `[..., K]`; the mask has no gradient."""

@@ -8,6 +8,8 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from converter.calibration.refit import Sums, refit
 from converter.errors import CalibrationError
 from converter.plan import LayerPlan, Plan
 from converter.recipe import Recipe
@@ -41,7 +44,7 @@ def calibrate(
     hidden states. `progress` is called with the number of blocks done and their total.
 
     Raises:
-        CalibrationError: when an activation is not finite.
+        CalibrationError: when an activation is not finite, or there is no batch to hold out for a refit.
     """
     params: dict[str, Params] = {}
     blocks = model.get_submodule(plan.blocks)
@@ -54,6 +57,11 @@ def calibrate(
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="hidden-", dir=scratch) as folder:
         states = _States(Path(folder))
         batches = list(windows.split(recipe.calibration.batch))
+        if recipe.refits() and len(batches) < 2:
+            raise CalibrationError(
+                f"refit: calibration must have at least two batches of windows, to hold one out, got {len(batches)}."
+                " Give more --set calibration.tokens=N or a smaller --set calibration.batch=B."
+            )
         calls = {len(batch): _calls(model, blocks, batch) for batch in batches}
         for number, batch in enumerate(batches):
             states.write(number, _first_hidden(model, blocks, batch))
@@ -63,12 +71,25 @@ def calibrate(
                 layer.name: LayerStats.of(layer.name, layer.in_features, together=recipe.needs_together())
                 for layer in layers
             }
-            with _watched(model, stats):
+            # Without the first token of a window: it is an attention sink, whose activations are hundreds of times
+            # larger than any other and would be the mean.
+            with _watched(model, {name: partial(_but_first, s) for name, s in stats.items()}):
                 for number, batch in enumerate(batches):
                     _run(block, states.read(number), calls[len(batch)][index])
+            dense = {layer.name: _linear(model, layer.name) for layer in layers}
             for layer in layers:
                 params[layer.name] = fit(model, layer, recipe, stats[layer.name])
                 install(model, layer.name, params[layer.name])
+            if recipe.refits():
+                sums = {name: [Sums.of(linear.in_features) for _ in range(2)] for name, linear in dense.items()}
+                for number, batch in enumerate(batches):
+                    held_out = number == len(batches) - 1
+                    chosen = {name: pair[held_out] for name, pair in sums.items()}
+                    with _watched(model, {name: partial(s.update, params=params[name]) for name, s in chosen.items()}):
+                        _run(block, states.read(number), calls[len(batch)][index])
+                for name, linear in dense.items():
+                    params[name] = replace(params[name], weight=refit(sums[name][0], sums[name][1], linear.weight.data))
+                    install(model, name, params[name], linear)
             for number, batch in enumerate(batches):
                 states.write(number, _run(block, states.read(number), calls[len(batch)][index]))
             progress(index + 1, len(blocks))
@@ -79,13 +100,17 @@ def fit(model: nn.Module, layer: LayerPlan, recipe: Recipe, stats: LayerStats | 
     """Return what the recipe decides for one layer from its weight and statistics."""
     if stats is not None and stats.tokens == 0:
         raise CalibrationError(f"{layer.name}: must see the calibration text, got no token. Add it to --ignore.")
-    linear = model.get_submodule(layer.name)
-    assert isinstance(linear, nn.Linear)
-    weight = linear.weight.data
+    weight = _linear(model, layer.name).weight.data
     params = Params(layer.keep, layer.group, channel_scale=criterion(recipe.criterion).scale(weight, stats))
     for method in recipe.methods():
         params = method.fit(params, Layer(weight, stats, recipe.rank))
     return params
+
+
+def _linear(model: nn.Module, name: str) -> nn.Linear:
+    linear = model.get_submodule(name)
+    assert isinstance(linear, nn.Linear)
+    return linear
 
 
 class _States:
@@ -147,16 +172,18 @@ def _calls(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> list[C
     return calls
 
 
-@contextmanager
-def _watched(model: nn.Module, stats: dict[str, LayerStats]) -> Iterator[None]:
-    """Let the statistics see the input of their layers."""
-    handles = []
-    for name, layer_stats in stats.items():
+def _but_first(stats: LayerStats, x: Tensor) -> None:
+    stats.update(x[:, 1:])
 
-        def update(_module: nn.Module, args: tuple[Any, ...], layer_stats: LayerStats = layer_stats) -> None:
-            # Without the first token of a window: it is an attention sink, whose activations are hundreds of times
-            # larger than any other and would be the mean.
-            layer_stats.update(args[0][:, 1:])
+
+@contextmanager
+def _watched(model: nn.Module, watchers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Show each watcher the input of its layer."""
+    handles = []
+    for name, watch in watchers.items():
+
+        def update(_module: nn.Module, args: tuple[Any, ...], watch: Callable[[Tensor], None] = watch) -> None:
+            watch(args[0])
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(update))
     try:

@@ -171,9 +171,9 @@ class SparseLinear(nn.Module):
         return y if baked.bias is None else y + baked.bias
 
 
-def install(model: nn.Module, name: str, params: Params) -> None:
-    """Put the sparse layer in the place of the dense one called `name`, over the same weight."""
-    linear = model.get_submodule(name)
+def install(model: nn.Module, name: str, params: Params, linear: nn.Module | None = None) -> None:
+    """Put the sparse layer of `linear`, by default the module called `name`, in that place, over the same weight."""
+    linear = linear or model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     bias = None if linear.bias is None else linear.bias.data
     weight = linear.weight.data if params.weight is None else params.weight

@@ -31,6 +31,7 @@ class Mitigation:
     fit: Callable[[Params, Layer], Params]
     needs_statistics: bool = False
     needs_together: bool = False
+    refits: bool = False
     distils: bool = False
 
 
@@ -106,8 +107,10 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     "permute": {"": Mitigation("permutation", _regroup, needs_statistics=True, needs_together=True)},
     # Source: arXiv:2509.22166 app. A (R-Sparse): what is dropped goes through the truncated SVD of W, untrained.
     "r_sparse": {"": Mitigation("low-rank residual", _low_rank)},
+    # Ours: the weight is fitted to the pruned inputs, see converter/calibration/refit.py.
+    "refit": {"": Mitigation("refitted weight", lambda params, _: params, needs_statistics=True, refits=True)},
     # Ours: the weights are trained when all layers are fitted, see converter/calibration/distill.py.
-    "distill": {"": Mitigation("weight", lambda params, _: params, needs_statistics=True, distils=True)},
+    "distill": {"": Mitigation("trained weight", lambda params, _: params, needs_statistics=True, distils=True)},
 }
 
 
@@ -132,6 +135,10 @@ def mitigations(names: Sequence[str], variants: dict[str, str]) -> list[Mitigati
             )
         chosen[method.role] = name
         found.append(method)
+    if {"refit", "r_sparse"} <= set(names):
+        raise RecipeError(
+            "mitigation: refit and r_sparse cannot be combined, both stand for what is dropped. Choose one."
+        )
     if "none" in names and len(names) > 1:
         raise RecipeError(f"mitigation: none cannot be combined, got {'+'.join(names)}. Leave out none.")
     return found
