@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from converter.sparsity.linear import Params, prune, token_scale
+from converter.sparsity.linear import Params, approximate
 
 DAMPING = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of the mean of A's diagonal
 
@@ -38,9 +38,7 @@ class Sums:
     def update(self, x: Tensor, params: Params) -> None:
         """Add the tokens `x [..., K]` of a layer with these parameters."""
         flat = x.detach().reshape(-1, x.shape[-1])
-        z, zs, eta = prune(flat, params)
-        given = zs * token_scale(z, zs) if params.variance else zs
-        given = given if eta is None else given + eta
+        _, _, given = approximate(flat, params)
         length = flat.norm(dim=-1, keepdim=True).clamp_min(1e-30)
         given, missing = given / length, (flat - given) / length
         self.gram += given.t() @ given

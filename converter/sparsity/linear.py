@@ -102,6 +102,13 @@ def token_scale(z: Tensor, zs: Tensor) -> Tensor:
     return (z.var(-1, keepdim=True) / zs.var(-1, keepdim=True).clamp_min(VARIANCE_FLOOR)).sqrt()
 
 
+def approximate(x: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor]:
+    """Return z, its pruned form zs, and xhat = nu * zs + eta, what stands for x before the weight; all `[..., K]`."""
+    z, zs, eta = prune(x, params)
+    xhat = zs * token_scale(z, zs) if params.variance else zs
+    return z, zs, xhat if eta is None else xhat + eta
+
+
 def apply(x: Tensor, weight: Tensor, bias: Tensor | None, params: Params) -> Tensor:
     """Return y `[..., N]` by the definition, with xhat = nu * zs + eta.
 
@@ -110,9 +117,7 @@ def apply(x: Tensor, weight: Tensor, bias: Tensor | None, params: Params) -> Ten
     This is what a mitigation means. It adds eta back, which makes the activations dense: never run it for speed.
     Source: arXiv:2509.22166 eqs. (3) and (5).
     """
-    z, zs, eta = prune(x, params)
-    xhat = zs * token_scale(z, zs) if params.variance else zs
-    xhat = xhat if eta is None else xhat + eta
+    z, zs, xhat = approximate(x, params)
     y = nn.functional.linear(xhat, weight, bias)
     if params.residual_in is not None and params.residual_out is not None:
         y = y + (z - zs) @ params.residual_in.to(z.dtype) @ params.residual_out.to(z.dtype)
