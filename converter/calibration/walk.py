@@ -67,31 +67,22 @@ def calibrate(
             states.write(number, _first_hidden(model, blocks, batch))
         for index, block in enumerate(blocks):
             layers = [layer for layer in plan.sparse if layer.name.startswith(f"{plan.blocks}.{index}.")]
-            stats = {
-                layer.name: LayerStats.of(layer.name, layer.in_features, together=recipe.needs_together())
-                for layer in layers
-            }
-            # Without the first token of a window: it is an attention sink, whose activations are hundreds of times
-            # larger than any other and would be the mean.
-            with _watched(model, {name: partial(_but_first, s) for name, s in stats.items()}):
-                for number, batch in enumerate(batches):
-                    _run(block, states.read(number), calls[len(batch)][index])
+
+            def run(number: int, block: nn.Module = block, index: int = index) -> Tensor:
+                return _run(block, states.read(number), calls[len(batches[number])][index])
+
+            stats = _statistics(model, layers, recipe, run, len(batches))
             dense = {layer.name: _linear(model, layer.name) for layer in layers}
             for layer in layers:
                 params[layer.name] = fit(model, layer, recipe, stats[layer.name])
                 install(model, layer.name, params[layer.name])
             if recipe.refits():
-                sums = {name: [Sums.of(linear.in_features) for _ in range(2)] for name, linear in dense.items()}
-                for number, batch in enumerate(batches):
-                    held_out = number == len(batches) - 1
-                    chosen = {name: pair[held_out] for name, pair in sums.items()}
-                    with _watched(model, {name: partial(s.update, params=params[name]) for name, s in chosen.items()}):
-                        _run(block, states.read(number), calls[len(batch)][index])
-                for name, linear in dense.items():
-                    params[name] = replace(params[name], weight=refit(sums[name][0], sums[name][1], linear.weight.data))
-                    install(model, name, params[name], linear)
-            for number, batch in enumerate(batches):
-                states.write(number, _run(block, states.read(number), calls[len(batch)][index]))
+                fitted = {name: params[name] for name in dense}
+                for name, weight in _refitted(model, fitted, dense, run, len(batches)).items():
+                    params[name] = replace(params[name], weight=weight)
+                    install(model, name, params[name], dense[name])
+            for number in range(len(batches)):
+                states.write(number, run(number))
             progress(index + 1, len(blocks))
     return params
 
@@ -105,6 +96,48 @@ def fit(model: nn.Module, layer: LayerPlan, recipe: Recipe, stats: LayerStats | 
     for method in recipe.methods():
         params = method.fit(params, Layer(weight, stats, recipe.rank))
     return params
+
+
+def _statistics(
+    model: nn.Module, layers: list[LayerPlan], recipe: Recipe, run: Callable[[int], Tensor], batches: int
+) -> dict[str, LayerStats]:
+    """Return the statistics of each layer's input over all batches; layers that read one tensor share them."""
+    seen: dict[str, Tensor] = {}
+    with _watched(model, {layer.name: partial(seen.__setitem__, layer.name) for layer in layers}):
+        run(0)
+    stats: dict[str, LayerStats] = {}
+    watched: dict[str, LayerStats] = {}
+    for layer in layers:
+        reader = next((name for name in watched if name in seen and seen[name] is seen.get(layer.name)), None)
+        if reader is None:
+            found = LayerStats.of(layer.name, layer.in_features, together=recipe.needs_together())
+            stats[layer.name] = watched[layer.name] = found
+        else:
+            stats[layer.name] = watched[reader]
+    seen.clear()
+    # Without the first token of a window: it is an attention sink, whose activations are hundreds of times larger than
+    # any other and would be the mean.
+    with _watched(model, {name: partial(_but_first, s) for name, s in watched.items()}):
+        for number in range(batches):
+            run(number)
+    return stats
+
+
+def _refitted(
+    model: nn.Module,
+    params: dict[str, Params],
+    dense: dict[str, nn.Linear],
+    run: Callable[[int], Tensor],
+    batches: int,
+) -> dict[str, Tensor | None]:
+    """Return the weight of each layer refitted to its pruned inputs; the last batch is held out."""
+    sums = {name: [Sums.of(linear.in_features) for _ in range(2)] for name, linear in dense.items()}
+    for number in range(batches):
+        held_out = number == batches - 1
+        chosen = {name: pair[held_out] for name, pair in sums.items()}
+        with _watched(model, {name: partial(s.update, params=params[name]) for name, s in chosen.items()}):
+            run(number)
+    return {name: refit(sums[name][0], sums[name][1], linear.weight.data) for name, linear in dense.items()}
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
