@@ -25,7 +25,7 @@ from converter.calibration.walk import calibrate
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.evaluation.perplexity import window_losses
 from converter.plan import plan
-from converter.recipe import Recipe
+from converter.recipe import Recipe, parse_set
 from converter.sparsity.linear import install
 from converter.stages import StageCost, Stages
 
@@ -42,6 +42,10 @@ PUBLISHED = (
     "magnitude var",
     "magnitude pcs",
     "magnitude r_sparse",
+    "magnitude r_sparse r_sparse=trained",
+    "magnitude l_pts",
+    "magnitude l_pts+var",
+    "magnitude ls",
     "wina var",
 )
 OURS = (
@@ -73,7 +77,7 @@ def measure(checkpoint: Checkpoint, recipe: Recipe, text: torch.Tensor, stages: 
     with tempfile.TemporaryDirectory() as scratch, stages.stage("calibrate", "blocks") as advance:
         used = text[: recipe.calibration.count] if recipe.needs_statistics() else None
         params = calibrate(model, layers, recipe, used, Path(scratch), advance)
-    if recipe.distils():
+    if recipe.trains():
         with stages.stage("distill", "steps") as advance:
             params = distill(checkpoint.model(), params, text, recipe, advance)
         model = checkpoint.model()
@@ -101,7 +105,9 @@ def main(
     calibration: Path,
     text: Path,
     patterns: str = "2:4,4:8,8:16,16:32,50%",
-    rows: Annotated[str, Parameter(help="CRITERION MITIGATION pairs, by commas")] = ",".join((*PUBLISHED, *OURS)),
+    rows: Annotated[str, Parameter(help="CRITERION MITIGATION [KEY=VALUE ...], by commas")] = ",".join(
+        (*PUBLISHED, *OURS)
+    ),
     context: int = 1024,
     tokens: int = 16384,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
@@ -120,8 +126,9 @@ def main(
     for pattern in patterns.split(","):
         base: torch.Tensor | None = None
         for name in dict.fromkeys((BASELINE, *rows.split(","))):
-            criterion, mitigation = name.split()
-            recipe = Recipe().replace({"pattern": pattern, "criterion": criterion, "mitigation": mitigation})
+            criterion, mitigation, *settings = name.split()
+            changes = {"pattern": pattern, "criterion": criterion, "mitigation": mitigation, **parse_set(settings)}
+            recipe = Recipe().replace(changes)
             stages.costs.clear()
             losses = measure(checkpoint, recipe, found, stages, test)
             base = losses if base is None else base

@@ -130,18 +130,18 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
 def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> dict[str, Params]:
     model = checkpoint.model()
     text: Tensor | None = None
-    if recipe.needs_statistics():
+    if count := recipe.windows():
         settings = recipe.calibration
-        tokenizer, count = checkpoint.tokenizer(), recipe.windows()
+        tokenizer = checkpoint.tokenizer()
         if settings.source == "self":
             with stages.stage("sample", "tokens") as advance:
                 text = sampled(model, tokenizer, count, settings.window, recipe.seed, advance)
         else:
             text = windows(settings.source, tokenizer, count, settings.window, settings.field)
     with stages.stage("calibrate", "blocks") as advance:
-        used = None if text is None else text[: recipe.calibration.count]
+        used = text[: recipe.calibration.count] if text is not None and recipe.needs_statistics() else None
         params = walk(model, layers, recipe, used, folder, advance)
-    if recipe.distils():
+    if recipe.trains():
         assert text is not None
         with stages.stage("distill", "steps") as advance:
             params = distill(checkpoint.model(), params, text, recipe, advance)

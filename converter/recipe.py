@@ -47,12 +47,12 @@ class Calibration(_Frozen):
 
 
 class Distillation(_Frozen):
-    """How the weights are trained against the dense model, with `distill` among the mitigations."""
+    """How `distill`, `l_pts`, `ls` and a trained `r_sparse` are trained against the dense model."""
 
     tokens: int = Field(default=61440, gt=0)
-    steps: int = Field(default=60, gt=0)
-    batch: int = Field(default=2, gt=0)
-    learning_rate: float = Field(default=1e-4, gt=0)
+    steps: int = Field(default=120, gt=0)
+    batch: int = Field(default=1, gt=0)
+    learning_rate: float = Field(default=3e-4, gt=0)
     warm_up: float = Field(default=0.1, ge=0, lt=1)
 
 
@@ -64,6 +64,7 @@ class Recipe(_Frozen):
     mitigation: tuple[str, ...] = ("var",)
     s_pts: Literal["channel", "scalar"] = "channel"
     d_pts: Literal["median", "mean"] = "median"
+    r_sparse: Literal["svd", "trained"] = "svd"
     rank: int = Field(default=64, gt=0)
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
@@ -106,10 +107,11 @@ class Recipe(_Frozen):
 
     def methods(self) -> list[Mitigation]:
         """Return the mitigations in the order given."""
-        return mitigations(self.mitigation or ("none",), {"s_pts": self.s_pts, "d_pts": self.d_pts})
+        variants: dict[str, str] = {"s_pts": self.s_pts, "d_pts": self.d_pts, "r_sparse": self.r_sparse}
+        return mitigations(self.mitigation or ("none",), variants)
 
     def needs_statistics(self) -> bool:
-        """Return whether calibration text has to be run through the model."""
+        """Return whether the layers' inputs on calibration text decide their parameters."""
         wanted = criterion(self.criterion).needs_statistics
         return wanted or any(method.needs_statistics for method in self.methods())
 
@@ -117,14 +119,14 @@ class Recipe(_Frozen):
         """Return whether each weight is fitted anew to the pruned inputs of its layer."""
         return any(method.refits for method in self.methods())
 
-    def distils(self) -> bool:
-        """Return whether the weights are trained once every layer is fitted."""
-        return any(method.distils for method in self.methods())
+    def trains(self) -> tuple[str, ...]:
+        """Return the names of the `Params` that are trained once every layer is fitted."""
+        return tuple(part for method in self.methods() for part in method.trains)
 
     def windows(self) -> int:
-        """Return how many windows of text the calibration takes in all."""
-        wanted = self.distillation.tokens // self.calibration.window if self.distils() else 0
-        return max(self.calibration.count, wanted)
+        """Return how many windows of calibration text are used in all."""
+        fitting = self.calibration.count if self.needs_statistics() else 0
+        return max(fitting, self.distillation.tokens // self.calibration.window if self.trains() else 0)
 
     def needs_together(self) -> bool:
         """Return whether the statistics must say which channels are large together."""

@@ -104,7 +104,11 @@ GOLDEN = {
     ("distill", ""): [26.0, 17.0],
     # r_sparse: what is dropped, d = (0,-1,2,0), gives W d = (4,-1). W W^T = ((30,-2),(-2,2)) has the largest
     # eigenvalue 16 + sqrt(200), with u ~ (1, T), T = 7 - sqrt(50); rank 1 adds u u^T (4,-1) = C (1, T)
-    ("r_sparse", ""): [26.0 + C, 17.0 + C * T],
+    ("r_sparse", "svd"): [26.0 + C, 17.0 + C * T],
+    ("r_sparse", "trained"): [26.0 + C, 17.0 + C * T],
+    # l_pts, ls: before training a shift of 0, a scale of 1 and a shift of 0; after it, test_learned_parts
+    ("l_pts", ""): [26.0, 17.0],
+    ("ls", ""): [26.0, 17.0],
 }
 
 
@@ -117,6 +121,21 @@ def test_mitigation(name: str, variant: str) -> None:
     torch.testing.assert_close(apply(x, weight, bias, params), expected, **tolerance)
     baked = bake(weight, bias, params).to(torch.float64)
     torch.testing.assert_close(SparseLinear(baked)(x), expected, **tolerance)
+
+
+def test_learned_parts() -> None:
+    # shift (1,1,1,1) as in s_pts channel: (19, 18); then times (2, -1) plus (0.5, 0): (38.5, -18)
+    params = Params(
+        2,
+        4,
+        shift_mode="static",
+        shift=torch.ones(4),
+        output_scale=torch.tensor([2.0, -1.0]),
+        output_shift=torch.tensor([0.5, 0.0]),
+    )
+    x, weight, bias = (torch.tensor(t) for t in (X, WEIGHT, BIAS))
+    assert apply(x, weight, bias, params).tolist() == [[38.5, -18.0]]
+    assert SparseLinear(bake(weight, bias, params))(x).tolist() == [[38.5, -18.0]]
 
 
 def test_even_median_is_the_lower_of_the_two() -> None:

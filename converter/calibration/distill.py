@@ -1,7 +1,4 @@
-"""Distillation: train the weights of the sparse layers so that the sparse model's tokens are those of the dense one.
-
-What is trained goes into the weights, so the engine pays nothing for it.
-"""
+"""Distillation: train what the recipe's methods leave open so that the sparse model's tokens are the dense one's."""
 
 from __future__ import annotations
 
@@ -20,20 +17,23 @@ CLIP = 1.0  # of the gradient's norm
 
 
 class TrainedLinear(nn.Module):
-    """A layer that is dense as the teacher and sparse, over a weight of its own, as the pupil."""
+    """A layer that is dense as the teacher and sparse, over trained `parts` of its parameters, as the pupil."""
 
-    def __init__(self, linear: nn.Linear, params: Params) -> None:
-        """Start from the fitted weight, where there is one, or the dense one."""
+    def __init__(self, linear: nn.Linear, params: Params, parts: tuple[str, ...]) -> None:
+        """Start from the fitted parts; from the dense weight where none is fitted."""
         super().__init__()
-        self.linear, self.params, self.dense = linear, params, False
-        self.weight = nn.Parameter((linear.weight.data if params.weight is None else params.weight).clone())
+        weight = linear.weight.data if params.weight is None else params.weight
+        self.linear, self.params, self.dense = linear, replace(params, weight=weight), False
+        self.parts = nn.ParameterDict({part: nn.Parameter(getattr(self.params, part).clone()) for part in parts})
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y `[..., N]` for x `[..., K]`; the mask has no gradient."""
         if self.dense:
             y: Tensor = self.linear(x)
             return y
-        return apply(x, self.weight, self.linear.bias, self.params)
+        params = replace(self.params, **dict(self.parts.items()))
+        assert params.weight is not None
+        return apply(x, params.weight, self.linear.bias, params)
 
 
 def divergence(model: PreTrainedModel, layers: list[TrainedLinear], ids: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ def distill(
     recipe: Recipe,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Params]:
-    """Return the parameters with trained weights.
+    """Return the parameters with `recipe.trains()` trained.
 
     `model` is dense and is used up; `windows [count, window]` holds token ids. The last batch of windows is held out.
     AdamW, linear warm-up and cosine decay, clipped gradients; the same seed gives the same weights.
@@ -72,17 +72,18 @@ def distill(
             f"{len(windows)}. Ask for more tokens."
         )
     layers = {}
+    model.requires_grad_(requires_grad=False)
     for name, layer in params.items():
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layers[name] = TrainedLinear(linear, layer)
+        layers[name] = TrainedLinear(linear, layer, recipe.trains())
         setattr(model.get_submodule(parent), child, layers[name])
     trained = list(layers.values())
     with torch.no_grad():
         before = divergence(model, trained, held_out)
-    weights = [layer.weight for layer in trained]
-    optimizer = torch.optim.AdamW(weights, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    parts = [part for layer in trained for part in layer.parts.values()]
+    optimizer = torch.optim.AdamW(parts, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     warm_up = int(settings.warm_up * settings.steps)
     schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, settings.steps)
     generator = torch.Generator().manual_seed(recipe.seed)
@@ -98,7 +99,7 @@ def distill(
                 "Use a smaller --set distillation.learning_rate=R."
             )
         loss.backward()
-        nn.utils.clip_grad_norm_(weights, CLIP)
+        nn.utils.clip_grad_norm_(parts, CLIP)
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
@@ -110,4 +111,7 @@ def distill(
             f"distill: divergence on held-out text must fall, got {before:.4f} before and {after:.4f} after. "
             "Use a smaller --set distillation.learning_rate=R or more calibration tokens."
         )
-    return {name: replace(params[name], weight=layer.weight.detach()) for name, layer in layers.items()}
+    return {
+        name: replace(params[name], **{part: value.detach() for part, value in layer.parts.items()})
+        for name, layer in layers.items()
+    }

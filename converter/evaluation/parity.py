@@ -39,7 +39,7 @@ from converter.evaluation.reference import (
     round_weights,
     run_model,
     sparse_layer,
-    use_fitted_weights,
+    use_fitted,
 )
 from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP
@@ -117,13 +117,14 @@ def validate(
     graph = onnx.load(folder / MODEL, load_external_data=False)
     kind = np.float16 if dtype == "float16" else np.float32
     with torch.no_grad(), _quiet():
-        use_fitted_weights(model, params)
+        rounded = {name: round_params(layer, dtype) for name, layer in params.items()}
         round_weights(model, dtype)
+        unfitted = use_fitted(model, rounded)
         feeds = model_feeds(model, ids, kind)
         _compare_dense(report, folder, graph, model, feeds)
         progress(1, 4)
-        for name, layer in params.items():
-            install(model, name, round_params(layer, dtype))
+        for name, layer in rounded.items():
+            install(model, name, layer, unfitted[name])
         inputs = layer_inputs(model, list(params), ids, kind)
         flipped = _compare_masks(report, folder, graph, model, inputs)
         progress(2, 4)

@@ -24,11 +24,26 @@ def round_weights(model: nn.Module, dtype: str) -> None:
             parameter.data = parameter.data.to(getattr(torch, dtype)).float()
 
 
-def use_fitted_weights(model: nn.Module, params: dict[str, Params]) -> None:
-    """Put the weights that calibration fitted into the dense layers, as the graph has them."""
+def use_fitted(model: nn.Module, params: dict[str, Params]) -> dict[str, nn.Module]:
+    """Put dense layers with the fitted weight and output affine into `model`; return the layers that they replace."""
+    replaced: dict[str, nn.Module] = {}
     for name, layer in params.items():
-        if layer.weight is not None:
-            model.get_submodule(name).get_parameter("weight").data = layer.weight
+        linear = model.get_submodule(name)
+        assert isinstance(linear, nn.Linear)
+        weight = linear.weight.data if layer.weight is None else layer.weight
+        bias = None if linear.bias is None else linear.bias.data
+        if layer.output_scale is not None:
+            weight = weight * layer.output_scale[:, None]
+            bias = None if bias is None else bias * layer.output_scale
+        if layer.output_shift is not None:
+            bias = layer.output_shift if bias is None else bias + layer.output_shift
+        fitted = nn.Linear(linear.in_features, linear.out_features, bias=bias is not None, device="meta")
+        fitted.weight = nn.Parameter(weight, requires_grad=False)
+        fitted.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, fitted)
+        replaced[name] = linear
+    return replaced
 
 
 def round_params(params: Params, dtype: str) -> Params:

@@ -25,14 +25,17 @@ class Layer:
 
 @dataclass(frozen=True)
 class Mitigation:
-    """One method: `role` is the part of the op that it sets (two of one role exclude each other)."""
+    """One method: `role` is the part of the op that it sets (two of one role exclude each other).
+
+    `trains` names the `Params` that are trained against the dense model once every layer is fitted.
+    """
 
     role: str
     fit: Callable[[Params, Layer], Params]
     needs_statistics: bool = False
     needs_together: bool = False
     refits: bool = False
-    distils: bool = False
+    trains: tuple[str, ...] = ()
 
 
 FLOOR = 1e-8  # of a maximum that is divided by
@@ -50,6 +53,15 @@ def _channel_shift(params: Params, layer: Layer) -> Params:
 def _scalar_shift(params: Params, layer: Layer) -> Params:
     assert layer.stats is not None
     return _static(params, torch.full_like(layer.stats.channel_sum, layer.stats.mean_of_medians()))
+
+
+def _learned_shift(params: Params, layer: Layer) -> Params:
+    return _static(params, torch.zeros(layer.weight.shape[1]))
+
+
+def _learned_affine(params: Params, layer: Layer) -> Params:
+    out_features = layer.weight.shape[0]
+    return replace(params, output_scale=torch.ones(out_features), output_shift=torch.zeros(out_features))
 
 
 def _channel_balance(params: Params, layer: Layer) -> Params:
@@ -84,8 +96,10 @@ def _low_rank(params: Params, layer: Layer) -> Params:
     )
 
 
-# The variants of S-PTS and D-PTS are different methods under one name (S1's prose, its table and its code disagree);
-# the recipe keys `s_pts` and `d_pts` choose, and this table says what each choice means.
+STAND_IN = "stand-in for what is dropped"
+
+# The variants of S-PTS, D-PTS and R-Sparse are different methods under one name (the paper's prose, its tables and its
+# code disagree); the recipe keys `s_pts`, `d_pts` and `r_sparse` choose, and this table says what each choice means.
 MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     "none": {"": Mitigation("nothing", lambda params, _: params)},
     # Source: arXiv:2509.22166 sec. 3.3 ("a single per-channel bias vector"): eta_j = mean over tokens of x_j.
@@ -99,18 +113,27 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
         "median": Mitigation("shift", lambda params, _: replace(params, shift_mode="token_median")),
         "mean": Mitigation("shift", lambda params, _: replace(params, shift_mode="token_mean")),
     },
+    # Source: arXiv:2509.22166 sec. 3.3: a shift of each channel, trained from zero. Deviation: against the dense
+    # model's logits, with all layers at once.
+    "l_pts": {"": Mitigation("shift", _learned_shift, trains=("shift",))},
+    # Source: arXiv:2509.22166 table 5, which gives no formula; its code trains y * (1 + gamma) + beta from zero.
+    "ls": {"": Mitigation("output affine", _learned_affine, trains=("output_scale", "output_shift"))},
     # Source: arXiv:2509.22166 eq. (5).
     "var": {"": Mitigation("variance", lambda params, _: replace(params, variance=True))},
     # Source: arXiv:2509.22166 (PCS), with the maximum over the calibration tokens, not over the batch at run time.
     "pcs": {"": Mitigation("balance of channels", _channel_balance, needs_statistics=True)},
     # Ours: see converter/sparsity/permutation.py.
     "permute": {"": Mitigation("permutation", _regroup, needs_statistics=True, needs_together=True)},
-    # Source: arXiv:2509.22166 app. A (R-Sparse): what is dropped goes through the truncated SVD of W, untrained.
-    "r_sparse": {"": Mitigation("low-rank residual", _low_rank)},
+    # Source: arXiv:2509.22166 app. A (R-Sparse): what is dropped goes through the truncated SVD of W. `trained` goes on
+    # from there; the authors' code trains from random factors.
+    "r_sparse": {
+        "svd": Mitigation(STAND_IN, _low_rank),
+        "trained": Mitigation(STAND_IN, _low_rank, trains=("residual_in", "residual_out")),
+    },
     # Ours: the weight is fitted to the pruned inputs, see converter/calibration/refit.py.
-    "refit": {"": Mitigation("refitted weight", lambda params, _: params, needs_statistics=True, refits=True)},
-    # Ours: the weights are trained when all layers are fitted, see converter/calibration/distill.py.
-    "distill": {"": Mitigation("trained weight", lambda params, _: params, needs_statistics=True, distils=True)},
+    "refit": {"": Mitigation(STAND_IN, lambda params, _: params, needs_statistics=True, refits=True)},
+    # Ours: see converter/calibration/distill.py.
+    "distill": {"": Mitigation("trained weight", lambda params, _: params, trains=("weight",))},
 }
 
 
@@ -135,10 +158,6 @@ def mitigations(names: Sequence[str], variants: dict[str, str]) -> list[Mitigati
             )
         chosen[method.role] = name
         found.append(method)
-    if {"refit", "r_sparse"} <= set(names):
-        raise RecipeError(
-            "mitigation: refit and r_sparse cannot be combined, both stand for what is dropped. Choose one."
-        )
     if "none" in names and len(names) > 1:
         raise RecipeError(f"mitigation: none cannot be combined, got {'+'.join(names)}. Leave out none.")
     return found
