@@ -40,7 +40,7 @@ def test_recipes_cannot_be_changed() -> None:
             {"criterion": "clat"},
             r"unknown criterion 'clat'; available: amber, amber_trimmed, clact, magnitude, we.*, wina",
         ),
-        ({"mitigation": "vat"}, r"unknown mitigation 'vat'; available: d_pts, distill, none, .* s_pts, var"),
+        ({"mitigation": "vat"}, r"unknown mitigation 'vat'; available: d_pts, distill, l_pts, ls, none, .* s_pts, var"),
         ({"mitigation": "none+var"}, r"none cannot be combined"),
         ({"mitigation": "refit+r_sparse"}, r"refit and r_sparse cannot be combined"),
         ({"mitigation": "var+var"}, r"both set the variance"),
