@@ -74,11 +74,10 @@ def distill(
     layers = {}
     model.requires_grad_(requires_grad=False)
     for name, layer in params.items():
-        parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         layers[name] = TrainedLinear(linear, layer, recipe.trains())
-        setattr(model.get_submodule(parent), child, layers[name])
+        model.set_submodule(name, layers[name])
     trained = list(layers.values())
     with torch.no_grad():
         before = divergence(model, trained, held_out)

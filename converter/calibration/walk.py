@@ -77,8 +77,7 @@ def calibrate(
                 params[layer.name] = fit(model, layer, recipe, stats[layer.name])
                 install(model, layer.name, params[layer.name])
             if recipe.refits():
-                fitted = {name: params[name] for name in dense}
-                for name, weight in _refitted(model, fitted, dense, run, len(batches)).items():
+                for name, weight in _refitted(model, params, dense, run, len(batches)).items():
                     params[name] = replace(params[name], weight=weight)
                     install(model, name, params[name], dense[name])
             for number in range(len(batches)):

@@ -40,8 +40,7 @@ def use_fitted(model: nn.Module, params: dict[str, Params]) -> dict[str, nn.Modu
         fitted = nn.Linear(linear.in_features, linear.out_features, bias=bias is not None, device="meta")
         fitted.weight = nn.Parameter(weight, requires_grad=False)
         fitted.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, fitted)
+        model.set_submodule(name, fitted)
         replaced[name] = linear
     return replaced
 

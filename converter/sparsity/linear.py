@@ -182,5 +182,4 @@ def install(model: nn.Module, name: str, params: Params, linear: nn.Module | Non
     assert isinstance(linear, nn.Linear)
     bias = None if linear.bias is None else linear.bias.data
     weight = linear.weight.data if params.weight is None else params.weight
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, SparseLinear(bake(weight, bias, params)))
+    model.set_submodule(name, SparseLinear(bake(weight, bias, params)))
