@@ -220,10 +220,9 @@ def trace(model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtyp
     tied = tied_weights(model)
     for layer, node in nodes.items():
         if f"{layer}.weight" not in tied:
-            parent, _, child = layer.rpartition(".")
             linear = model.get_submodule(layer)
             assert isinstance(linear, nn.Linear)
-            setattr(model.get_submodule(parent), child, TracedLinear(linear, node, form, dtype))
+            model.set_submodule(layer, TracedLinear(linear, node, form, dtype))
     _fill(model, dtype)
     kinds = [signature(block) for block in blocks]
     likes = [kinds.index(kind) for kind in kinds]
