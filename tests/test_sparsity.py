@@ -14,7 +14,9 @@ from converter.sparsity.linear import SHIFT_MODES, Params, SparseLinear, apply, 
 from converter.sparsity.mitigations import mitigations
 from converter.sparsity.pattern import Pattern, mask
 
-SHAPES = st.sampled_from([(2, 4), (1, 4), (4, 8), (8, 16), (3, 16), (16, 32), (7, 32), (32, 32)])
+SHAPES = st.sampled_from(
+    [(2, 4), (1, 4), (4, 8), (8, 16), (3, 16), (16, 32), (7, 32), (32, 32), (2, 5), (7, 12), (50, 96)]
+)
 
 
 @settings(max_examples=150, deadline=None)

@@ -83,8 +83,8 @@ def prune(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | N
     eta = token_shift(x, params.shift_mode, params.shift)
     z = x if eta is None else x - eta
     scores = z.abs() if params.channel_scale is None else z.abs() * params.channel_scale
-    # where, not a product: a dropped Inf must give 0, not NaN.
-    return z, torch.where(kept(scores, params), z, torch.zeros_like(z)), eta
+    # Filled, not multiplied: a dropped Inf must give 0, not NaN.
+    return z, z.masked_fill(~kept(scores, params), 0), eta
 
 
 def kept(scores: Tensor, params: Params | Baked) -> Tensor:
@@ -99,7 +99,12 @@ def token_scale(z: Tensor, zs: Tensor) -> Tensor:
 
     Source: arXiv:2509.22166 eq. (5); taken after the GEMM, where it is a scale of rows.
     """
-    return (z.var(-1, keepdim=True) / zs.var(-1, keepdim=True).clamp_min(VARIANCE_FLOOR)).sqrt()
+    return (_variance(z) / _variance(zs).clamp_min(VARIANCE_FLOOR)).sqrt()
+
+
+def _variance(z: Tensor) -> Tensor:
+    # Two passes, as the op's function body has it; torch.var takes several times as long on a CPU.
+    return (z - z.mean(-1, keepdim=True)).square().sum(-1, keepdim=True) / (z.shape[-1] - 1)
 
 
 def approximate(x: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor]:

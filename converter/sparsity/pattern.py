@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 import torch
@@ -79,15 +80,16 @@ class Pattern:
         return int(self.keep), in_features
 
 
+NETWORK = 64  # groups up to this size are ranked by a sorting network, larger ones by numpy's partition
+
+
 def mask(scores: Tensor, keep: int, group: int) -> Tensor:
     """Return the boolean mask `[..., K]` of the `keep` largest scores in every group of `group` channels.
 
     Ties go to the lower channel. NaN counts as the largest score, so that it is kept and stays visible.
     """
-    grouped = scores.detach().reshape(-1, group)
-    grouped = torch.where(grouped.isnan(), torch.inf, grouped)
-    # numpy's partition is several times faster than torch's topk on short groups.
-    threshold = torch.from_numpy(np.partition(grouped.numpy(), group - keep, axis=-1)[:, [group - keep]])
+    grouped = scores.detach().reshape(-1, group).nan_to_num(nan=torch.inf, posinf=torch.inf)
+    threshold = _threshold(grouped, group - keep)
     kept = grouped >= threshold
     if int(torch.count_nonzero(kept)) != keep * len(kept):
         crowded = kept.sum(-1) != keep
@@ -95,3 +97,46 @@ def mask(scores: Tensor, keep: int, group: int) -> Tensor:
         tied = grouped[crowded] == threshold[crowded]
         kept[crowded] = above | (tied & (tied.cumsum(-1) <= keep - above.sum(-1, keepdim=True)))
     return kept.reshape(scores.shape)
+
+
+def _threshold(grouped: Tensor, rank: int) -> Tensor:
+    """Return, of each row `[R, group]`, the value with `rank` smaller or equal ones before it, `[R, 1]`."""
+    group = grouped.shape[1]
+    if group > NETWORK:
+        return torch.from_numpy(np.partition(grouped.numpy(), rank, axis=-1)[:, [rank]])
+    # One vector operation a comparator over all rows at once: short rows are ranked several times faster than one by
+    # one.
+    columns = list(grouped.t().contiguous().unbind(0))
+    for low, high, low_matters, high_matters in _comparators(group, rank):
+        a, b = columns[low], columns[high]
+        if low_matters:
+            columns[low] = torch.minimum(a, b)
+        if high_matters:
+            columns[high] = torch.maximum(a, b)
+    return columns[rank][:, None]
+
+
+@cache
+def _comparators(size: int, rank: int) -> tuple[tuple[int, int, bool, bool], ...]:
+    """Return the comparators (low, high) that bring element `rank` of `size` into its sorted place, in order.
+
+    The flags say which of the two results is read later. Source: K. E. Batcher, "Sorting networks and their
+    applications", 1968 (odd-even merge), without what the one place does not need.
+    """
+    network = []
+    length = 1  # of the sorted runs that are merged
+    while length < size:
+        distance = length
+        while distance:
+            for start in range(distance % length, size - distance, 2 * distance):
+                for low in range(start, min(start + distance, size - distance)):
+                    if low // (2 * length) == (low + distance) // (2 * length):
+                        network.append((low, low + distance))
+            distance //= 2
+        length *= 2
+    needed, live = [], {rank}
+    for low, high in reversed(network):
+        if live & {low, high}:
+            needed.append((low, high, low in live, high in live))
+            live |= {low, high}
+    return tuple(reversed(needed))
