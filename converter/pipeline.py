@@ -6,16 +6,20 @@ Each stage is a plain function, and the file that it leaves is what the next one
 from __future__ import annotations
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter.calibration import file as calibration_file
 from converter.calibration.distill import distill
+from converter.calibration.resume import resumable
 from converter.calibration.texts import sampled, windows
+from converter.calibration.train import Curve
 from converter.calibration.walk import calibrate as walk
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.delivery.bundle import (
@@ -77,10 +81,10 @@ def run(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Sta
         layers = plan(checkpoint.skeleton(), recipe)
         about = _about(checkpoint, recipe, layers)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
-        params = _calibrate(checkpoint, layers, recipe, folder, stages)
+        params, curve = _calibrate(checkpoint, layers, recipe, folder, stages)
         _export(checkpoint, layers, params, recipe, about, folder, stages)
         parity = _validate(folder, checkpoint, params, recipe, None, stages)
-        report = _report(recipe, layers, folder, stages, parity)
+        report = _report(recipe, layers, folder, stages, parity) | {"training": curve}
         write_json(folder / REPORT, report)
         write_manifest(folder, about)
     return report
@@ -127,27 +131,55 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
     return _validate(folder, checkpoint, params, recipe, text, stages)
 
 
-def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> dict[str, Params]:
-    model = checkpoint.model()
-    text: Tensor | None = None
-    if count := recipe.windows():
-        settings = recipe.calibration
-        tokenizer = checkpoint.tokenizer()
-        if settings.source == "self":
-            with stages.stage("sample", "tokens") as advance:
-                text = sampled(model, tokenizer, count, settings.window, recipe.seed, advance)
-        else:
-            text = windows(settings.source, tokenizer, count, settings.window, settings.field)
-    with stages.stage("calibrate", "blocks") as advance:
-        used = text[: recipe.calibration.count] if text is not None and recipe.needs_statistics() else None
-        params = walk(model, layers, recipe, used, folder, advance)
-    if recipe.trains():
-        assert text is not None
-        with stages.stage("distill", "steps") as advance:
-            params = distill(checkpoint.model(), params, text, recipe, advance)
+def _calibrate(
+    checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages
+) -> tuple[dict[str, Params], Curve]:
+    with resumable(checkpoint.fingerprint(), recipe) if recipe.trains() else nullcontext() as state:
+        text = _text(checkpoint, recipe, state, stages) if recipe.windows() else None
+        params, curve = fitted(checkpoint, layers, recipe, text, folder, state, stages)
     calibration_file.write(folder / calibration_file.NAME, params)
     (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
-    return params
+    return params, curve
+
+
+def _text(checkpoint: Checkpoint, recipe: Recipe, state: Path | None, stages: Stages) -> Tensor:
+    """Return the windows of calibration text; what the model has written for an interrupted run is not written anew."""
+    settings = recipe.calibration
+    if settings.source != "self":
+        return windows(settings.source, checkpoint.tokenizer(), recipe.windows(), settings.window, settings.field)
+    written = None if state is None else state / "text.safetensors"
+    if written is not None and written.exists():
+        stages.console.print(f"goes on with the calibration that was interrupted, in {state}")
+        return load_file(written)["text"]
+    with stages.stage("sample", "tokens") as advance:
+        tokenizer = checkpoint.tokenizer()
+        text = sampled(checkpoint.model(), tokenizer, recipe.windows(), settings.window, recipe.seed, advance)
+    if written is not None:
+        save_file({"text": text.contiguous()}, written)
+    return text
+
+
+def fitted(
+    checkpoint: Checkpoint,
+    layers: Plan,
+    recipe: Recipe,
+    text: Tensor | None,
+    scratch: Path,
+    state: Path | None,
+    stages: Stages,
+) -> tuple[dict[str, Params], Curve]:
+    """Return the parameters of every sparse layer on the windows `text [count, window]`, and the curve of training.
+
+    `scratch` is a folder for hidden states; `state`, where given, one from which an interrupted call goes on.
+    """
+    with stages.stage("calibrate", "blocks") as advance:
+        walked = text[: recipe.calibration.count] if text is not None and recipe.walks() else None
+        params = walk(checkpoint.model(), layers, recipe, walked, scratch, state, advance)
+    if not recipe.distils():
+        return params, []
+    assert text is not None
+    with stages.stage("distill", "steps") as advance:
+        return distill(checkpoint.model(), params, text, recipe, state and state / "distill.pt", advance)
 
 
 def _export(

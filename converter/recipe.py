@@ -46,14 +46,24 @@ class Calibration(_Frozen):
         return self.tokens // self.window
 
 
-class Distillation(_Frozen):
-    """How `distill`, `l_pts`, `ls` and a trained `r_sparse` are trained against the dense model."""
+class Training(_Frozen):
+    """How `distill`, `l_pts`, `ls` and a trained `r_sparse` are trained.
 
-    tokens: int = Field(default=61440, gt=0)
-    steps: int = Field(default=120, gt=0)
+    objective: `logits` trains all layers at once by the divergence of the sparse model's tokens from the dense one's;
+        `layer` trains block after block by the error of its output against the dense block on the same input.
+    window: calibration windows are cut to this length; held_out: how many of these pieces to judge on; patience: how
+        often they may fail to improve before training stops.
+    """
+
+    objective: Literal["logits", "layer"] = "logits"
+    tokens: int = Field(default=40960, gt=0)
+    window: int = Field(default=256, gt=1)
+    steps: int = Field(default=160, gt=0)
     batch: int = Field(default=1, gt=0)
     learning_rate: float = Field(default=3e-4, gt=0)
     warm_up: float = Field(default=0.1, ge=0, lt=1)
+    held_out: int = Field(default=4, gt=0)
+    patience: int = Field(default=3, gt=0)
 
 
 class Recipe(_Frozen):
@@ -65,13 +75,14 @@ class Recipe(_Frozen):
     s_pts: Literal["channel", "scalar"] = "channel"
     d_pts: Literal["median", "mean"] = "median"
     r_sparse: Literal["svd", "trained"] = "svd"
+    distill: Literal["full", "low_rank"] = "full"
     rank: int = Field(default=64, gt=0)
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     seed: int = 0
     calibration: Calibration = Calibration()
-    distillation: Distillation = Distillation()
+    training: Training = Training()
 
     @field_validator("pattern", mode="before")
     @classmethod
@@ -93,6 +104,9 @@ class Recipe(_Frozen):
     @model_validator(mode="after")
     def _combination(self) -> Recipe:
         self.methods()
+        whole, piece = self.calibration.window, self.training.window
+        if self.distils() and whole % min(piece, whole):
+            raise ValueError(f"training.window must divide calibration.window ({whole}), got {piece}")
         return self
 
     @property
@@ -107,7 +121,7 @@ class Recipe(_Frozen):
 
     def methods(self) -> list[Mitigation]:
         """Return the mitigations in the order given."""
-        variants: dict[str, str] = {"s_pts": self.s_pts, "d_pts": self.d_pts, "r_sparse": self.r_sparse}
+        variants: dict[str, str] = {name: getattr(self, name) for name in ("s_pts", "d_pts", "r_sparse", "distill")}
         return mitigations(self.mitigation or ("none",), variants)
 
     def needs_statistics(self) -> bool:
@@ -125,8 +139,20 @@ class Recipe(_Frozen):
 
     def windows(self) -> int:
         """Return how many windows of calibration text are used in all."""
-        fitting = self.calibration.count if self.needs_statistics() else 0
-        return max(fitting, self.distillation.tokens // self.calibration.window if self.trains() else 0)
+        fitting = self.calibration.count if self.walks() else 0
+        return max(fitting, self.training.tokens // self.calibration.window if self.distils() else 0)
+
+    def walks(self) -> bool:
+        """Return whether fitting goes block by block over calibration text."""
+        return self.needs_statistics() or (bool(self.trains()) and self.training.objective == "layer")
+
+    def distils(self) -> bool:
+        """Return whether all layers are trained at once against the dense model's tokens."""
+        return bool(self.trains()) and self.training.objective == "logits"
+
+    def low_rank(self) -> int:
+        """Return the rank of what `distill` adds to a weight, 0 for a full update."""
+        return self.rank if self.distill == "low_rank" else 0
 
     def needs_together(self) -> bool:
         """Return whether the statistics must say which channels are large together."""

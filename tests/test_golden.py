@@ -101,7 +101,8 @@ GOLDEN = {
     # refit needs the tokens again, once the layer is sparse: test_refit
     ("refit", ""): [26.0, 17.0],
     # distill sets nothing of a single layer: tests/test_calibration.py
-    ("distill", ""): [26.0, 17.0],
+    ("distill", "full"): [26.0, 17.0],
+    ("distill", "low_rank"): [26.0, 17.0],
     # r_sparse: what is dropped, d = (0,-1,2,0), gives W d = (4,-1). W W^T = ((30,-2),(-2,2)) has the largest
     # eigenvalue 16 + sqrt(200), with u ~ (1, T), T = 7 - sqrt(50); rank 1 adds u u^T (4,-1) = C (1, T)
     ("r_sparse", "svd"): [26.0 + C, 17.0 + C * T],

@@ -47,6 +47,7 @@ def test_recipes_cannot_be_changed() -> None:
         ({"dtype": "int8"}, r"'float32', 'float16' or 'bfloat16', got 'int8'"),
         ({"s_pts": "median"}, r"'channel' or 'scalar', got 'median'"),
         ({"calibration.tokens": 3}, r"tokens must be at least one window \(512\), got 3"),
+        ({"mitigation": "distill", "training.window": 200}, r"training\.window must divide .* \(512\), got 200"),
         ({"calibration.window": 0}, r"calibration\.window: .*greater than 1"),
     ],
 )

@@ -3,49 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
+from transformers import PreTrainedModel
 
+from converter.calibration.train import Curve, train
+from converter.calibration.trained import TrainedLinear, teacher
 from converter.errors import CalibrationError
 from converter.recipe import Recipe
-from converter.sparsity.linear import Params, apply
-
-CLIP = 1.0  # of the gradient's norm
-
-
-class TrainedLinear(nn.Module):
-    """A layer that is dense as the teacher and sparse, over trained `parts` of its parameters, as the pupil."""
-
-    def __init__(self, linear: nn.Linear, params: Params, parts: tuple[str, ...]) -> None:
-        """Start from the fitted parts; from the dense weight where none is fitted."""
-        super().__init__()
-        weight = linear.weight.data if params.weight is None else params.weight
-        self.linear, self.params, self.dense = linear, replace(params, weight=weight), False
-        self.parts = nn.ParameterDict({part: nn.Parameter(getattr(self.params, part).clone()) for part in parts})
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return y `[..., N]` for x `[..., K]`; the mask has no gradient."""
-        if self.dense:
-            y: Tensor = self.linear(x)
-            return y
-        params = replace(self.params, **dict(self.parts.items()))
-        assert params.weight is not None
-        return apply(x, params.weight, self.linear.bias, params)
+from converter.sparsity.linear import Params
 
 
 def divergence(model: PreTrainedModel, layers: list[TrainedLinear], ids: Tensor) -> Tensor:
     """Return the mean over the tokens `ids [B, S]` of KL(dense || sparse), in nats."""
-    for layer in layers:
-        layer.dense = True
-    with torch.no_grad():
-        teacher = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
-    for layer in layers:
-        layer.dense = False
-    pupil = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
-    return nn.functional.kl_div(pupil, teacher, reduction="batchmean", log_target=True)
+    with teacher(layers):
+        wanted = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
+    found = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
+    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
 
 
 def distill(
@@ -53,64 +30,65 @@ def distill(
     params: dict[str, Params],
     windows: Tensor,
     recipe: Recipe,
+    state: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> dict[str, Params]:
-    """Return the parameters with `recipe.trains()` trained.
+) -> tuple[dict[str, Params], Curve]:
+    """Return the parameters with `recipe.trains()` trained, and the divergence on held-out text as that went.
 
-    `model` is dense and is used up; `windows [count, window]` holds token ids. The last batch of windows is held out.
-    AdamW, linear warm-up and cosine decay, clipped gradients; the same seed gives the same weights.
+    `model` is dense and is used up; `windows [count, window]` holds token ids, which are cut to pieces of
+    `training.window`, of which the last `training.held_out` are held out. The same seed gives the same weights;
+    `state` is as `train` has it.
 
     Raises:
-        CalibrationError: when there is no window left to train on, the loss is not finite, or it does not fall
-            on the held-out text.
+        CalibrationError: when there is no text left to train on, too little memory, or training fails.
     """
-    settings = recipe.distillation
-    held_out, text = windows[-settings.batch :], windows[: -settings.batch]
+    settings = recipe.training
+    pieces = windows.reshape(-1, min(settings.window, windows.shape[1]))
+    held_out, text = pieces[-settings.held_out :], pieces[: -settings.held_out]
     if len(text) < settings.batch:
         raise CalibrationError(
-            f"distill: distillation.tokens must give at least {2 * settings.batch} windows of {windows.shape[1]}, got "
-            f"{len(windows)}. Ask for more tokens."
+            f"training: training.tokens must give at least {settings.batch + settings.held_out} windows of "
+            f"{pieces.shape[1]}, got {len(pieces)}. Ask for more tokens."
         )
-    layers = {}
     model.requires_grad_(requires_grad=False)
-    for name, layer in params.items():
+    layers: dict[str, TrainedLinear] = {}
+    for number, (name, layer) in enumerate(params.items()):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layers[name] = TrainedLinear(linear, layer, recipe.trains())
+        layers[name] = TrainedLinear(linear, layer, recipe.trains(), recipe.low_rank(), recipe.seed + number)
         model.set_submodule(name, layers[name])
     trained = list(layers.values())
-    with torch.no_grad():
-        before = divergence(model, trained, held_out)
     parts = [part for layer in trained for part in layer.parts.values()]
-    optimizer = torch.optim.AdamW(parts, lr=settings.learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    warm_up = int(settings.warm_up * settings.steps)
-    schedule = get_cosine_schedule_with_warmup(optimizer, warm_up, settings.steps)
-    generator = torch.Generator().manual_seed(recipe.seed)
-    order: list[int] = []
-    for step in range(settings.steps):
-        if len(order) < settings.batch:
-            order += torch.randperm(len(text), generator=generator).tolist()
-        batch, order = order[: settings.batch], order[settings.batch :]
-        loss = divergence(model, trained, text[batch])
-        if not loss.isfinite():
-            raise CalibrationError(
-                f"distill: loss must be finite, got {loss.item()} at step {step + 1}. "
-                "Use a smaller --set distillation.learning_rate=R."
-            )
-        loss.backward()
-        nn.utils.clip_grad_norm_(parts, CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-        progress(step + 1, settings.steps)
-    with torch.no_grad():
-        after = divergence(model, trained, held_out)
+    _check_memory(parts)
+
+    def on_held_out() -> float:
+        with torch.no_grad():
+            return float(torch.stack([divergence(model, trained, window[None]) for window in held_out]).mean())
+
+    curve = train(
+        parts,
+        lambda batch: divergence(model, trained, text[batch]),
+        on_held_out,
+        len(text),
+        settings,
+        recipe.seed,
+        state,
+        progress,
+    )
+    before, after = curve[0][1], min(value for _, value in curve[1:])
     if not after < before:
         raise CalibrationError(
-            f"distill: divergence on held-out text must fall, got {before:.4f} before and {after:.4f} after. "
-            "Use a smaller --set distillation.learning_rate=R or more calibration tokens."
+            f"training: divergence on held-out text must fall, got {before:.4f} before and {after:.4f} at best. "
+            "Use a smaller --set training.learning_rate=R or more --set training.tokens=N."
         )
-    return {
-        name: replace(params[name], **{part: value.detach() for part, value in layer.parts.items()})
-        for name, layer in layers.items()
-    }
+    return {name: layer.trained() for name, layer in layers.items()}, curve
+
+
+def _check_memory(parts: list[nn.Parameter]) -> None:
+    # Gradient, two moments and the best so far, beside the parts themselves.
+    needed, free = 4 * sum(4 * part.numel() for part in parts), psutil.virtual_memory().available
+    if free < needed:
+        raise CalibrationError(
+            f"training: memory must be at least {needed / 1e9:.1f} GB beyond the model, got {free / 1e9:.1f} GB. "
+            "Train with --set distill=low_rank, or choose a mitigation without distill."
+        )

@@ -18,6 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from converter.calibration import file as calibration_file
+from converter.calibration.by_block import train_block
 from converter.calibration.refit import Sums, refit
 from converter.errors import CalibrationError
 from converter.plan import LayerPlan, Plan
@@ -36,15 +38,17 @@ def calibrate(
     recipe: Recipe,
     windows: Tensor | None,
     scratch: Path,
+    state: Path | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Params]:
     """Return the parameters of every sparse layer, and leave `model` sparse with them.
 
-    `windows [count, window]` holds token ids, None when the recipe needs no statistics; `scratch` is a folder for the
-    hidden states. `progress` is called with the number of blocks done and their total.
+    `windows [count, window]` holds token ids, None when the recipe needs none; `scratch` is a folder for the hidden
+    states. In the folder `state`, where given, every trained block is kept, so that an interrupted call can be made
+    again and ends with the same bits. `progress` is called with the number of blocks done and their total.
 
     Raises:
-        CalibrationError: when an activation is not finite, or there is no batch to hold out for a refit.
+        CalibrationError: when an activation is not finite, or there is no batch to hold out.
     """
     params: dict[str, Params] = {}
     blocks = model.get_submodule(plan.blocks)
@@ -57,9 +61,10 @@ def calibrate(
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="hidden-", dir=scratch) as folder:
         states = _States(Path(folder))
         batches = list(windows.split(recipe.calibration.batch))
-        if recipe.refits() and len(batches) < 2:
+        by_block = recipe.trains() and not recipe.distils()
+        if (recipe.refits() or by_block) and len(batches) < 2:
             raise CalibrationError(
-                f"refit: calibration must have at least two batches of windows, to hold one out, got {len(batches)}."
+                f"calibration: must have at least two batches of windows, to hold one out, got {len(batches)}."
                 " Give more --set calibration.tokens=N or a smaller --set calibration.batch=B."
             )
         calls = {len(batch): _calls(model, blocks, batch) for batch in batches}
@@ -79,6 +84,10 @@ def calibrate(
             if recipe.refits():
                 for name, weight in _refitted(model, params, dense, run, len(batches)).items():
                     params[name] = replace(params[name], weight=weight)
+                    install(model, name, params[name], dense[name])
+            if by_block:
+                params |= _trained(model, params, dense, run, len(batches), recipe, state, index)
+                for name in dense:
                     install(model, name, params[name], dense[name])
             for number in range(len(batches)):
                 states.write(number, run(number))
@@ -137,6 +146,26 @@ def _refitted(
         with _watched(model, {name: partial(s.update, params=params[name]) for name, s in chosen.items()}):
             run(number)
     return {name: refit(sums[name][0], sums[name][1], linear.weight.data) for name, linear in dense.items()}
+
+
+def _trained(
+    model: nn.Module,
+    params: dict[str, Params],
+    dense: dict[str, nn.Linear],
+    run: Callable[[int], Tensor],
+    batches: int,
+    recipe: Recipe,
+    state: Path | None,
+    index: int,
+) -> dict[str, Params]:
+    """Return the trained parameters of block `index`, from `state` where an interrupted run has left them."""
+    kept = None if state is None else state / f"block-{index}.safetensors"
+    if kept is not None and kept.exists():
+        return calibration_file.read(kept)
+    found = train_block(model, dense, {name: params[name] for name in dense}, run, batches, recipe)
+    if kept is not None:
+        calibration_file.write(kept, found)
+    return found
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

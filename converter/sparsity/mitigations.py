@@ -133,7 +133,10 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     # Ours: the weight is fitted to the pruned inputs, see converter/calibration/refit.py.
     "refit": {"": Mitigation(STAND_IN, lambda params, _: params, needs_statistics=True, refits=True)},
     # Ours: see converter/calibration/distill.py.
-    "distill": {"": Mitigation("trained weight", lambda params, _: params, trains=("weight",))},
+    "distill": {
+        "full": Mitigation("trained weight", lambda params, _: params, trains=("weight",)),
+        "low_rank": Mitigation("trained weight", lambda params, _: params, trains=("weight",)),
+    },
 }
 
 

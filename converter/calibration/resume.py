@@ -1,0 +1,35 @@
+"""Where an interrupted calibration left its text and its training, so that the same command goes on with them."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from huggingface_hub import constants
+
+from converter.errors import ConverterError
+from converter.recipe import Recipe
+
+
+@contextmanager
+def resumable(fingerprint: str, recipe: Recipe) -> Iterator[Path]:
+    """Give the folder of the calibration of these weights by this recipe; it outlives the block only when cut off."""
+    folder = Path(constants.HF_HOME) / "nmsparse" / "training" / _key(fingerprint, recipe)
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        yield folder
+    except ConverterError:
+        shutil.rmtree(folder)
+        raise
+    shutil.rmtree(folder)
+
+
+def _key(fingerprint: str, recipe: Recipe) -> str:
+    source = Path(recipe.calibration.source)
+    text = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else ""
+    parts = (fingerprint, recipe.to_yaml(), text, torch.__version__, str(torch.get_num_threads()))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
