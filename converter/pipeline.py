@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter.calibration import file as calibration_file
+from converter.calibration.allocate import allocate
 from converter.calibration.distill import distill
 from converter.calibration.texts import sampled, windows
 from converter.calibration.walk import calibrate as walk
@@ -75,9 +76,9 @@ def run(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Sta
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision)
         layers = plan(checkpoint.skeleton(), recipe)
-        about = _about(checkpoint, recipe, layers)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
-        params = _calibrate(checkpoint, layers, recipe, folder, stages)
+        recipe, layers, params = _calibrate(checkpoint, layers, recipe, folder, stages)
+        about = _about(checkpoint, recipe, layers)
         _export(checkpoint, layers, params, recipe, about, folder, stages)
         parity = _validate(folder, checkpoint, params, recipe, None, stages)
         report = _report(recipe, layers, folder, stages, parity)
@@ -91,10 +92,9 @@ def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, stage
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision)
         layers = plan(checkpoint.skeleton(), recipe)
-        about = _about(checkpoint, recipe, layers)
     with staged(out, 0) as folder:
-        _calibrate(checkpoint, layers, recipe, folder, stages)
-        write_manifest(folder, about)
+        recipe, layers, _ = _calibrate(checkpoint, layers, recipe, folder, stages)
+        write_manifest(folder, _about(checkpoint, recipe, layers))
 
 
 def export(calibrated: Path, out: Path, dtype: str | None, stages: Stages) -> dict[str, Any]:
@@ -127,17 +127,26 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
     return _validate(folder, checkpoint, params, recipe, text, stages)
 
 
-def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> dict[str, Params]:
+def _calibrate(
+    checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages
+) -> tuple[Recipe, Plan, dict[str, Params]]:
+    """Return the recipe and the plan with every pattern chosen, and the parameters of each sparse layer."""
     model = checkpoint.model()
     text: Tensor | None = None
-    if count := recipe.windows():
-        settings = recipe.calibration
+    if layers.open or recipe.needs_statistics() or recipe.trains():
+        count, settings = recipe.windows(), recipe.calibration
         tokenizer = checkpoint.tokenizer()
         if settings.source == "self":
             with stages.stage("sample", "tokens") as advance:
                 text = sampled(model, tokenizer, count, settings.window, recipe.seed, advance)
         else:
             text = windows(settings.source, tokenizer, count, settings.window, settings.field)
+    if layers.open:
+        assert text is not None
+        with stages.stage("allocate", "windows") as advance:
+            chosen = allocate(model, layers, recipe, text, advance)
+        recipe = recipe.replace({"patterns": {**recipe.patterns, **chosen}})
+        layers = plan(checkpoint.skeleton(), recipe)
     with stages.stage("calibrate", "blocks") as advance:
         used = text[: recipe.calibration.count] if text is not None and recipe.needs_statistics() else None
         params = walk(model, layers, recipe, used, folder, advance)
@@ -147,7 +156,7 @@ def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Pat
             params = distill(checkpoint.model(), params, text, recipe, advance)
     calibration_file.write(folder / calibration_file.NAME, params)
     (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
-    return params
+    return recipe, layers, params
 
 
 def _export(
