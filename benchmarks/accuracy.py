@@ -64,7 +64,7 @@ def measure(
     """Return the loss of each window of each of the `tests` with the recipe calibrated on `text`."""
     layers = plan(checkpoint.skeleton(), recipe)
     with tempfile.TemporaryDirectory() as scratch:
-        params, _ = fitted(checkpoint, layers, recipe, text, Path(scratch), None, stages)
+        params = fitted(checkpoint, layers, recipe, text, Path(scratch), None, stages).params
     model = checkpoint.model()
     for name, layer in params.items():
         install(model, name, layer)

@@ -230,7 +230,7 @@ def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bo
         return
     table = Table("layer", "in x out", "pattern", "why dense")
     for layer in layers:
-        pattern = f"{layer.keep}:{layer.group}" if layer.sparse else "dense"
+        pattern = "by budget" if layer.open else f"{layer.keep}:{layer.group}" if layer.sparse else "dense"
         table.add_row(layer.name, f"{layer.in_features} x {layer.out_features}", pattern, layer.reason)
     Console().print(table)
     print(recipe.to_yaml())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter.calibration import file as calibration_file
+from converter.calibration.allocate import allocate
 from converter.calibration.distill import distill
 from converter.calibration.resume import resumable
 from converter.calibration.texts import sampled, windows
@@ -49,6 +50,16 @@ TEXT = "python"
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
+@dataclass(frozen=True)
+class Fitted:
+    """What calibration leaves: recipe and plan with every pattern chosen, each sparse layer's parameters, a curve."""
+
+    recipe: Recipe
+    plan: Plan
+    params: dict[str, Params]
+    curve: Curve
+
+
 def convert(model: str, out: str | Path, recipe: Recipe | None = None, *, revision: str | None = None) -> Path:
     """Return OUT: the checkpoint `model`, calibrated, exported and validated by `recipe`.
 
@@ -79,12 +90,12 @@ def run(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Sta
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision)
         layers = plan(checkpoint.skeleton(), recipe)
-        about = _about(checkpoint, recipe, layers)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
-        params, curve = _calibrate(checkpoint, layers, recipe, folder, stages)
-        _export(checkpoint, layers, params, recipe, about, folder, stages)
-        parity = _validate(folder, checkpoint, params, recipe, None, stages)
-        report = _report(recipe, layers, folder, stages, parity) | {"training": curve}
+        found = _calibrate(checkpoint, layers, recipe, folder, stages)
+        about = _about(checkpoint, found.recipe, found.plan)
+        _export(checkpoint, found.plan, found.params, found.recipe, about, folder, stages)
+        parity = _validate(folder, checkpoint, found.params, found.recipe, None, stages)
+        report = _report(found.recipe, found.plan, folder, stages, parity) | {"training": found.curve}
         write_json(folder / REPORT, report)
         write_manifest(folder, about)
     return report
@@ -95,10 +106,9 @@ def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, stage
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision)
         layers = plan(checkpoint.skeleton(), recipe)
-        about = _about(checkpoint, recipe, layers)
     with staged(out, 0) as folder:
-        _calibrate(checkpoint, layers, recipe, folder, stages)
-        write_manifest(folder, about)
+        found = _calibrate(checkpoint, layers, recipe, folder, stages)
+        write_manifest(folder, _about(checkpoint, found.recipe, found.plan))
 
 
 def export(calibrated: Path, out: Path, dtype: str | None, stages: Stages) -> dict[str, Any]:
@@ -131,15 +141,14 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
     return _validate(folder, checkpoint, params, recipe, text, stages)
 
 
-def _calibrate(
-    checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages
-) -> tuple[dict[str, Params], Curve]:
+def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> Fitted:
     with resumable(checkpoint.fingerprint(), recipe) if recipe.trains() else nullcontext() as state:
-        text = _text(checkpoint, recipe, state, stages) if recipe.windows() else None
-        params, curve = fitted(checkpoint, layers, recipe, text, folder, state, stages)
-    calibration_file.write(folder / calibration_file.NAME, params)
-    (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
-    return params, curve
+        wanted = layers.open or recipe.walks() or recipe.distils()
+        text = _text(checkpoint, recipe, state, stages) if wanted else None
+        found = fitted(checkpoint, layers, recipe, text, folder, state, stages)
+    calibration_file.write(folder / calibration_file.NAME, found.params)
+    (folder / RECIPE).write_text(found.recipe.to_yaml(), "utf-8")
+    return found
 
 
 def _text(checkpoint: Checkpoint, recipe: Recipe, state: Path | None, stages: Stages) -> Tensor:
@@ -167,19 +176,26 @@ def fitted(
     scratch: Path,
     state: Path | None,
     stages: Stages,
-) -> tuple[dict[str, Params], Curve]:
-    """Return the parameters of every sparse layer on the windows `text [count, window]`, and the curve of training.
+) -> Fitted:
+    """Return what the recipe makes of the checkpoint on the windows `text [count, window]`; None when it needs none.
 
     `scratch` is a folder for hidden states; `state`, where given, one from which an interrupted call goes on.
     """
+    if layers.open:
+        assert text is not None
+        with stages.stage("allocate", "windows") as advance:
+            chosen = allocate(checkpoint.model(), layers, recipe, text, advance)
+        recipe = recipe.replace({"patterns": {**recipe.patterns, **chosen}})
+        layers = plan(checkpoint.skeleton(), recipe)
     with stages.stage("calibrate", "blocks") as advance:
         walked = text[: recipe.calibration.count] if text is not None and recipe.walks() else None
         params = walk(checkpoint.model(), layers, recipe, walked, scratch, state, advance)
     if not recipe.distils():
-        return params, []
+        return Fitted(recipe, layers, params, [])
     assert text is not None
     with stages.stage("distill", "steps") as advance:
-        return distill(checkpoint.model(), params, text, recipe, state and state / "distill.pt", advance)
+        params, curve = distill(checkpoint.model(), params, text, recipe, state and state / "distill.pt", advance)
+    return Fitted(recipe, layers, params, curve)
 
 
 def _export(

@@ -5,17 +5,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from math import ceil
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from converter.errors import CheckpointError, RecipeError
-from converter.recipe import Recipe
+from converter.presets import preset
+from converter.recipe import DENSE, Recipe
+from converter.sparsity.pattern import Pattern
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is to happen to one linear layer; `keep` is 0 when it stays dense, and `reason` says why."""
+    """What is to happen to one linear layer; `keep` is 0 when it stays dense, and `reason` says why.
+
+    An `open` layer is one that the allocation is to choose a pattern for; until then it has the first of the menu.
+    """
 
     name: str
     in_features: int
@@ -23,6 +29,7 @@ class LayerPlan:
     keep: int = 0
     group: int = 0
     reason: str = ""
+    open: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -42,6 +49,11 @@ class Plan:
         """The layers that become sparse."""
         return [layer for layer in self.layers if layer.sparse]
 
+    @property
+    def open(self) -> list[LayerPlan]:
+        """The layers whose pattern the allocation is to choose."""
+        return [layer for layer in self.layers if layer.open]
+
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
     """Return the name and the list of the model's blocks: the list of modules that holds most parameters.
@@ -59,35 +71,79 @@ def plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     """Return the plan of `recipe` for `model` (a skeleton is enough).
 
     Raises:
-        RecipeError: when a pattern does not fit a layer, or no layer is left to be sparse.
+        RecipeError: when a pattern does not fit a layer, a row of `patterns` matches none, no layer is left to be
+            sparse, or the budget is below what the menu can reach.
     """
     blocks, _ = find_blocks(model)
     head = model.get_output_embeddings()
+    linears = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    for glob in recipe.patterns:
+        if not any(fnmatchcase(name, glob) for name in linears):
+            raise RecipeError(
+                f"patterns: {glob!r} must match a layer of the model, got none. "
+                "See the names with nmsparse convert MODEL OUT --dry-run."
+            )
+    config = model.config.get_text_config()
     layers = []
-    for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear):
-            continue
-        reason = _reason_for_dense(name, module is head, blocks, recipe)
-        keep, group = (0, 0) if reason else recipe.n_of_m.at(module.in_features, name)
-        if not reason and keep == group:
-            keep, group, reason = 0, 0, f"pattern {recipe.pattern} keeps every channel"
-        layers.append(LayerPlan(name, module.in_features, module.out_features, keep, group, reason))
+    for name, module in linears.items():
+        reason = _reason_for_dense(name, module is head, blocks, recipe, config)
+        layers.append(_layer(name, module, reason, recipe))
     found = Plan(blocks, tuple(layers))
     if not found.sparse:
         why = sorted({layer.reason for layer in layers}) or ["the model has no nn.Linear"]
         raise RecipeError(f"plan: at least one layer must be sparse, got none: {'; '.join(why)}.")
+    _check_budget(found, recipe)
     return found
 
 
-def _reason_for_dense(name: str, is_head: bool, blocks: str, recipe: Recipe) -> str:
+def kept_weights(layer: LayerPlan, keep: int, group: int) -> int:
+    """Return how many of the layer's weights a token meets when `keep` of every `group` channels are kept."""
+    return layer.in_features // group * keep * layer.out_features
+
+
+def _layer(name: str, linear: nn.Linear, reason: str, recipe: Recipe) -> LayerPlan:
+    sizes = (name, linear.in_features, linear.out_features)
+    if reason:
+        return LayerPlan(*sizes, reason=reason)
+    row = _first_match(name, tuple(recipe.patterns))
+    if row is None and recipe.allocation.budget:
+        keep, group = Pattern.parse(recipe.allocation.menu[0]).at(linear.in_features, name)
+        return LayerPlan(*sizes, keep, group, open=True)
+    text = recipe.pattern if row is None else recipe.patterns[row]
+    if text == DENSE:
+        return LayerPlan(*sizes, reason=f"dense by patterns {row!r}")
+    keep, group = Pattern.parse(text).at(linear.in_features, name)
+    if keep == group:
+        return LayerPlan(*sizes, reason=f"pattern {text} keeps every channel")
+    return LayerPlan(*sizes, keep, group)
+
+
+def _check_budget(found: Plan, recipe: Recipe) -> None:
+    """Refuse a menu that does not fit an open layer, and a budget that it cannot reach."""
+    total = least = 0
+    for layer in found.open:
+        menu = [Pattern.parse(text).at(layer.in_features, layer.name) for text in recipe.allocation.menu]
+        total += kept_weights(layer, 1, 1)
+        least += min(kept_weights(layer, *pattern) for pattern in menu)
+    if total and least > recipe.allocation.limit(total):
+        raise RecipeError(
+            f"allocation.budget: must be at least {ceil(10000 * least / total) / 100:g}%, what the sparsest of the "
+            f"menu keeps, got {recipe.allocation.budget}. Raise it, or add a sparser pattern to allocation.menu."
+        )
+
+
+def _reason_for_dense(name: str, is_head: bool, blocks: str, recipe: Recipe, config: PretrainedConfig) -> str:
     if is_head:
         return "output head"
     if not name.startswith(f"{blocks}."):
         return f"outside the blocks {blocks}"
-    pattern = _first_match(name, recipe.ignore)
-    if pattern:
-        return f"ignored by {pattern!r}"
-    return "" if _first_match(name, recipe.targets) else f"no target of {', '.join(recipe.targets)} matches"
+    ignored = _first_match(name, recipe.ignore)
+    if ignored:
+        return f"ignored by {ignored!r}"
+    if not _first_match(name, recipe.targets):
+        return f"no target of {', '.join(recipe.targets)} matches"
+    block, *_, projection = name.removeprefix(f"{blocks}.").split(".")
+    return preset(recipe.preset)(projection, int(block), config)
 
 
 def _first_match(name: str, patterns: Sequence[str]) -> str | None:

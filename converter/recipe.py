@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Mapping
+from fractions import Fraction
+from math import floor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,10 +17,12 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from converter.errors import RecipeError, listing
+from converter.presets import preset
 from converter.sparsity.criteria import criterion
 from converter.sparsity.mitigations import Mitigation, mitigations
 from converter.sparsity.pattern import Pattern
 
+DENSE = "dense"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -66,10 +71,43 @@ class Training(_Frozen):
     patience: int = Field(default=3, gt=0)
 
 
+class Allocation(_Frozen):
+    """Where the kept weights go: `budget` is their share, `menu` the patterns that a layer may get."""
+
+    budget: str | None = None
+    menu: tuple[str, ...] = ("4:16", "5:16", "6:16", "7:16", "8:16", "9:16", "10:16", "11:16", "12:16")
+    tokens: int = Field(default=4096, gt=0)
+
+    @field_validator("budget", mode="before")
+    @classmethod
+    def _budget(cls, value: object) -> str | None:
+        if value is None:
+            return None
+        share = re.fullmatch(r"(\d+(\.\d+)?)%", str(value).strip())
+        if share is None or not 0 < float(share[1]) <= 100:
+            raise ValueError("must be a share above 0% and at most 100%, such as 50%")
+        return f"{float(share[1]):g}%"
+
+    @field_validator("menu", mode="before")
+    @classmethod
+    def _menu(cls, value: object) -> tuple[str, ...]:
+        texts = value.split(",") if isinstance(value, str) else value
+        if not isinstance(texts, list | tuple) or not texts:
+            raise ValueError("must be one or more patterns, such as [4:16, 8:16]")
+        return tuple(dict.fromkeys(str(Pattern.parse(str(text))) for text in texts))
+
+    def limit(self, weights: int) -> int:
+        """Return how many of `weights` may be kept: a whole number, so that no rounding exceeds the budget."""
+        assert self.budget is not None
+        return floor(weights * Fraction(self.budget.removesuffix("%")) / 100)
+
+
 class Recipe(_Frozen):
     """Every choice of a conversion; the defaults are what `nmsparse convert MODEL OUT` does."""
 
     pattern: str = "8:16"
+    patterns: dict[str, str] = {}
+    preset: str = "all"
     criterion: str = "magnitude"
     mitigation: tuple[str, ...] = ("var",)
     s_pts: Literal["channel", "scalar"] = "channel"
@@ -81,6 +119,7 @@ class Recipe(_Frozen):
     ignore: tuple[str, ...] = ()
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     seed: int = 0
+    allocation: Allocation = Allocation()
     calibration: Calibration = Calibration()
     training: Training = Training()
 
@@ -88,6 +127,19 @@ class Recipe(_Frozen):
     @classmethod
     def _pattern(cls, value: object) -> str:
         return str(Pattern.parse(str(value)))
+
+    @field_validator("patterns", mode="before")
+    @classmethod
+    def _patterns(cls, value: object) -> dict[str, str]:
+        if not isinstance(value, Mapping):
+            raise ValueError('must be a table of name patterns, such as {"*.up_proj": "10:16"}')
+        return {str(glob): DENSE if text == DENSE else str(Pattern.parse(str(text))) for glob, text in value.items()}
+
+    @field_validator("preset")
+    @classmethod
+    def _preset(cls, value: str) -> str:
+        preset(value)
+        return value
 
     @field_validator("criterion")
     @classmethod
@@ -107,12 +159,12 @@ class Recipe(_Frozen):
         whole, piece = self.calibration.window, self.training.window
         if self.distils() and whole % min(piece, whole):
             raise ValueError(f"training.window must divide calibration.window ({whole}), got {piece}")
+        if self.allocation.budget and self.allocation.tokens < self.calibration.window:
+            raise ValueError(
+                f"allocation.tokens must be at least one window ({self.calibration.window}), "
+                f"got {self.allocation.tokens}"
+            )
         return self
-
-    @property
-    def n_of_m(self) -> Pattern:
-        """The parsed pattern."""
-        return Pattern.parse(self.pattern)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -139,8 +191,11 @@ class Recipe(_Frozen):
 
     def windows(self) -> int:
         """Return how many windows of calibration text are used in all."""
+        window = self.calibration.window
         fitting = self.calibration.count if self.walks() else 0
-        return max(fitting, self.training.tokens // self.calibration.window if self.distils() else 0)
+        training = self.training.tokens // window if self.distils() else 0
+        allocating = self.allocation.tokens // window if self.allocation.budget else 0
+        return max(fitting, training, allocating)
 
     def walks(self) -> bool:
         """Return whether fitting goes block by block over calibration text."""
@@ -182,7 +237,8 @@ class Recipe(_Frozen):
                 if not isinstance(table.get(part), dict):
                     raise RecipeError(f"{where}: unknown key {key!r}; available: {listing(_keys(Recipe))}.")
                 table = table[part]
-            if isinstance(value, Mapping) and isinstance(table.get(last), dict):
+            # `patterns` is one value: what stands first wins, so rows added behind others might never be asked.
+            if isinstance(value, Mapping) and isinstance(table.get(last), dict) and key != "patterns":
                 table[last] = {**table[last], **value}
             else:
                 table[last] = value

@@ -16,6 +16,25 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     assert from_yaml(tmp_path / "r.yaml").sha256() == recipe.sha256()
 
 
+def test_patterns_keep_their_order_and_are_one_value(tmp_path: Path) -> None:
+    rows = {"*.up_proj": "10:16", "*": "50%", "model.layers.0.mlp.gate_proj": "dense"}
+    recipe = Recipe().replace({"patterns": rows, "preset": "amber", "allocation.budget": "50%"})
+    (tmp_path / "r.yaml").write_text(recipe.to_yaml())
+    assert from_yaml(tmp_path / "r.yaml") == recipe
+    assert list(from_yaml(tmp_path / "r.yaml").patterns.items()) == list(rows.items())
+    # A second table replaces the first: behind "*" its row would never be asked.
+    again = recipe.replace(parse_set(['patterns={"*.q_proj": 2:4, "*.k_proj": 24}']))
+    assert again.patterns == {"*.q_proj": "2:4", "*.k_proj": "24"}
+
+
+def test_the_text_suffices_for_the_allocation() -> None:
+    changes = {"mitigation": "none", "calibration.window": 32, "allocation.tokens": 100, "allocation.budget": "12.5%"}
+    assert Recipe().replace(changes).windows() == 3
+    assert Recipe().replace({**changes, "mitigation": "s_pts", "calibration.tokens": 128}).windows() == 4
+    assert Recipe().replace({**changes, "allocation.budget": None}).windows() == 0
+    assert Recipe().replace(changes).allocation.limit(31) == 3  # 3.875
+
+
 def test_a_bare_pattern_is_no_number_in_base_60(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("pattern: 8:16\ncalibration: {tokens: 1024}\n")
     recipe = from_yaml(tmp_path / "r.yaml")
@@ -33,7 +52,7 @@ def test_recipes_cannot_be_changed() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"colour": 1}, r"unknown key 'colour'; available: calibration\.batch, .*targets"),
+        ({"colour": 1}, r"unknown key 'colour'; available: allocation\.budget, .*targets"),
         ({"calibration.colour": 1}, r"unknown key 'calibration\.colour'; available"),
         ({"pattern": "9:8"}, r"N:M must have 0 < N <= M, got '9:8'"),
         (
@@ -44,6 +63,18 @@ def test_recipes_cannot_be_changed() -> None:
         ({"mitigation": "none+var"}, r"none cannot be combined"),
         ({"mitigation": "refit+r_sparse"}, r"refit and r_sparse cannot be combined"),
         ({"mitigation": "var+var"}, r"both set the variance"),
+        ({"preset": "ambre"}, r"unknown preset 'ambre'; available: all, amber, k_v_gate_down"),
+        ({"patterns": "2:4"}, r"patterns: .*must be a table of name patterns, .* got '2:4'"),
+        ({"patterns": {"*.q_proj": "9:8"}}, r"N:M must have 0 < N <= M, got '9:8'"),
+        ({"allocation.budget": "0%"}, r"allocation\.budget: .*above 0% and at most 100%, such as 50%, got '0%'"),
+        ({"allocation.budget": "100.1%"}, r"allocation\.budget: .*above 0% and at most 100%.*, got '100\.1%'"),
+        ({"allocation.budget": 50}, r"allocation\.budget: .*such as 50%, got 50"),
+        ({"allocation.menu": []}, r"allocation\.menu: .*must be one or more patterns"),
+        ({"allocation.menu": "9:8"}, r"N:M must have 0 < N <= M, got '9:8'"),
+        (
+            {"allocation.budget": "50%", "allocation.tokens": 100},
+            r"allocation\.tokens must be at least one window \(512\), got 100",
+        ),
         ({"dtype": "int8"}, r"'float32', 'float16' or 'bfloat16', got 'int8'"),
         ({"s_pts": "median"}, r"'channel' or 'scalar', got 'median'"),
         ({"calibration.tokens": 3}, r"tokens must be at least one window \(512\), got 3"),

@@ -47,16 +47,17 @@ def export(
     """
     form = _form(checkpoint, params, dtype)
     biased = {name.removesuffix(".bias") for name in checkpoint.files if name.endswith(".bias")}
-    nodes = {}
-    for layer in plan.layers:
-        keep, group = (params[layer.name].keep, params[layer.name].group) if layer.sparse else (0, 0)
-        nodes[layer.name] = LinearNode(keep, group, layer.name in biased, _rank(params.get(layer.name)))
+    nodes = {
+        layer.name: LinearNode(layer.sparse, layer.name in biased, _rank(params.get(layer.name)))
+        for layer in plan.layers
+    }
     skeleton = checkpoint.skeleton()
     tied = tied_weights(skeleton)
     transposed = {name for name in nodes if f"{name}.weight" not in tied}
     model = trace(skeleton, nodes, form, DTYPES[dtype])
     stamp(model, plan.blocks)
     _attach_weights(model, checkpoint, transposed, params, DTYPES[dtype])
+    _attach_patterns(model, params)
     model.functions[(DOMAIN, OP, "")] = function(form)
     model.opset_imports[DOMAIN] = VERSION
     model.ir_version = IR_VERSION
@@ -147,3 +148,14 @@ def _attach_weights(
             value.const_value = ir.LazyTensor(
                 partial(lazy, name, shape, kind), dtype=value.dtype, shape=ir.Shape(shape), name=name
             )
+
+
+def _attach_patterns(model: ir.Model, params: dict[str, Params]) -> None:
+    """Give every node the pattern of the layer whose weight it takes."""
+    for node in model.graph:
+        if node.domain == DOMAIN and node.op_type == OP:
+            weight = node.inputs[1]
+            assert weight is not None
+            layer = params[(weight.name or "").removesuffix(".weight")]
+            node.attributes["keep"] = ir.AttrInt64("keep", layer.keep)
+            node.attributes["group"] = ir.AttrInt64("group", layer.group)

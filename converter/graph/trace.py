@@ -35,10 +35,12 @@ BATCH, SEQUENCE, PAST = 2, 3, 5
 
 @dataclass(frozen=True)
 class LinearNode:
-    """How a linear layer appears in the graph: `keep` 0 is a MatMul, else the op with these attributes."""
+    """How a linear layer appears in the graph: as the op, or as a MatMul.
 
-    keep: int
-    group: int
+    Its pattern is no part of this: blocks that differ in nothing else are traced once.
+    """
+
+    sparse: bool
     bias: bool
     rank: int = 0  # of the low-rank residual
 
@@ -61,7 +63,7 @@ class TracedLinear(nn.Module):
         }
         kinds = {"permutation": torch.int64, "residual_in": dtype, "residual_out": dtype}
         self.weight = _placeholder((linear.in_features, linear.out_features), dtype)
-        if node.keep:
+        if node.sparse:
             self.names = form.takes()[2:]
             for name in self.names:
                 self.register_parameter(name, _placeholder(shapes[name], kinds.get(name, torch.float32)))
@@ -71,7 +73,7 @@ class TracedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the node's output, of which only the shape is known."""
-        if not self.node.keep:
+        if not self.node.sparse:
             y = torch.matmul(x, self.weight)
             return y + self.bias if isinstance(self.bias, Tensor) else y
         given = dict(zip(self.names, (getattr(self, name) for name in self.names), strict=True))
@@ -79,8 +81,8 @@ class TracedLinear(nn.Module):
         while inputs[-1] is None:
             inputs.pop()
         attributes: dict[str, Any] = {
-            "keep": self.node.keep,
-            "group": self.node.group,
+            "keep": 0,  # the patterns are set where the weights are
+            "group": 0,
             "shift_mode": self.form.shift_mode,
             "variance": int(self.form.variance),
         }
