@@ -224,6 +224,7 @@ def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bo
     from converter.checkpoint import open_checkpoint
     from converter.plan import plan
 
+    recipe.require_exportable()
     layers = plan(open_checkpoint(model, revision).skeleton(), recipe).layers
     if json_output:
         print(json.dumps({"recipe": recipe.model_dump(mode="json"), "layers": [asdict(layer) for layer in layers]}))

@@ -87,6 +87,7 @@ def load_with_tokenizer(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
 
 def run(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Stages) -> dict[str, Any]:
     """Convert, and return the report that lies in OUT."""
+    recipe.require_exportable()
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision)
         layers = plan(checkpoint.skeleton(), recipe)
@@ -103,6 +104,7 @@ def run(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Sta
 
 def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Stages) -> None:
     """Write recipe, calibration and manifest to the folder `out`, for `export` to start from."""
+    recipe.require_exportable()
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision)
         layers = plan(checkpoint.skeleton(), recipe)
@@ -116,6 +118,7 @@ def export(calibrated: Path, out: Path, dtype: str | None, stages: Stages) -> di
     with stages.stage("checkpoint"):
         checkpoint = _source(calibrated, None)
         recipe = from_yaml(calibrated / RECIPE)
+        recipe.require_exportable()
         if dtype is not None:
             recipe = recipe.replace({"dtype": dtype})
         layers = plan(checkpoint.skeleton(), recipe)

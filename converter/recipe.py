@@ -155,7 +155,18 @@ class Recipe(_Frozen):
 
     @model_validator(mode="after")
     def _combination(self) -> Recipe:
-        self.methods()
+        methods, chosen = self.methods(), criterion(self.criterion)
+        if chosen.prune is not None and any(method.role != "nothing" for method in methods):
+            raise RecipeError(
+                f"mitigation: must be none with the criterion {self.criterion}, which prunes the weight and keeps "
+                f"every activation, got {'+'.join(self.mitigation)}. Set mitigation to none to compare in PyTorch; "
+                "it cannot be exported."
+            )
+        if chosen.sequence_norm and self.refits():
+            raise RecipeError(
+                f"mitigation: must be without refit with the criterion {self.criterion}, got "
+                f"{'+'.join(self.mitigation)}: refit takes tokens one by one. Leave out refit."
+            )
         whole, piece = self.calibration.window, self.training.window
         if self.distils() and whole % min(piece, whole):
             raise ValueError(f"training.window must divide calibration.window ({whole}), got {piece}")
@@ -212,6 +223,23 @@ class Recipe(_Frozen):
     def needs_together(self) -> bool:
         """Return whether the statistics must say which channels are large together."""
         return any(method.needs_together for method in self.methods())
+
+    def needs_gram(self) -> bool:
+        """Return whether the statistics must hold the Gram matrix of each layer's input."""
+        return criterion(self.criterion).needs_gram
+
+    def require_exportable(self) -> None:
+        """Refuse a criterion that there is for comparison in PyTorch only.
+
+        Raises:
+            RecipeError: with the reason why it cannot be exported.
+        """
+        reason = criterion(self.criterion).reference
+        if reason:
+            raise RecipeError(
+                f"criterion: must be one that can be exported, got {self.criterion}: {reason}, or measure it in "
+                "PyTorch with benchmarks/accuracy.py."
+            )
 
     def to_yaml(self) -> str:
         """Return the YAML text that `from_yaml` reads back."""

@@ -81,6 +81,25 @@ def test_bad_recipes(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
     assert "Traceback" not in found.stderr
 
 
+def test_a_criterion_for_comparison_is_refused_by_every_stage(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
+    out, options = tmp_path / "out", ["--criterion", "wanda", "--mitigation", "none"]
+    # No text, and no model either: it is said before any of them is opened.
+    for command in (["convert", tiny], ["calibrate", tiny], ["convert", tmp_path / "absent"]):
+        text = refused(nmsparse, tmp_path, 10, *command, out, *options)
+        assert "criterion: must be one that can be exported, got wanda: it prunes the weight" in text
+    assert "got wanda" in refused(nmsparse, tmp_path, 10, "convert", tiny, out, *options, "--dry-run")
+    text = refused(nmsparse, tmp_path, 10, "convert", tiny, out, "--criterion", "clact_dynamic")
+    assert "got clact_dynamic: it looks at later tokens" in text
+    text = refused(nmsparse, tmp_path, 10, "convert", tiny, out, "--criterion", "sparsegpt")
+    assert "mitigation: must be none with the criterion sparsegpt" in text
+
+    calibrated = tmp_path / "calibrated"
+    assert nmsparse("calibrate", tiny, calibrated).returncode == 0
+    recipe = (calibrated / "recipe.yaml").read_text()
+    (calibrated / "recipe.yaml").write_text(recipe.replace("criterion: magnitude", "criterion: clact_dynamic"))
+    assert "looks at later tokens" in refused(nmsparse, tmp_path, 10, "export", calibrated, out)
+
+
 def test_bad_checkpoints(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
     def broken(name: str) -> Path:
         return Path(shutil.copytree(tiny, tmp_path / name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -156,6 +157,7 @@ SCALES = {
     "weight_variance": [0.25, 0.25, 2.25, 6.25],  # columns (1,0), (2,1), (3,0), (4,-1)
     "amber": [50 / 41, 26 / 41, 170 / 41, 458 / 41],  # (-1,-7), (5,-1), (11,-7), (17,-13)
     "amber_trimmed": [50 / 41, 26 / 41, 170 / 41, 0],  # both weights of the last column are outliers
+    "clact_dynamic": None,  # its norms are of the sequence that is pruned: test_sequence_norm
 }
 
 
@@ -167,6 +169,56 @@ def test_criterion(name: str) -> None:
     else:
         assert found is not None
         torch.testing.assert_close(found.square(), torch.tensor(squares, dtype=torch.float32), rtol=1e-5, atol=1e-6)
+
+
+def test_sequence_norm() -> None:
+    # Squared norms over the first sequence (40, 9): of (2,3) the scores' squares are 160 and 81. Over the second
+    # (4, 10): 16 and 90. Over both (44, 19) it would be 176 and 171 in either.
+    x = torch.tensor([[[2.0, 3.0], [6.0, 0.0]], [[2.0, 3.0], [0.0, 1.0]]])
+    expected = [[[2.0, 0.0], [6.0, 0.0]], [[0.0, 3.0], [0.0, 1.0]]]
+    params = Params(1, 2, sequence_norm=CRITERIA["clact_dynamic"].sequence_norm)
+    identity = torch.eye(2)
+    assert apply(x, identity, None, params).tolist() == expected
+    layer = SparseLinear(bake(identity, None, params).to(torch.float32))  # `to` keeps the flag
+    assert layer(x).tolist() == expected
+    # A token alone: its squares, so as magnitude.
+    assert layer(x[:1, :1]).tolist() == [[[0.0, 3.0]]]
+    # The norms are of x, as in clact, not of what a shift leaves: z = (-2,3) and (2,0); by (40, 9) the scores' squares
+    # are 160 and 81, by (8, 9) they would be 32 and 81.
+    shifted = replace(params, shift_mode="static", shift=torch.tensor([4.0, 0.0]))
+    assert prune(x[0], shifted)[1].tolist() == [[-2.0, 0.0], [2.0, 0.0]]
+
+
+def weighed(*tokens: list[float]) -> LayerStats:
+    """Return the statistics of these tokens, in float64."""
+    stats = LayerStats.of("layer", len(tokens[0]), gram=True)
+    stats.update(torch.tensor(tokens, dtype=torch.float64))
+    return stats
+
+
+# Gram ((100, 50.5), (50.5, 100)), damped by 0.01 * 100: H = 50.5 * ((2, 1), (1, 2)); so that H^-1 is proportional to
+# ((2, -1), (-1, 2)), U_00^2 to 2, U_01 / U_00 = -1/2, and U_11^2 to 2 - 1/2 = 3/2.
+CORRELATED = weighed([10, 5.05], [0, math.sqrt(100 - 5.05**2)])
+
+PRUNED = {
+    # weight, statistics, keep, group, expected
+    "weight_magnitude": (WEIGHT, None, 2, 4, [[0, 0, 3, 4], [0, 1, 0, -1]]),
+    # squared norms (20, 10, 4, 10); row 1: 20, 40, 36, 160; row 2: 0, 10, 0, 10
+    "wanda": (WEIGHT, statistics(), 2, 4, [[0, 2, 0, 4], [0, 1, 0, -1]]),
+    # Row 1: 4/2 < 3.61/1.5: the first goes though it is larger, and the second takes over half of it: 1.9 + 1.
+    # Row 2: 9/2 > 4/1.5: the second goes, and nothing comes after it.
+    "sparsegpt": ([[2.0, 1.9], [3.0, 2.0]], CORRELATED, 1, 2, [[0, 2.9], [3, 0]]),
+}
+
+
+@pytest.mark.parametrize("name", PRUNED)
+def test_weight_baseline(name: str) -> None:
+    weight, stats, keep, group, expected = PRUNED[name]
+    prune_weight = CRITERIA[name].prune
+    assert prune_weight is not None
+    found = prune_weight(torch.tensor(weight), stats, keep, group)
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
+    assert torch.equal(found != 0, torch.tensor(expected) != 0)
 
 
 def test_permutation() -> None:
@@ -236,4 +288,4 @@ def test_dropped_infinity_gives_no_nan() -> None:
 
 def test_every_entry_has_a_row() -> None:
     assert set(GOLDEN) == {(name, variant) for name, table in MITIGATIONS.items() for variant in table}
-    assert set(SCALES) == set(CRITERIA)
+    assert set(SCALES) | set(PRUNED) == set(CRITERIA)

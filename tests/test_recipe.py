@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from converter.errors import RecipeError
 from converter.recipe import Recipe, from_yaml, parse_set
+from converter.sparsity.criteria import CRITERIA
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
@@ -57,7 +58,7 @@ def test_recipes_cannot_be_changed() -> None:
         ({"pattern": "9:8"}, r"N:M must have 0 < N <= M, got '9:8'"),
         (
             {"criterion": "clat"},
-            r"unknown criterion 'clat'; available: amber, amber_trimmed, clact, magnitude, we.*, wina",
+            r"unknown criterion 'clat'; available: amber, amber_trimmed, clact, clact_dynamic, ma.*, wanda, w.*, wina",
         ),
         ({"mitigation": "vat"}, r"unknown mitigation 'vat'; available: d_pts, distill, l_pts, ls, none, .* s_pts, var"),
         ({"mitigation": "none+var"}, r"none cannot be combined"),
@@ -75,6 +76,15 @@ def test_recipes_cannot_be_changed() -> None:
             {"allocation.budget": "50%", "allocation.tokens": 100},
             r"allocation\.tokens must be at least one window \(512\), got 100",
         ),
+        (
+            {"criterion": "wanda"},
+            r"must be none with the criterion wanda, which prunes .* got var\. Set mitigation to none",
+        ),
+        ({"criterion": "sparsegpt", "mitigation": "none+var"}, r"none cannot be combined"),
+        (
+            {"criterion": "clact_dynamic", "mitigation": "var+refit"},
+            r"must be without refit with the criterion clact_dynamic, got var\+refit: .* Leave out refit",
+        ),
         ({"dtype": "int8"}, r"'float32', 'float16' or 'bfloat16', got 'int8'"),
         ({"s_pts": "median"}, r"'channel' or 'scalar', got 'median'"),
         ({"calibration.tokens": 3}, r"tokens must be at least one window \(512\), got 3"),
@@ -85,6 +95,27 @@ def test_recipes_cannot_be_changed() -> None:
 def test_refusals(changes: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
         Recipe().replace(changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("clact_dynamic", r"looks at later tokens .* Use clact"),
+        ("weight_magnitude", r"prunes the weight, where the op prunes activations\. Use magnitude"),
+        ("wanda", r"prunes the weight"),
+        ("sparsegpt", r"prunes the weight"),
+    ],
+)
+def test_criteria_for_comparison_are_not_exported(name: str, reason: str) -> None:
+    recipe = Recipe().replace({"criterion": name, "mitigation": "none"})
+    with pytest.raises(RecipeError, match=rf"criterion: must be one that can be exported, got {name}: it {reason}"):
+        recipe.require_exportable()
+
+
+def test_all_other_criteria_are_exported() -> None:
+    for name, entry in CRITERIA.items():
+        if not entry.reference:
+            Recipe().replace({"criterion": name}).require_exportable()
 
 
 @pytest.mark.parametrize(("text", "message"), [("[1]", "must be a table"), ("a: [", "must be a YAML recipe")])

@@ -24,7 +24,7 @@ SHAPES = st.sampled_from(
     shape=SHAPES,
     seed=st.integers(0, 2**31),
     shift_mode=st.sampled_from(SHIFT_MODES),
-    flags=st.tuples(*[st.booleans()] * 7),
+    flags=st.tuples(*[st.booleans()] * 8),
     tokens=st.integers(1, 5),
 )
 def test_bake_equals_apply(
@@ -36,7 +36,7 @@ def test_bake_equals_apply(
     def normal(*size: int) -> torch.Tensor:
         return torch.randn(size, generator=generator, dtype=torch.float64)
 
-    variance, bias, scaled, output_scale, output_shift, permuted, residual = flags
+    variance, bias, scaled, output_scale, output_shift, permuted, residual, sequence_norm = flags
     in_features, out_features = 2 * group, 5
     params = Params(
         keep,
@@ -50,6 +50,7 @@ def test_bake_equals_apply(
         permutation=torch.randperm(in_features, generator=generator) if permuted else None,
         residual_in=normal(in_features, 2) if residual else None,
         residual_out=normal(2, out_features) if residual else None,
+        sequence_norm=sequence_norm,
     )
     weight, b = normal(out_features, in_features), normal(out_features) if bias else None
     x = normal(tokens, in_features) + 0.5

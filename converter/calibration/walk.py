@@ -100,7 +100,11 @@ def fit(model: nn.Module, layer: LayerPlan, recipe: Recipe, stats: LayerStats | 
     if stats is not None and stats.tokens == 0:
         raise CalibrationError(f"{layer.name}: must see the calibration text, got no token. Add it to --ignore.")
     weight = _linear(model, layer.name).weight.data
-    params = Params(layer.keep, layer.group, channel_scale=criterion(recipe.criterion).scale(weight, stats))
+    chosen = criterion(recipe.criterion)
+    if chosen.prune is not None:
+        return Params(layer.group, layer.group, weight=chosen.prune(weight, stats, layer.keep, layer.group))
+    scale = chosen.scale(weight, stats)
+    params = Params(layer.keep, layer.group, channel_scale=scale, sequence_norm=chosen.sequence_norm)
     for method in recipe.methods():
         params = method.fit(params, Layer(weight, stats, recipe.rank))
     return params
@@ -118,7 +122,8 @@ def _statistics(
     for layer in layers:
         reader = next((name for name in watched if name in seen and seen[name] is seen.get(layer.name)), None)
         if reader is None:
-            found = LayerStats.of(layer.name, layer.in_features, together=recipe.needs_together())
+            wanted = {"together": recipe.needs_together(), "gram": recipe.needs_gram()}
+            found = LayerStats.of(layer.name, layer.in_features, **wanted)
             stats[layer.name] = watched[layer.name] = found
         else:
             stats[layer.name] = watched[reader]

@@ -83,6 +83,7 @@ def export(
 
 def _form(checkpoint: Checkpoint, params: dict[str, Params], dtype: str) -> Form:
     """Return what the op has to compute in this model; a layer that lacks an input gets a neutral one."""
+    assert not any(p.sequence_norm for p in params.values()), "Recipe.require_exportable has refused it"
     modes = {(p.shift_mode, p.variance) for p in params.values()}
     if len(modes) != 1:
         raise ExportError(f"mitigations must be the same in every layer, got {sorted(modes)}.")

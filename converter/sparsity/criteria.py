@@ -1,4 +1,7 @@
-"""Criteria: which channels of a token count most. Each is a `channel_scale [K]`; the score is |z| * channel_scale."""
+"""Criteria: which channels of a token count most. Each is a `channel_scale [K]`; the score is |z| * channel_scale.
+
+What papers compare with is here too, and runs in PyTorch only: `reference` says why it is not exported.
+"""
 
 from __future__ import annotations
 
@@ -10,16 +13,25 @@ from torch import Tensor
 
 from converter.errors import RecipeError, lookup
 from converter.sparsity.statistics import LayerStats
+from converter.sparsity.weights import sparsegpt, wanda, weight_magnitude
 
 OUTLIERS = 0.005  # the share at either end that Amber-Pruner leaves out
 
 
 @dataclass(frozen=True)
 class Criterion:
-    """`scale` gives `channel_scale [K]`, or None for ones, from weight `[N, K]` and statistics."""
+    """`scale` gives `channel_scale [K]`, or None for ones, from weight `[N, K]` and statistics.
 
-    scale: Callable[[Tensor, LayerStats | None], Tensor | None]
+    `sequence_norm` multiplies the scores by the channels' norms over the sequence that is pruned. `prune` gives a
+    pruned weight `[N, K]` from weight, statistics, keep and group; then every activation is kept.
+    """
+
+    scale: Callable[[Tensor, LayerStats | None], Tensor | None] = lambda _weight, _stats: None
     needs_statistics: bool = False
+    needs_gram: bool = False
+    sequence_norm: bool = False
+    prune: Callable[[Tensor, LayerStats | None, int, int], Tensor] | None = None
+    reference: str = ""
 
 
 def clact(_weight: Tensor, stats: LayerStats | None) -> Tensor:
@@ -75,14 +87,23 @@ def weight_variance(weight: Tensor, _stats: LayerStats | None) -> Tensor:
     return weight.detach().double().std(dim=0, correction=0).float()
 
 
+NOT_CAUSAL = "it looks at later tokens of the sequence, which a model that is served has not seen. Use clact"
+OF_WEIGHTS = "it prunes the weight, where the op prunes activations. Use magnitude or wina"
+
 CRITERIA: dict[str, Criterion] = {
     # Source: arXiv:2509.22166, ACT: the score is |z|.
-    "magnitude": Criterion(lambda _weight, _stats: None),
+    "magnitude": Criterion(),
     "clact": Criterion(clact, needs_statistics=True),
     "amber": Criterion(amber),
     "amber_trimmed": Criterion(amber_trimmed),
     "wina": Criterion(wina),
     "weight_variance": Criterion(weight_variance),
+    # Source: arXiv:2509.22166 eq. (4), without the token's norm. Deviation: the norms are over each sequence, padding
+    # included; in the authors' code they are over the batch, so that a sequence's mask depends on its neighbours.
+    "clact_dynamic": Criterion(sequence_norm=True, reference=NOT_CAUSAL),
+    "weight_magnitude": Criterion(prune=weight_magnitude, reference=OF_WEIGHTS),
+    "wanda": Criterion(prune=wanda, needs_statistics=True, reference=OF_WEIGHTS),
+    "sparsegpt": Criterion(prune=sparsegpt, needs_statistics=True, needs_gram=True, reference=OF_WEIGHTS),
 }
 
 

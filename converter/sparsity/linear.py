@@ -34,6 +34,7 @@ class Params:
     residual_in: Tensor | None = None  # [K, r] with residual_out: a product of low rank for what is dropped
     residual_out: Tensor | None = None  # [r, N]
     weight: Tensor | None = None  # [N, K] takes the place of the checkpoint's
+    sequence_norm: bool = False  # scores are multiplied by the channels' norms over the sequence; in torch only
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Baked:
     permutation: Tensor | None = None  # [K] int64
     residual_in: Tensor | None = None  # [K, r]
     residual_out: Tensor | None = None  # [r, N]
+    sequence_norm: bool = False  # no attribute of the op: what has it is not exported
 
     def to(self, dtype: torch.dtype) -> Baked:
         """Return the same layer with every tensor of numbers in `dtype`."""
@@ -79,10 +81,12 @@ def token_shift(x: Tensor, shift_mode: str, shift: Tensor | None) -> Tensor | No
 
 
 def prune(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return z = x - eta, its pruned form zs, and eta."""
+    """Return z = x - eta, its pruned form zs, and eta; with `sequence_norm` x is `[..., S, K]`, S one sequence."""
     eta = token_shift(x, params.shift_mode, params.shift)
     z = x if eta is None else x - eta
     scores = z.abs() if params.channel_scale is None else z.abs() * params.channel_scale
+    if params.sequence_norm:
+        scores = scores * torch.linalg.vector_norm(x, dim=-2, keepdim=True)
     # Filled, not multiplied: a dropped Inf must give 0, not NaN.
     return z, z.masked_fill(~kept(scores, params), 0), eta
 
@@ -156,6 +160,7 @@ def bake(weight: Tensor, bias: Tensor | None, params: Params) -> Baked:
         permutation=params.permutation,
         residual_in=params.residual_in,
         residual_out=residual_out,
+        sequence_norm=params.sequence_norm,
     )
 
 

@@ -19,15 +19,17 @@ class LayerStats:
     square_sum: Tensor  # [K]
     largest: Tensor  # [K] the largest |x|
     together: Tensor | None  # [K, K] sums of u u^T, u = |x| / ||x|| of a token: which channels are large together
+    gram: Tensor | None  # [K, K] sums of x x^T
     median_sum: float = 0.0
     tokens: int = 0
 
     @classmethod
-    def of(cls, where: str, in_features: int, *, together: bool = False) -> LayerStats:
+    def of(cls, where: str, in_features: int, *, together: bool = False, gram: bool = False) -> LayerStats:
         """Return empty statistics for a layer called `where` with K = `in_features`."""
         zeros = torch.zeros(in_features, dtype=torch.float64)
         square = torch.zeros(in_features, in_features, dtype=torch.float64) if together else None
-        return cls(where, zeros, zeros.clone(), zeros.clone(), square)
+        moments = torch.zeros(in_features, in_features, dtype=torch.float64) if gram else None
+        return cls(where, zeros, zeros.clone(), zeros.clone(), square, moments)
 
     def update(self, x: Tensor) -> None:
         """Add the tokens `x [..., K]`.
@@ -47,6 +49,8 @@ class LayerStats:
         if self.together is not None:
             share = flat.abs() / flat.norm(dim=-1, keepdim=True).clamp_min(1e-30)
             self.together += share.t() @ share
+        if self.gram is not None:
+            self.gram += flat.t() @ flat
         self.median_sum += flat.median(-1).values.sum().item()
         self.tokens += flat.shape[0]
 
