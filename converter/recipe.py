@@ -15,6 +15,7 @@ from ruamel.yaml.error import YAMLError
 
 from converter.errors import RecipeError, listing
 from converter.sparsity.criteria import criterion
+from converter.sparsity.linear import Phases
 from converter.sparsity.mitigations import Mitigation, mitigations
 from converter.sparsity.pattern import Pattern
 
@@ -66,6 +67,7 @@ class Recipe(_Frozen):
     d_pts: Literal["median", "mean"] = "median"
     r_sparse: Literal["svd", "trained"] = "svd"
     rank: int = Field(default=64, gt=0)
+    phases: Phases = "both"
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

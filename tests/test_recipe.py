@@ -45,6 +45,7 @@ def test_recipes_cannot_be_changed() -> None:
         ({"mitigation": "refit+r_sparse"}, r"refit and r_sparse cannot be combined"),
         ({"mitigation": "var+var"}, r"both set the variance"),
         ({"dtype": "int8"}, r"'float32', 'float16' or 'bfloat16', got 'int8'"),
+        ({"phases": "training"}, r"phases: .*'both', 'prefill' or 'decode', got 'training'"),
         ({"s_pts": "median"}, r"'channel' or 'scalar', got 'median'"),
         ({"calibration.tokens": 3}, r"tokens must be at least one window \(512\), got 3"),
         ({"calibration.window": 0}, r"calibration\.window: .*greater than 1"),
