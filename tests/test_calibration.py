@@ -87,6 +87,8 @@ METHODS = [
     {"criterion": "wina", "mitigation": "permute+r_sparse+d_pts+var", "rank": 3},
     {"mitigation": "r_sparse", "rank": 3, "dtype": "float16"},
     {"mitigation": "permute+r_sparse", "rank": 3, "dtype": "bfloat16"},
+    {"mitigation": "permute+r_sparse+d_pts+var", "rank": 3, "dtype": "bfloat16", "phases": "decode"},
+    {"mitigation": "r_sparse+s_pts+var", "rank": 3, "dtype": "float16", "phases": "prefill"},
     {"mitigation": "l_pts+ls+var", "distillation.learning_rate": 1e-2, **SHORT},
     {"mitigation": "permute+r_sparse", "r_sparse": "trained", "rank": 3, "distillation.learning_rate": 2e-3, **SHORT},
     {
