@@ -22,6 +22,7 @@ os.environ.setdefault("TORCH_LOGS", "-all")
 
 from converter.errors import ConverterError
 from converter.recipe import Recipe, from_yaml, parse_set
+from converter.sparsity.linear import Phases
 from converter.stages import Stages
 
 app = App(
@@ -47,6 +48,7 @@ class RecipeOptions:
     )
     calibration: Annotated[str | None, Parameter(help="self, python, a text file, or hub:NAME[:CONFIG[:SPLIT]]")] = None
     calibration_tokens: Annotated[int | None, Parameter(help="how many tokens of it")] = None
+    phases: Annotated[Phases | None, Parameter(help="when the layers are sparse (default both)")] = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     targets: Annotated[str | None, Parameter(help="name patterns of the layers to make sparse, by commas")] = None
     ignore: Annotated[str | None, Parameter(help="name patterns of the layers to leave dense, by commas")] = None
@@ -64,6 +66,7 @@ class RecipeOptions:
             "mitigation": self.mitigation,
             "calibration.source": self.calibration,
             "calibration.tokens": self.calibration_tokens,
+            "phases": self.phases,
             "dtype": self.dtype,
             "targets": self.targets,
             "ignore": self.ignore,

@@ -217,7 +217,7 @@ def _export(
         "nmsparse.source_revision": about["source"]["revision"] or about["source"]["weights_sha256"],
     }
     with stages.stage("export", "tensors") as advance:
-        write_graph(checkpoint, layers, params, recipe.dtype, folder, metadata, advance)
+        write_graph(checkpoint, layers, params, recipe.dtype, recipe.phases, folder, metadata, advance)
         write_client_files(folder, checkpoint, recipe.dtype)
 
 
@@ -226,7 +226,7 @@ def _validate(
 ) -> Parity:
     with stages.stage("validate", "comparisons") as advance:
         ids = windows(text or TEXT, checkpoint.tokenizer(), 1, VALIDATION_TOKENS)
-        parity = compare(folder, checkpoint.model(), params, recipe.dtype, ids, advance)
+        parity = compare(folder, checkpoint.model(), params, recipe.dtype, recipe.phases, ids, advance)
     parity.check()
     return parity
 

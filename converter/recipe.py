@@ -19,6 +19,7 @@ from ruamel.yaml.error import YAMLError
 from converter.errors import RecipeError, listing
 from converter.presets import preset
 from converter.sparsity.criteria import criterion
+from converter.sparsity.linear import Phases
 from converter.sparsity.mitigations import Mitigation, mitigations
 from converter.sparsity.pattern import Pattern
 
@@ -115,6 +116,7 @@ class Recipe(_Frozen):
     r_sparse: Literal["svd", "trained"] = "svd"
     distill: Literal["full", "low_rank"] = "full"
     rank: int = Field(default=64, gt=0)
+    phases: Phases = "both"
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"

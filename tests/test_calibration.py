@@ -99,6 +99,8 @@ METHODS = [
     {"mitigation": "permute+r_sparse", "r_sparse": "trained", "rank": 3, "training.learning_rate": 2e-3, **SHORT},
     {"mitigation": "l_pts+ls+var", "training.objective": "layer", "training.learning_rate": 1e-3, **SHORT},
     {"mitigation": "permute+distill", "distill": "low_rank", "rank": 4, "training.learning_rate": 5e-3, **SHORT},
+    {"mitigation": "permute+r_sparse+d_pts+var", "rank": 3, "dtype": "bfloat16", "phases": "decode"},
+    {"mitigation": "r_sparse+s_pts+var", "rank": 3, "dtype": "float16", "phases": "prefill"},
     {
         "mitigation": "permute+s_pts+distill",
         "dtype": "float16",

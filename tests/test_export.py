@@ -6,6 +6,7 @@ import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import onnx
@@ -14,12 +15,14 @@ import torch
 from conftest import make_tiny
 
 from converter import Recipe, convert, load
+from converter.calibration import file as calibration_file
 from converter.checkpoint import open_checkpoint
 from converter.errors import ValidationError
 from converter.evaluation.parity import validate
+from converter.graph.op import INPUTS
 from converter.graph.trace import signature
 from converter.plan import find_blocks
-from converter.sparsity.linear import Params
+from converter.sparsity.linear import Params, Phases, install
 
 FAMILIES = {
     "llama": {},
@@ -37,13 +40,12 @@ FAMILIES = {
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     made: dict[tuple[str, ...], Path] = {}
 
-    def make(family: str, mitigation: str = "var", dtype: str = "float32") -> Path:
-        key = (family, mitigation, dtype)
+    def make(family: str, mitigation: str = "var", dtype: str = "float32", phases: str = "both") -> Path:
+        key = (family, mitigation, dtype, phases)
         if key not in made:
             folder = tmp_path_factory.mktemp(family)
-            recipe = Recipe().replace(
-                {"mitigation": mitigation, "dtype": dtype, "calibration.tokens": 64, "calibration.window": 32}
-            )
+            small = {"calibration.tokens": 64, "calibration.window": 32}
+            recipe = Recipe().replace({"mitigation": mitigation, "dtype": dtype, "phases": phases, **small})
             make_tiny(folder / "model", family, **FAMILIES[family])
             made[key] = convert(str(folder / "model"), folder / "out", recipe)
         return made[key]
@@ -96,6 +98,45 @@ def test_other_dtypes(converted: Callable[..., Path], dtype: str) -> None:
     full = load(converted("llama", "s_pts+var"))(input_ids=torch.arange(3, 20)[None]).logits
     assert logits.dtype == torch.float32
     assert 0 < (logits - full).norm() / full.norm() < 1  # near the float32 model, and not it
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("phases", ["prefill", "decode"])
+def test_phases(converted: Callable[..., Path], phases: str, dtype: str) -> None:
+    out = converted("llama", "s_pts+var", dtype, phases)
+    assert json.loads((out / "report.json").read_text())["parity"]["passed"]
+    graph = onnx.load(out / "model.onnx", load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type == "SparseLinear"]
+    assert len(nodes) == 21
+    assert {node.input[INPUTS.index("sparse")] for node in nodes} == {"sparse"}
+    assert sum("sparse" in node.output for node in graph.node) == 1
+    if dtype == "float32":
+        ids = torch.arange(3, 20)[None]
+        tokens = {"prefill": ids, "decode": ids[:, :1]}
+        dense = open_checkpoint(str(out.parent / "model")).model()
+        for phase, given in tokens.items():
+            with torch.no_grad():
+                expected = dense(input_ids=given).logits
+            error = (load(out)(input_ids=given).logits - expected).norm() / expected.norm()
+            assert error > 1e-2 if phase == phases else error < 1e-5
+
+
+def test_each_setting_of_phases_writes_the_tokens_of_torch(converted: Callable[..., Path]) -> None:
+    prompt = torch.tensor([[1, 40, 7, 99, 123, 5, 61], [1, 9, 8, 77, 200, 31, 4]])
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    written = set()
+    for phases in get_args(Phases):
+        out = converted("llama", phases=phases)
+        reference = open_checkpoint(str(out.parent / "model")).model()
+        for name, layer in calibration_file.read(out / calibration_file.NAME).items():
+            install(reference, name, layer, phases=phases)
+        found, expected = (
+            model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options).tolist()
+            for model in (load(out), reference)
+        )
+        assert found == expected
+        written.add(str(found))
+    assert len(written) == 3  # the settings differ, so that a wrong one shows
 
 
 def test_weights_are_stored_once_and_as_baked(converted: Callable[..., Path]) -> None:
@@ -172,19 +213,50 @@ def _keep_one_more(model: onnx.ModelProto) -> None:
     next(a for a in node.attribute if a.name == "keep").i += 1
 
 
+def _body(model: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the nodes of the function, those in branches too."""
+    nodes = list(model.functions[0].node)
+    return nodes + [inner for node in nodes for a in node.attribute for inner in a.g.node]
+
+
 def _ties_to_the_higher_channel(model: onnx.ModelProto) -> None:
-    node = next(n for n in model.functions[0].node if n.op_type == "TopK")
+    node = next(n for n in _body(model) if n.op_type == "TopK")
     next(a for a in node.attribute if a.name == "largest").i = 0
 
 
 def _no_variance(model: onnx.ModelProto) -> None:
-    node = next(n for n in model.functions[0].node if n.op_type == "Sqrt")
+    node = next(n for n in _body(model) if n.op_type == "Sqrt")
     node.op_type = "Identity"
 
 
 def _wrong_scale_of_attention(model: onnx.ModelProto) -> None:
     node = next(n for n in model.graph.node if n.op_type == "Attention")
     next(a for a in node.attribute if a.name == "scale").f *= 1.001
+
+
+def _ignore_the_phase_in_the_body(model: onnx.ModelProto) -> None:
+    for node in model.functions[0].node:
+        if node.op_type == "If":
+            branches = {a.name: a for a in node.attribute}
+            branches["else_branch"].g.CopyFrom(branches["then_branch"].g)
+
+
+def _correct_the_dense_phase(model: onnx.ModelProto) -> None:
+    branches = {a.name: a for a in [n for n in model.functions[0].node if n.op_type == "If"][1].attribute}
+    product = branches["else_branch"].g.node[0]
+    product.op_type = "Add"
+    product.input.append(product.input[0])
+
+
+def _the_other_phase(model: onnx.ModelProto) -> None:
+    next(n for n in model.graph.node if "sparse" in n.output).op_type = "Equal"
+
+
+def _the_batch_for_the_sequence(model: onnx.ModelProto) -> None:
+    size = model.graph.node[0]
+    assert (size.op_type, size.input) == ("Shape", ["input_ids"])
+    start, end = (next(a for a in size.attribute if a.name == name) for name in ("start", "end"))
+    start.i, end.i = 0, 1
 
 
 MUTANTS = [
@@ -194,13 +266,27 @@ MUTANTS = [
     (_no_variance, r"error must be at most"),
     (_wrong_scale_of_attention, r"\(prefill, dense\): error must be at most"),
 ]
+MUTANTS_OF_PHASES = [
+    (_ignore_the_phase_in_the_body, r"q_proj \(decode\): masks must differ"),
+    (_correct_the_dense_phase, r"\(decode\): error must be at most"),
+    (_the_other_phase, r"q_proj \(prefill\): masks must differ"),
+    (_the_batch_for_the_sequence, r"q_proj \(decode\): masks must differ"),
+]
+ALL_MUTANTS = [
+    *(("both", *row) for row in MUTANTS),
+    *(("prefill", *row) for row in [*MUTANTS, *MUTANTS_OF_PHASES]),
+]
 
 
-@pytest.mark.parametrize(("mutate", "message"), MUTANTS)
+@pytest.mark.parametrize(("phases", "mutate", "message"), ALL_MUTANTS)
 def test_validate_finds_every_mutant(
-    converted: Callable[..., Path], tmp_path: Path, mutate: Callable[[onnx.ModelProto], None], message: str
+    converted: Callable[..., Path],
+    tmp_path: Path,
+    phases: Phases,
+    mutate: Callable[[onnx.ModelProto], None],
+    message: str,
 ) -> None:
-    out = converted("llama")
+    out = converted("llama", phases=phases)
     checkpoint = open_checkpoint(str(out.parent / "model"))
     params = {
         name: Params(8, 16, variance=True)
@@ -208,6 +294,6 @@ def test_validate_finds_every_mutant(
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
     ids = torch.randint(3, 200, (1, 48), generator=torch.Generator().manual_seed(0))
-    assert not validate(out, checkpoint.model(), params, "float32", ids).failures
+    assert not validate(out, checkpoint.model(), params, "float32", phases, ids).failures
     with pytest.raises(ValidationError, match=message):
-        validate(_altered(out, tmp_path, mutate), checkpoint.model(), params, "float32", ids).check()
+        validate(_altered(out, tmp_path, mutate), checkpoint.model(), params, "float32", phases, ids).check()

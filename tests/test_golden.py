@@ -125,6 +125,30 @@ def test_mitigation(name: str, variant: str) -> None:
     torch.testing.assert_close(SparseLinear(baked)(x), expected, **tolerance)
 
 
+@pytest.mark.parametrize(("name", "variant"), GOLDEN)
+def test_dense_phase(name: str, variant: str) -> None:
+    # All of x = (4,-1,2,3) is kept, whatever the method: 4 - 2 + 6 + 12 + 10 = 30; -1 - 3 + 20 = 16.
+    x, weight, bias = (torch.tensor(t, dtype=torch.float64) for t in (X, WEIGHT, BIAS))
+    baked = bake(weight, bias, fitted(name, variant)).to(torch.float64)
+    dense = torch.tensor([[30.0, 16.0]], dtype=torch.float64)
+    torch.testing.assert_close(SparseLinear(baked, "prefill")(x), dense, rtol=1e-12, atol=1e-12)
+    twice = torch.cat([x, x])
+    torch.testing.assert_close(SparseLinear(baked, "decode")(twice), dense.expand(2, 2), rtol=1e-12, atol=1e-12)
+    for phases, given in (("prefill", twice), ("decode", x), ("decode", x[None].expand(2, 1, 4))):  # [B, S, K]
+        layer = SparseLinear(baked, phases)
+        assert torch.equal(layer(given), SparseLinear(baked)(given))
+
+
+def test_a_dense_phase_corrects_nothing() -> None:
+    # z = x = (2,2,2,2) has no variance: nu would be 0. y = 2 * 10 + 10 = 30; 0 + 20 = 20
+    layer = SparseLinear(bake(torch.tensor(WEIGHT), torch.tensor(BIAS), Params(2, 4, variance=True)), "prefill")
+    assert layer(torch.full((1, 4), 2.0)).tolist() == [[30.0, 20.0]]
+    # Nothing is dropped of an infinity: no remainder that is not a number.
+    thin = {"residual_in": torch.ones(4, 1), "residual_out": torch.ones(1, 2)}
+    layer = SparseLinear(bake(torch.ones(2, 4), None, Params(2, 4, **thin)), "prefill")
+    assert layer(torch.tensor([[INF, 1.0, 1.0, 1.0]])).tolist() == [[INF, INF]]
+
+
 def test_learned_parts() -> None:
     # shift (1,1,1,1) as in s_pts channel: (19, 18); then times (2, -1) plus (0.5, 0): (38.5, -18)
     params = Params(

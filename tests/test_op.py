@@ -13,13 +13,13 @@ import pytest
 import torch
 
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION, Form, function
-from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake
+from converter.sparsity.linear import SHIFT_MODES, Baked, Params, Phases, SparseLinear, bake
 
 FORMS = list(itertools.product(["float32", "float16"], SHIFT_MODES, [False, True], [False, True], [False, True]))
 NUMPY = {"float32": np.float32, "float16": np.float16}
 
 
-def run(form: Form, baked: Baked, x: np.ndarray) -> np.ndarray:
+def run(form: Form, baked: Baked, x: np.ndarray, sparse: bool = True) -> np.ndarray:
     """Return Y of one node, run by a stock ONNX Runtime from a model that holds node and function body."""
     kind = onnx.helper.np_dtype_to_tensor_dtype(x.dtype)
     values = {name: getattr(baked, {"W": "weight"}.get(name, name)) for name in form.takes()[1:]}
@@ -28,7 +28,8 @@ def run(form: Form, baked: Baked, x: np.ndarray) -> np.ndarray:
         kinds = {"permutation": np.int64} | dict.fromkeys(("W", "residual_in", "residual_out"), x.dtype)
         array = tensor.contiguous().numpy().astype(kinds.get(name, np.float32))
         tensors.append(onnx.numpy_helper.from_array(array, name))
-    names = [n if n == "X" or n in values else "" for n in INPUTS]
+    given = {"X", *values, *(["sparse"] if form.phased else [])}
+    names = [n if n in given else "" for n in INPUTS]
     attributes = {
         "keep": baked.keep,
         "group": baked.group,
@@ -39,7 +40,10 @@ def run(form: Form, baked: Baked, x: np.ndarray) -> np.ndarray:
     graph = onnx.helper.make_graph(
         [node],
         "one",
-        [onnx.helper.make_tensor_value_info("X", kind, ["tokens", x.shape[-1]])],
+        [
+            onnx.helper.make_tensor_value_info("X", kind, ["tokens", x.shape[-1]]),
+            *([onnx.helper.make_tensor_value_info("sparse", onnx.TensorProto.BOOL, [])] if form.phased else []),
+        ],
         [onnx.helper.make_tensor_value_info("Y", kind, ["tokens", baked.weight.shape[1]])],
         tensors,
     )
@@ -51,7 +55,8 @@ def run(form: Form, baked: Baked, x: np.ndarray) -> np.ndarray:
     )
     onnx.checker.check_model(model, full_check=True)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    y: np.ndarray = session.run(None, {"X": x})[0]
+    feeds = {"X": x, "sparse": np.array(sparse)} if form.phased else {"X": x}
+    y: np.ndarray = session.run(None, feeds)[0]
     return y
 
 
@@ -88,15 +93,26 @@ def test_body_with_permutation_and_residual(dtype: str, permutation: bool, resid
         check(Form(dtype, shift_mode, variance, True, True, permutation, residual))
 
 
+@pytest.mark.parametrize(("variance", "residual"), list(itertools.product([False, True], repeat=2)))
+@pytest.mark.parametrize("shift_mode", SHIFT_MODES)
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_body_in_both_phases(dtype: str, shift_mode: str, variance: bool, residual: bool) -> None:
+    for bias, permutation in ((True, False), (shift_mode == "static", True)):
+        check(Form(dtype, shift_mode, variance, bias, True, permutation, residual, phased=True))
+
+
 def check(form: Form) -> None:
     dtype = form.dtype
     tolerance = 2e-6 if dtype == "float32" else 2e-3
-    for (keep, group), tokens in itertools.product([(2, 4), (8, 16), (3, 33), (1, 4)], [1, 5]):
+    settings: tuple[Phases, ...] = ("prefill", "decode") if form.phased else ("both",)
+    for (keep, group), tokens, phases in itertools.product([(2, 4), (8, 16), (3, 33), (1, 4)], [1, 5], settings):
         baked = layer(form, keep, group)
         x = torch.randn(tokens, baked.weight.shape[0], generator=torch.Generator().manual_seed(1)).numpy() + 0.3
         x = x.astype(NUMPY[dtype])
-        expected = SparseLinear(baked)(torch.from_numpy(x).float()).numpy()
-        assert np.abs(run(form, baked, x) - expected).max() <= tolerance * np.abs(expected).max()
+        layer_ = SparseLinear(baked, phases)
+        given = torch.from_numpy(x).float()
+        expected, found = layer_(given).numpy(), run(form, baked, x, layer_.sparse(given))
+        assert np.abs(found - expected).max() <= tolerance * np.abs(expected).max()
 
 
 IDENTITY = Form("float32", "none", False, False, False)
@@ -136,3 +152,19 @@ def test_body_holds_only_what_its_form_needs() -> None:
 
     assert nodes("none", False) < nodes("token_mean", False) < nodes("token_median", True)
     assert nodes("none", False) < nodes("none", True)
+
+
+def test_only_a_form_with_phases_asks_for_the_phase() -> None:
+    for phased in (False, True):
+        body = function(Form("float32", "token_mean", True, True, True, residual=True, phased=phased))
+        assert sum(node.op_type == "If" for node in body) == 2 * phased
+        assert sum(node.op_type == "MatMul" for node in body) == (1 if phased else 3)  # thin ones are in a branch
+
+
+def test_a_dense_phase_corrects_nothing() -> None:
+    """Where z has no variance nu would be 0, and an infinity that is not dropped has no remainder."""
+    form = Form("float32", "none", True, False, False, residual=True, phased=True)
+    parts = {"residual_in": torch.ones(4, 1), "residual_out": torch.ones(1, 1)}
+    baked = bake(torch.ones(1, 4), None, Params(1, 4, variance=True, **parts))
+    for x, y in (([2, 2, 2, 2], 8), ([np.inf, 1, 1, 1], np.inf)):
+        np.testing.assert_array_equal(run(form, baked, np.array([x], np.float32), sparse=False), [[y]])

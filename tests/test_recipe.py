@@ -86,6 +86,7 @@ def test_recipes_cannot_be_changed() -> None:
             r"must be without refit with the criterion clact_dynamic, got var\+refit: .* Leave out refit",
         ),
         ({"dtype": "int8"}, r"'float32', 'float16' or 'bfloat16', got 'int8'"),
+        ({"phases": "training"}, r"phases: .*'both', 'prefill' or 'decode', got 'training'"),
         ({"s_pts": "median"}, r"'channel' or 'scalar', got 'median'"),
         ({"calibration.tokens": 3}, r"tokens must be at least one window \(512\), got 3"),
         ({"mitigation": "distill", "training.window": 200}, r"training\.window must divide .* \(512\), got 200"),

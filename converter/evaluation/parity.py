@@ -1,7 +1,8 @@
 """Parity: does ONNX Runtime compute what PyTorch does? Masks first, then values, layer by layer on the same input.
 
 Three comparisons, all through polygraphy:
-  layers  every `SparseLinear` node by itself, on inputs from the PyTorch model on real text: masks, then values
+  layers  every `SparseLinear` node by itself, on inputs from the PyTorch model on real text: masks, then values; where
+          a node asks for the phase, it is told by the graph's own nodes, in a prefill and in a decode
   dense   the whole graph with keep = group in every node against the dense model: everything around the nodes
   sparse  the whole graph as it is; reported and never judged, because a sparse forward amplifies rounding
 """
@@ -44,7 +45,9 @@ from converter.evaluation.reference import (
 from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP
 from converter.runtimes.onnxruntime import session
-from converter.sparsity.linear import Baked, Params, install, prune
+from converter.sparsity.linear import Baked, Params, Phases, install
+
+IDS = "input_ids"
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ def validate(
     model: PreTrainedModel,
     params: dict[str, Params],
     dtype: str,
+    phases: Phases,
     ids: Tensor,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Parity:
@@ -124,8 +128,12 @@ def validate(
         _compare_dense(report, folder, graph, model, feeds)
         progress(1, 4)
         for name, layer in rounded.items():
-            install(model, name, layer, unfitted[name])
+            install(model, name, layer, unfitted[name], phases)
         inputs = layer_inputs(model, list(params), ids, kind)
+        if phases != "both":
+            # Of two rows, so that a graph that takes the batch for the sequence is found out.
+            for feed, part in zip(inputs, (ids[:, :-1], ids[:, -1:]), strict=True):
+                feed[IDS] = part.repeat(2, 1).numpy()
         flipped = _compare_masks(report, folder, graph, model, inputs)
         progress(2, 4)
         _compare_layers(report, folder, graph, model, inputs, flipped)
@@ -241,7 +249,8 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
     kind = tensors[_nodes(graph)[0].input[1]].data_type
     nodes: dict[str, list[onnx.NodeProto]] = {}
-    inputs, outputs, weights = [], [], {}
+    phase = _phase_nodes(graph)
+    inputs, outputs, weights = [value for value in graph.graph.input if phase and value.name == IDS], [], {}
     for node in _nodes(graph):
         name = _layer(node)
         width, size = tensors[node.input[1]].dims
@@ -257,18 +266,30 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
                     stand_in, made = _zeros(dims, tensors[given].data_type)
                 new.input[position] = stand_in
                 nodes.setdefault(stand_in, made)
-            elif given:
+            elif given and INPUTS[position] != "sparse":
                 weights[given] = tensors[given]
         nodes[name] = [new]
         inputs.append(onnx.helper.make_tensor_value_info(f"{name}.X", kind, ["tokens", width]))
         outputs.append(onnx.helper.make_tensor_value_info(f"{name}.Y", kind, ["tokens", width if probe else size]))
     ordered = sorted(nodes, key=lambda key: not key.startswith(("identity.", "zeros.")))
     body = onnx.helper.make_graph(
-        [node for key in ordered for node in nodes[key]], "layers", inputs, outputs, list(weights.values())
+        [*phase, *(node for key in ordered for node in nodes[key])], "layers", inputs, outputs, list(weights.values())
     )
     return onnx.helper.make_model(
         body, opset_imports=graph.opset_import, functions=graph.functions, ir_version=graph.ir_version
     )
+
+
+def _phase_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
+    """Return the nodes, in order, that tell the layers the phase from `input_ids`; none where no layer asks."""
+    position = INPUTS.index("sparse")
+    wanted = {node.input[position] for node in _nodes(graph) if len(node.input) > position}
+    found: list[onnx.NodeProto] = []
+    for node in reversed(graph.graph.node):
+        if wanted.intersection(node.output):
+            wanted.update(node.input)
+            found.insert(0, node)
+    return found
 
 
 def _zeros(dims: list[int], kind: int) -> tuple[str, list[onnx.NodeProto]]:
@@ -303,8 +324,9 @@ def _compare_masks(
         rows: dict[str, Array] = {}
         for output, y in zip(names, ort.run(names, feed), strict=True):
             name = output.removesuffix(".Y")
-            baked = sparse_layer(model, name).baked
-            z, zs, _ = prune(torch.from_numpy(feed[f"{name}.X"]).float(), baked)
+            layer = sparse_layer(model, name)
+            baked = layer.baked
+            z, zs, _ = layer.pruned(torch.from_numpy(feed[f"{name}.X"]).float())
             scores = z.abs() if baked.channel_scale is None else z.abs() * baked.channel_scale
             differ = (zs != 0) != torch.from_numpy(y != 0)
             margin = _margin(_arranged(scores, baked), _arranged(zs != 0, baked), _arranged(differ, baked), baked.group)
@@ -353,6 +375,7 @@ def _compare_layers(
                 torch.from_numpy(x).float()
             ).numpy()
             for name, x in feed.items()
+            if name != IDS
         }
 
     ort = session(_layers_graph(graph, probe=False), folder, prepack=False)

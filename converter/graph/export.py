@@ -14,11 +14,12 @@ from torch import Tensor
 from converter.checkpoint import Checkpoint
 from converter.errors import ExportError
 from converter.graph.op import DOMAIN, OP, VERSION, Form, function
+from converter.graph.phase import give_phase
 from converter.graph.stamp import stamp
 from converter.graph.trace import LinearNode, tied_weights, trace
 from converter.plan import Plan
 from converter.recipe import DTYPES
-from converter.sparsity.linear import Baked, Params, bake
+from converter.sparsity.linear import Baked, Params, Phases, bake
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 IR_VERSION = 11
@@ -34,6 +35,7 @@ def export(
     plan: Plan,
     params: dict[str, Params],
     dtype: str,
+    phases: Phases,
     folder: Path,
     metadata: dict[str, str],
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -45,7 +47,7 @@ def export(
     Raises:
         ExportError: when the model cannot be traced, or the disk is full.
     """
-    form = _form(checkpoint, params, dtype)
+    form = _form(checkpoint, params, dtype, phases)
     biased = {name.removesuffix(".bias") for name in checkpoint.files if name.endswith(".bias")}
     nodes = {
         layer.name: LinearNode(layer.sparse, layer.name in biased, _rank(params.get(layer.name)))
@@ -56,6 +58,8 @@ def export(
     transposed = {name for name in nodes if f"{name}.weight" not in tied}
     model = trace(skeleton, nodes, form, DTYPES[dtype])
     stamp(model, plan.blocks)
+    if phases != "both":
+        give_phase(model, phases)
     _attach_weights(model, checkpoint, transposed, params, DTYPES[dtype])
     _attach_patterns(model, params)
     model.functions[(DOMAIN, OP, "")] = function(form)
@@ -81,7 +85,7 @@ def export(
         ) from error
 
 
-def _form(checkpoint: Checkpoint, params: dict[str, Params], dtype: str) -> Form:
+def _form(checkpoint: Checkpoint, params: dict[str, Params], dtype: str, phases: Phases) -> Form:
     """Return what the op has to compute in this model; a layer that lacks an input gets a neutral one."""
     assert not any(p.sequence_norm for p in params.values()), "Recipe.require_exportable has refused it"
     modes = {(p.shift_mode, p.variance) for p in params.values()}
@@ -98,6 +102,7 @@ def _form(checkpoint: Checkpoint, params: dict[str, Params], dtype: str) -> Form
         channel_scale=any(p.channel_scale is not None for p in params.values()),
         permutation=any(p.permutation is not None for p in params.values()),
         residual=any(p.residual_in is not None for p in params.values()),
+        phased=phases != "both",
     )
 
 

@@ -24,6 +24,7 @@ INPUTS = (
     "permutation",
     "residual_in",
     "residual_out",
+    "sparse",
 )
 ATTRIBUTES = ("keep", "group", "shift_mode", "variance")
 
@@ -39,9 +40,10 @@ class Form:
     channel_scale: bool
     permutation: bool = False
     residual: bool = False
+    phased: bool = False
 
     def takes(self) -> tuple[str, ...]:
-        """Return the names of the inputs that the nodes give, in order."""
+        """Return X and the names of the inputs that are stored for a layer, in order; `sparse` is the graph's own."""
         given = {
             "X": True,
             "W": True,
@@ -53,7 +55,7 @@ class Form:
             "residual_in": self.residual,
             "residual_out": self.residual,
         }
-        return tuple(name for name in INPUTS if given[name])
+        return tuple(name for name in INPUTS if given.get(name))
 
 
 def function(form: Form) -> ir.Function:
@@ -62,8 +64,17 @@ def function(form: Form) -> ir.Function:
     Selection, statistics and epilogue are in float32 whatever the dtype of X; the GEMM is in the dtype of X, but in
     float32 for bfloat16, which ONNX Runtime's CPU kernels lack. TopK gives ties to the lower index, as its
     specification says, and NaN is ranked as infinity, so that it is kept.
+
+    With `phased`, an ONNX `If` chooses what the GEMM is given, and whether its product is corrected. The GEMM itself
+    is outside: in a branch ONNX Runtime would widen a float16 weight in every call, not once.
     """
-    body = "\n".join(f"  {line}" for line in [*_select(form), *_product(form), *_epilogue(form)])
+    x = "X" if form.dtype == "float32" else "X32"
+    start = [] if x == "X" else ["X32 = Cast <to = 1> (X)"]
+    start += ["last = Constant <value_ints = [-1]> ()", *_shifted(form, x)]
+    selection, zs = _if_sparse(form, _select(form), "pruned", _z(form))
+    correction, y = _if_sparse(form, *_corrected(form, zs), "product")
+    lines = [*start, *selection, *_product(form, zs), *correction, *_epilogue(form, y)]
+    body = "\n".join(f"  {line}" for line in lines)
     text = (
         f'<domain: "{DOMAIN}", opset_import: ["" : {OPSET}]>\n'
         f"{OP} <{', '.join(ATTRIBUTES)}> ({', '.join(INPUTS)}) => (Y)\n{{\n{body}\n}}"
@@ -71,12 +82,22 @@ def function(form: Form) -> ir.Function:
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))
 
 
-def _select(form: Form) -> Sequence[str]:
-    x = "X" if form.dtype == "float32" else "X32"
+def _if_sparse(form: Form, lines: Sequence[str], found: str, otherwise: str) -> tuple[Sequence[str], str]:
+    """Return lines after which a name, returned too, is what `lines` call `found`; in a dense phase `otherwise`."""
+    if not form.phased or found == otherwise:
+        return lines, found
+    chosen, kept = f"{found}_or_dense", f"{found}_dense"
     return [
-        *([] if x == "X" else ["X32 = Cast <to = 1> (X)"]),
-        "last = Constant <value_ints = [-1]> ()",
-        *_shifted(form, x),
+        f"{chosen} = If (sparse) <",
+        f"  then_branch = sparse_phase () => ({found}) {{",
+        *(f"    {line}" for line in lines),
+        f"  }}, else_branch = dense_phase () => ({kept}) {{ {kept} = Identity ({otherwise}) }}",
+        ">",
+    ], chosen
+
+
+def _select(form: Form) -> Sequence[str]:
+    return [
         f"magnitude = Abs ({_z(form)})",
         *(["score = Mul (magnitude, channel_scale)"] if form.channel_scale else ["score = Identity (magnitude)"]),
         "is_nan = IsNaN (score)",
@@ -146,26 +167,26 @@ def _shifted(form: Form, x: str) -> Sequence[str]:
     return []
 
 
-def _product(form: Form) -> Sequence[str]:
+def _product(form: Form, zs: str) -> Sequence[str]:
     if form.dtype == "float32":
-        return ["product = MatMul (pruned, W)"]
+        return [f"product = MatMul ({zs}, W)"]
     if form.dtype == "bfloat16":
         return [
-            "pruned_x = CastLike (pruned, X)",
+            f"pruned_x = CastLike ({zs}, X)",
             "pruned_32 = Cast <to = 1> (pruned_x)",
             "W32 = Cast <to = 1> (W)",
             "product = MatMul (pruned_32, W32)",
         ]
     return [
-        "pruned_x = CastLike (pruned, X)",
+        f"pruned_x = CastLike ({zs}, X)",
         "product_x = MatMul (pruned_x, W)",
         "product = Cast <to = 1> (product_x)",
     ]
 
 
-def _residual(form: Form, y: str) -> Sequence[str]:
+def _residual(form: Form, zs: str, y: str) -> Sequence[str]:
     """Return lines that add what is dropped through the product of low rank; the products in the GEMM's dtype."""
-    lines = [f"dropped = Sub ({_z(form)}, pruned)"]
+    lines = [f"dropped = Sub ({_z(form)}, {zs})"]
     if form.dtype == "float32":
         lines += ["thin = MatMul (dropped, residual_in)", "residual = MatMul (thin, residual_out)"]
     elif form.dtype == "bfloat16":
@@ -196,7 +217,8 @@ def _variance(name: str, of: str) -> Sequence[str]:
     ]
 
 
-def _epilogue(form: Form) -> Sequence[str]:
+def _corrected(form: Form, zs: str) -> tuple[Sequence[str], str]:
+    """Return lines that make up for what is dropped, and the name of the product that they leave."""
     lines, y = [], "product"
     if form.variance:
         lines += [
@@ -205,7 +227,7 @@ def _epilogue(form: Form) -> Sequence[str]:
             "one_32 = Constant <value = float {1.0}> ()",
             "freedom = Sub (channels_32, one_32)",
             *_variance("variance_z", _z(form)),
-            *_variance("variance_pruned", "pruned"),
+            *_variance("variance_pruned", zs),
             "floor = Constant <value = float {1e-9}> ()",
             "variance_floored = Max (variance_pruned, floor)",
             "ratio = Div (variance_z, variance_floored)",
@@ -213,12 +235,17 @@ def _epilogue(form: Form) -> Sequence[str]:
             f"scaled = Mul ({y}, nu)",
         ]
         y = "scaled"
+    if form.residual:
+        lines += _residual(form, zs, y)
+        y = "repaired"
+    return lines, y
+
+
+def _epilogue(form: Form, y: str) -> Sequence[str]:
+    lines = []
     if "row_sum" in form.takes():
         lines += ["rank_one = Mul (eta, row_sum)", f"shifted = Add ({y}, rank_one)"]
         y = "shifted"
-    if form.residual:
-        lines += _residual(form, y)
-        y = "repaired"
     if form.bias:
         lines += [f"biased = Add ({y}, bias)"]
         y = "biased"

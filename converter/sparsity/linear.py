@@ -7,7 +7,7 @@ Shapes: T tokens (all leading axes), K input channels, N output channels. `weigh
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from converter.sparsity.pattern import mask
 
 SHIFT_MODES = ("none", "static", "token_mean", "token_median")
 VARIANCE_FLOOR = 1e-9
+Phases = Literal["both", "prefill", "decode"]
 
 
 @dataclass(frozen=True)
@@ -167,29 +168,43 @@ def bake(weight: Tensor, bias: Tensor | None, params: Params) -> Baked:
 class SparseLinear(nn.Module):
     """The op in torch, for calibration and as the reference that runtimes are compared with."""
 
-    def __init__(self, baked: Baked) -> None:
+    def __init__(self, baked: Baked, phases: Phases = "both") -> None:
         """Keep the baked tensors; `weight` stays a view of the layer it came from."""
         super().__init__()
-        self.baked = baked
+        self.baked, self.phases = baked, phases
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return y `[..., N]` for x `[..., K]`: nu * (zs W) + eta * row_sum + bias + residual."""
-        baked = self.baked
-        z, zs, eta = prune(x, baked)
+        """Return y `[..., N]` for x `[..., S, K]`: nu * (zs W) + eta * row_sum + bias + residual.
+
+        Where the phase is dense every channel is kept: zs = z, nu = 1 and no residual.
+        """
+        baked, sparse = self.baked, self.sparse(x)
+        z, zs, eta = self.pruned(x)
         y = zs @ baked.weight
-        if baked.variance:
+        if sparse and baked.variance:
             y = y * token_scale(z, zs)
         if baked.row_sum is not None and eta is not None:
             y = y + eta * baked.row_sum
-        if baked.residual_in is not None and baked.residual_out is not None:
+        if sparse and baked.residual_in is not None and baked.residual_out is not None:
             y = y + (z - zs) @ baked.residual_in @ baked.residual_out
         return y if baked.bias is None else y + baked.bias
 
+    def pruned(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return z, zs and eta as the function `prune` does, with zs = z where the phase is dense."""
+        z, zs, eta = prune(x, self.baked)
+        return z, zs if self.sparse(x) else z, eta
 
-def install(model: nn.Module, name: str, params: Params, linear: nn.Module | None = None) -> None:
+    def sparse(self, x: Tensor) -> bool:
+        """Return whether the layer is sparse for x `[..., S, K]`: it is a prefill when S, its tokens, are several."""
+        return self.phases == "both" or (x.shape[-2] > 1) == (self.phases == "prefill")
+
+
+def install(
+    model: nn.Module, name: str, params: Params, linear: nn.Module | None = None, phases: Phases = "both"
+) -> None:
     """Put the sparse layer of `linear`, by default the module called `name`, in that place, over the same weight."""
     linear = linear or model.get_submodule(name)
     assert isinstance(linear, nn.Linear)
     bias = None if linear.bias is None else linear.bias.data
     weight = linear.weight.data if params.weight is None else params.weight
-    model.set_submodule(name, SparseLinear(bake(weight, bias, params)))
+    model.set_submodule(name, SparseLinear(bake(weight, bias, params), phases))
