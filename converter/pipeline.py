@@ -13,7 +13,9 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from converter import arrangement as arrangement_file
 from converter.calibration import file as calibration_file
+from converter.calibration.arrange import arrange
 from converter.calibration.distill import distill
 from converter.calibration.texts import sampled, windows
 from converter.calibration.walk import calibrate as walk
@@ -77,10 +79,10 @@ def run(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Sta
         layers = plan(checkpoint.skeleton(), recipe)
         about = _about(checkpoint, recipe, layers)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
-        params = _calibrate(checkpoint, layers, recipe, folder, stages)
+        checkpoint, params = _calibrate(checkpoint, layers, recipe, folder, stages)
         _export(checkpoint, layers, params, recipe, about, folder, stages)
         parity = _validate(folder, checkpoint, params, recipe, None, stages)
-        report = _report(recipe, layers, folder, stages, parity)
+        report = _report(recipe, layers, checkpoint, params, folder, stages, parity)
         write_json(folder / REPORT, report)
         write_manifest(folder, about)
     return report
@@ -100,18 +102,19 @@ def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, stage
 def export(calibrated: Path, out: Path, dtype: str | None, stages: Stages) -> dict[str, Any]:
     """Write OUT from what `calibrate` (or `convert`) left in `calibrated`; return its report."""
     with stages.stage("checkpoint"):
-        checkpoint = _source(calibrated, None)
         recipe = from_yaml(calibrated / RECIPE)
+        checkpoint = _source(calibrated, recipe, None)
         if dtype is not None:
             recipe = recipe.replace({"dtype": dtype})
         layers = plan(checkpoint.skeleton(), recipe)
         params = calibration_file.read(calibrated / calibration_file.NAME)
         about = _about(checkpoint, recipe, layers)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
-        shutil.copy(calibrated / calibration_file.NAME, folder)
+        for name in [calibration_file.NAME, *([arrangement_file.NAME] if recipe.arranges() else [])]:
+            shutil.copy(calibrated / name, folder)
         (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
         _export(checkpoint, layers, params, recipe, about, folder, stages)
-        report = _report(recipe, layers, folder, stages, None)
+        report = _report(recipe, layers, checkpoint, params, folder, stages, None)
         write_json(folder / REPORT, report)
         write_manifest(folder, about)
     return report
@@ -121,13 +124,16 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
     """Return how OUT compares with its checkpoint (`source` where that has moved) on `text`."""
     with stages.stage("checkpoint"):
         check_files(folder)
-        checkpoint = _source(folder, source)
         recipe = from_yaml(folder / RECIPE)
+        checkpoint = _source(folder, recipe, source)
         params = calibration_file.read(folder / calibration_file.NAME)
     return _validate(folder, checkpoint, params, recipe, text, stages)
 
 
-def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> dict[str, Params]:
+def _calibrate(
+    checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages
+) -> tuple[Checkpoint, dict[str, Params]]:
+    """Return the checkpoint as arranged, and the parameters of every sparse layer of it."""
     model = checkpoint.model()
     text: Tensor | None = None
     if count := recipe.windows():
@@ -138,8 +144,14 @@ def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Pat
                 text = sampled(model, tokenizer, count, settings.window, recipe.seed, advance)
         else:
             text = windows(settings.source, tokenizer, count, settings.window, settings.field)
+    used = text[: recipe.calibration.count] if text is not None and recipe.needs_statistics() else None
+    if recipe.arranges():
+        assert used is not None
+        with stages.stage("arrange", "blocks") as advance:
+            arrangement = arrange(model, layers, used, recipe.calibration.batch, folder, advance)
+        arrangement.write(folder / arrangement_file.NAME)
+        checkpoint, layers = checkpoint.arranged(arrangement), layers.arranged(arrangement.layers)
     with stages.stage("calibrate", "blocks") as advance:
-        used = text[: recipe.calibration.count] if text is not None and recipe.needs_statistics() else None
         params = walk(model, layers, recipe, used, folder, advance)
     if recipe.trains():
         assert text is not None
@@ -147,7 +159,7 @@ def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Pat
             params = distill(checkpoint.model(), params, text, recipe, advance)
     calibration_file.write(folder / calibration_file.NAME, params)
     (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
-    return params
+    return checkpoint, params
 
 
 def _export(
@@ -195,11 +207,12 @@ def _about(checkpoint: Checkpoint, recipe: Recipe, layers: Plan) -> dict[str, An
     }
 
 
-def _source(folder: Path, moved: str | None) -> Checkpoint:
-    """Return the checkpoint that the folder was made from.
+def _source(folder: Path, recipe: Recipe, moved: str | None) -> Checkpoint:
+    """Return the checkpoint that the folder was made from, arranged as there.
 
     Raises:
         CheckpointError: when its weights are not the ones that the manifest names.
+        CalibrationError: when the folder's arrangement cannot be read.
     """
     source = manifest(folder)["source"]
     checkpoint = open_checkpoint(moved or source["name"], None if moved else source["revision"])
@@ -209,7 +222,9 @@ def _source(folder: Path, moved: str | None) -> Checkpoint:
             f"{checkpoint.source}: weights must have SHA-256 {source['weights_sha256']}, got {found}. "
             f"{folder} was made from others: give them with --model, or convert again."
         )
-    return checkpoint
+    return (
+        checkpoint.arranged(arrangement_file.read(folder / arrangement_file.NAME)) if recipe.arranges() else checkpoint
+    )
 
 
 def _bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
@@ -218,10 +233,22 @@ def _bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     return int(1.1 * numbers * WIDTH[recipe.dtype]) + 50_000_000
 
 
-def _report(recipe: Recipe, layers: Plan, folder: Path, stages: Stages, parity: Parity | None) -> dict[str, Any]:
+def _report(
+    recipe: Recipe,
+    layers: Plan,
+    checkpoint: Checkpoint,
+    params: dict[str, Params],
+    folder: Path,
+    stages: Stages,
+    parity: Parity | None,
+) -> dict[str, Any]:
     return {
         "recipe": recipe.model_dump(mode="json"),
         "layers": {"sparse": len(layers.sparse), "dense": len(layers.layers) - len(layers.sparse)},
+        "permutations": {
+            "folded": len(checkpoint.arrangement.layers),
+            "inputs": sum(layer.permutation is not None for layer in params.values()),
+        },
         "stages": [asdict(cost) for cost in stages.costs],
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
         "parity": None if parity is None else parity.summary(),

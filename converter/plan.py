@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 
 from torch import nn
@@ -15,7 +15,10 @@ from converter.recipe import Recipe
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What is to happen to one linear layer; `keep` is 0 when it stays dense, and `reason` says why."""
+    """What is to happen to one linear layer; `keep` is 0 when it stays dense, and `reason` says why.
+
+    `arranged` says that the channels of its groups lie side by side as they should, so that it needs no permutation.
+    """
 
     name: str
     in_features: int
@@ -23,6 +26,7 @@ class LayerPlan:
     keep: int = 0
     group: int = 0
     reason: str = ""
+    arranged: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -41,6 +45,10 @@ class Plan:
     def sparse(self) -> list[LayerPlan]:
         """The layers that become sparse."""
         return [layer for layer in self.layers if layer.sparse]
+
+    def arranged(self, names: Collection[str]) -> Plan:
+        """Return this plan with the layers called `names` arranged."""
+        return replace(self, layers=tuple(replace(layer, arranged=layer.name in names) for layer in self.layers))
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

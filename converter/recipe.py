@@ -65,6 +65,7 @@ class Recipe(_Frozen):
     s_pts: Literal["channel", "scalar"] = "channel"
     d_pts: Literal["median", "mean"] = "median"
     r_sparse: Literal["svd", "trained"] = "svd"
+    permute: Literal["layer", "folded"] = "layer"
     rank: int = Field(default=64, gt=0)
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
@@ -108,6 +109,7 @@ class Recipe(_Frozen):
     def methods(self) -> list[Mitigation]:
         """Return the mitigations in the order given."""
         variants: dict[str, str] = {"s_pts": self.s_pts, "d_pts": self.d_pts, "r_sparse": self.r_sparse}
+        variants["permute"] = self.permute
         return mitigations(self.mitigation or ("none",), variants)
 
     def needs_statistics(self) -> bool:
@@ -118,6 +120,10 @@ class Recipe(_Frozen):
     def refits(self) -> bool:
         """Return whether each weight is fitted anew to the pruned inputs of its layer."""
         return any(method.refits for method in self.methods())
+
+    def arranges(self) -> bool:
+        """Return whether the checkpoint is reordered so that the channels of a group lie side by side."""
+        return any(method.arranges for method in self.methods())
 
     def trains(self) -> tuple[str, ...]:
         """Return the names of the `Params` that are trained once every layer is fitted."""
