@@ -48,6 +48,7 @@ def arrange(
     if not wanted:
         return Arrangement({})
     inside: Orders = {}
+    fed: list[str] = []
     stream: Tensor | None = None
     group = 0
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="hidden-", dir=scratch) as folder:
@@ -68,16 +69,20 @@ def arrange(
                     continue
                 feed = found.feeds[layer.name]
                 order = feed.order(partial(_shared, moments, layer.group))
-                for name, dims in (feed.orders(model, layer.name, order) or {}).items():
+                orders = feed.orders(model, layer.name, order)
+                if orders is None:
+                    continue
+                fed.append(layer.name)
+                for name, dims in orders.items():
                     inside.setdefault(name, {}).update(dims)
             text.advance(index)
             progress(index + 1, len(text.blocks))
-        arrangements = [Arrangement(inside, tuple(found.feeds)), Arrangement({})]
+        arrangements = [Arrangement(inside, tuple(fed)), Arrangement({})]
         if stream is not None:
             both = {name: dict(dims) for name, dims in inside.items()}
             for name, dims in found.stream_orders(decorrelate(stream, group)).items():
                 both.setdefault(name, {}).update(dims)
-            arrangements.insert(0, Arrangement(both, (*found.feeds, *sorted(found.readers))))
+            arrangements.insert(0, Arrangement(both, (*fed, *sorted(found.readers))))
         accepted = next(a for a in arrangements if same_logits(model, a, sample))
         accepted.apply(model)
     return accepted
