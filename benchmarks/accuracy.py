@@ -64,9 +64,9 @@ def measure(
     """Return the loss of each window of each of the `tests` with the recipe calibrated on `text`."""
     layers = plan(checkpoint.skeleton(), recipe)
     with tempfile.TemporaryDirectory() as scratch:
-        params = fitted(checkpoint, layers, recipe, text, Path(scratch), None, stages).params
-    model = checkpoint.model()
-    for name, layer in params.items():
+        found = fitted(checkpoint, layers, recipe, text, Path(scratch), None, stages)
+    model = found.checkpoint.model()
+    for name, layer in found.params.items():
         install(model, name, layer)
     with stages.stage("measure", "windows") as advance:
         return [window_losses(model, test, advance) for test in tests]

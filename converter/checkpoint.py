@@ -9,7 +9,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from converter.arrangement import Arrangement
 from converter.errors import CheckpointError
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -39,11 +40,19 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint on this machine; `folder` holds config, tokenizer and weights under the names torch gives them."""
+    """A checkpoint on this machine; `folder` holds config, tokenizer and weights under the names torch gives them.
+
+    Every weight that it gives is reordered by `arrangement`; the files and their fingerprint are not.
+    """
 
     source: str
     revision: str | None
     folder: Path
+    arrangement: Arrangement = field(default_factory=lambda: Arrangement({}))
+
+    def arranged(self, arrangement: Arrangement) -> Checkpoint:
+        """Return the same checkpoint, reordered."""
+        return replace(self, arrangement=arrangement)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -107,6 +116,7 @@ class Checkpoint:
         model.eval()
         for name, parameter in model.named_parameters():
             self._finite(name, parameter.data)
+        self.arrangement.apply(model)
         model.requires_grad_(False)
         return model
 
@@ -118,7 +128,7 @@ class Checkpoint:
         """
         with safe_open(self.files[name], "pt") as file:
             tensor: Tensor = file.get_tensor(name)
-        return self._finite(name, tensor)
+        return self.arrangement.of(name, self._finite(name, tensor))
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         bad = tensor.numel() - int(tensor.isfinite().sum())

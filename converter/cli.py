@@ -255,6 +255,10 @@ def _show_report(out: Path, report: dict[str, Any], json_output: bool) -> None:
         console.print("ONNX Runtime's CPU provider has no bfloat16 kernels: nmsparse runs it in float32 there")
     layers = report["layers"]
     console.print(f"{layers['sparse']} layers sparse, {layers['dense']} dense, {report['bytes'] / 1e9:.2f} GB")
+    if any(report["permutations"].values()):
+        console.print(
+            "permutations: {folded} folded into the weights, {inputs} op inputs".format(**report["permutations"])
+        )
     console.print("runs as ONNX function bodies of standard ops: right everywhere, slower than dense (see README)")
     print(out)
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from converter import arrangement as arrangement_file
 from converter.calibration import file as calibration_file
 from converter.calibration.allocate import allocate
+from converter.calibration.arrange import arrange
 from converter.calibration.distill import distill
 from converter.calibration.resume import resumable
 from converter.calibration.texts import sampled, windows
@@ -52,12 +54,13 @@ WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 @dataclass(frozen=True)
 class Fitted:
-    """What calibration leaves: recipe and plan with every pattern chosen, each sparse layer's parameters, a curve."""
+    """What calibration leaves; in recipe and plan every pattern is chosen, and `curve` is that of training."""
 
+    checkpoint: Checkpoint
     recipe: Recipe
     plan: Plan
     params: dict[str, Params]
-    curve: Curve
+    curve: Curve = field(default_factory=list)
 
 
 def convert(model: str, out: str | Path, recipe: Recipe | None = None, *, revision: str | None = None) -> Path:
@@ -94,9 +97,9 @@ def run(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Sta
     with staged(out, _bytes(checkpoint, recipe)) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
         about = _about(checkpoint, found.recipe, found.plan)
-        _export(checkpoint, found.plan, found.params, found.recipe, about, folder, stages)
-        parity = _validate(folder, checkpoint, found.params, found.recipe, None, stages)
-        report = _report(found.recipe, found.plan, folder, stages, parity) | {"training": found.curve}
+        _export(found.checkpoint, found.plan, found.params, found.recipe, about, folder, stages)
+        parity = _validate(folder, found.checkpoint, found.params, found.recipe, None, stages)
+        report = _report(found, folder, stages, parity)
         write_json(folder / REPORT, report)
         write_manifest(folder, about)
     return report
@@ -116,19 +119,20 @@ def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, stage
 def export(calibrated: Path, out: Path, dtype: str | None, stages: Stages) -> dict[str, Any]:
     """Write OUT from what `calibrate` (or `convert`) left in `calibrated`; return its report."""
     with stages.stage("checkpoint"):
-        checkpoint = _source(calibrated, None)
         recipe = from_yaml(calibrated / RECIPE)
         recipe.require_exportable()
+        checkpoint = _source(calibrated, recipe, None)
         if dtype is not None:
             recipe = recipe.replace({"dtype": dtype})
         layers = plan(checkpoint.skeleton(), recipe)
         params = calibration_file.read(calibrated / calibration_file.NAME)
         about = _about(checkpoint, recipe, layers)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
-        shutil.copy(calibrated / calibration_file.NAME, folder)
+        for name in [calibration_file.NAME, *([arrangement_file.NAME] if recipe.arranges() else [])]:
+            shutil.copy(calibrated / name, folder)
         (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
         _export(checkpoint, layers, params, recipe, about, folder, stages)
-        report = _report(recipe, layers, folder, stages, None)
+        report = _report(Fitted(checkpoint, recipe, layers, params), folder, stages, None)
         write_json(folder / REPORT, report)
         write_manifest(folder, about)
     return report
@@ -138,8 +142,8 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
     """Return how OUT compares with its checkpoint (`source` where that has moved) on `text`."""
     with stages.stage("checkpoint"):
         check_files(folder)
-        checkpoint = _source(folder, source)
         recipe = from_yaml(folder / RECIPE)
+        checkpoint = _source(folder, recipe, source)
         params = calibration_file.read(folder / calibration_file.NAME)
     return _validate(folder, checkpoint, params, recipe, text, stages)
 
@@ -190,15 +194,21 @@ def fitted(
             chosen = allocate(checkpoint.model(), layers, recipe, text, advance)
         recipe = recipe.replace({"patterns": {**recipe.patterns, **chosen}})
         layers = plan(checkpoint.skeleton(), recipe)
+    walked = text[: recipe.calibration.count] if text is not None and recipe.walks() else None
+    if recipe.arranges():
+        assert walked is not None
+        with stages.stage("arrange", "blocks") as advance:
+            arrangement = arrange(checkpoint.model(), layers, walked, recipe.calibration.batch, scratch, advance)
+        arrangement.write(scratch / arrangement_file.NAME)
+        checkpoint, layers = checkpoint.arranged(arrangement), layers.arranged(arrangement.layers)
     with stages.stage("calibrate", "blocks") as advance:
-        walked = text[: recipe.calibration.count] if text is not None and recipe.walks() else None
         params = walk(checkpoint.model(), layers, recipe, walked, scratch, state, advance)
     if not recipe.distils():
-        return Fitted(recipe, layers, params, [])
+        return Fitted(checkpoint, recipe, layers, params)
     assert text is not None
     with stages.stage("distill", "steps") as advance:
         params, curve = distill(checkpoint.model(), params, text, recipe, state and state / "distill.pt", advance)
-    return Fitted(recipe, layers, params, curve)
+    return Fitted(checkpoint, recipe, layers, params, curve)
 
 
 def _export(
@@ -246,11 +256,12 @@ def _about(checkpoint: Checkpoint, recipe: Recipe, layers: Plan) -> dict[str, An
     }
 
 
-def _source(folder: Path, moved: str | None) -> Checkpoint:
-    """Return the checkpoint that the folder was made from.
+def _source(folder: Path, recipe: Recipe, moved: str | None) -> Checkpoint:
+    """Return the checkpoint that the folder was made from, arranged as there.
 
     Raises:
         CheckpointError: when its weights are not the ones that the manifest names.
+        CalibrationError: when the folder's arrangement cannot be read.
     """
     source = manifest(folder)["source"]
     checkpoint = open_checkpoint(moved or source["name"], None if moved else source["revision"])
@@ -260,7 +271,9 @@ def _source(folder: Path, moved: str | None) -> Checkpoint:
             f"{checkpoint.source}: weights must have SHA-256 {source['weights_sha256']}, got {found}. "
             f"{folder} was made from others: give them with --model, or convert again."
         )
-    return checkpoint
+    return (
+        checkpoint.arranged(arrangement_file.read(folder / arrangement_file.NAME)) if recipe.arranges() else checkpoint
+    )
 
 
 def _bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
@@ -269,10 +282,15 @@ def _bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     return int(1.1 * numbers * WIDTH[recipe.dtype]) + 50_000_000
 
 
-def _report(recipe: Recipe, layers: Plan, folder: Path, stages: Stages, parity: Parity | None) -> dict[str, Any]:
+def _report(found: Fitted, folder: Path, stages: Stages, parity: Parity | None) -> dict[str, Any]:
     return {
-        "recipe": recipe.model_dump(mode="json"),
-        "layers": {"sparse": len(layers.sparse), "dense": len(layers.layers) - len(layers.sparse)},
+        "recipe": found.recipe.model_dump(mode="json"),
+        "layers": {"sparse": len(found.plan.sparse), "dense": len(found.plan.layers) - len(found.plan.sparse)},
+        "permutations": {
+            "folded": len(found.checkpoint.arrangement.layers),
+            "inputs": sum(layer.permutation is not None for layer in found.params.values()),
+        },
+        "training": found.curve,
         "stages": [asdict(cost) for cost in stages.costs],
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
         "parity": None if parity is None else parity.summary(),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import ceil
 
@@ -21,6 +21,7 @@ class LayerPlan:
     """What is to happen to one linear layer; `keep` is 0 when it stays dense, and `reason` says why.
 
     An `open` layer is one that the allocation is to choose a pattern for; until then it has the first of the menu.
+    `arranged` says that the channels of its groups lie side by side as they should, so that it needs no permutation.
     """
 
     name: str
@@ -30,6 +31,7 @@ class LayerPlan:
     group: int = 0
     reason: str = ""
     open: bool = False
+    arranged: bool = False
 
     @property
     def sparse(self) -> bool:
@@ -53,6 +55,10 @@ class Plan:
     def open(self) -> list[LayerPlan]:
         """The layers whose pattern the allocation is to choose."""
         return [layer for layer in self.layers if layer.open]
+
+    def arranged(self, names: Collection[str]) -> Plan:
+        """Return this plan with the layers called `names` arranged."""
+        return replace(self, layers=tuple(replace(layer, arranged=layer.name in names) for layer in self.layers))
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

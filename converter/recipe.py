@@ -115,6 +115,7 @@ class Recipe(_Frozen):
     d_pts: Literal["median", "mean"] = "median"
     r_sparse: Literal["svd", "trained"] = "svd"
     distill: Literal["full", "low_rank"] = "full"
+    permute: Literal["layer", "folded"] = "layer"
     rank: int = Field(default=64, gt=0)
     phases: Phases = "both"
     targets: tuple[str, ...] = ("*",)
@@ -186,7 +187,9 @@ class Recipe(_Frozen):
 
     def methods(self) -> list[Mitigation]:
         """Return the mitigations in the order given."""
-        variants: dict[str, str] = {name: getattr(self, name) for name in ("s_pts", "d_pts", "r_sparse", "distill")}
+        variants: dict[str, str] = {
+            name: getattr(self, name) for name in ("s_pts", "d_pts", "r_sparse", "permute", "distill")
+        }
         return mitigations(self.mitigation or ("none",), variants)
 
     def needs_statistics(self) -> bool:
@@ -197,6 +200,10 @@ class Recipe(_Frozen):
     def refits(self) -> bool:
         """Return whether each weight is fitted anew to the pruned inputs of its layer."""
         return any(method.refits for method in self.methods())
+
+    def arranges(self) -> bool:
+        """Return whether the checkpoint is reordered so that the channels of a group lie side by side."""
+        return any(method.arranges for method in self.methods())
 
     def trains(self) -> tuple[str, ...]:
         """Return the names of the `Params` that are trained once every layer is fitted."""

@@ -16,11 +16,15 @@ from converter.sparsity.statistics import LayerStats
 
 @dataclass(frozen=True)
 class Layer:
-    """What a method may look at: the weight `[N, K]`, the statistics of the input, and the recipe's rank."""
+    """What a method may look at: the weight `[N, K]`, the statistics of the input, and the recipe's rank.
+
+    `arranged` says that the channels of its groups lie side by side as they should.
+    """
 
     weight: Tensor
     stats: LayerStats | None = None
     rank: int = 0
+    arranged: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Mitigation:
     needs_statistics: bool = False
     needs_together: bool = False
     refits: bool = False
+    arranges: bool = False
     trains: tuple[str, ...] = ()
 
 
@@ -73,10 +78,10 @@ def _channel_balance(params: Params, layer: Layer) -> Params:
 
 
 def _regroup(params: Params, layer: Layer) -> Params:
+    if layer.arranged or params.group == layer.weight.shape[1]:
+        return params  # parted already, or one group: nobody to part
     assert layer.stats is not None
     assert layer.stats.together is not None
-    if params.group == layer.weight.shape[1]:
-        return params  # one group: nobody to part
     return replace(params, permutation=decorrelate(layer.stats.together, params.group))
 
 
@@ -99,7 +104,8 @@ def _low_rank(params: Params, layer: Layer) -> Params:
 STAND_IN = "stand-in for what is dropped"
 
 # The variants of S-PTS, D-PTS and R-Sparse are different methods under one name (the paper's prose, its tables and its
-# code disagree); the recipe keys `s_pts`, `d_pts` and `r_sparse` choose, and this table says what each choice means.
+# code disagree); the recipe keys `s_pts`, `d_pts`, `r_sparse` and `permute` choose, and this table says what each
+# choice means.
 MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     "none": {"": Mitigation("nothing", lambda params, _: params)},
     # Source: arXiv:2509.22166 sec. 3.3 ("a single per-channel bias vector"): eta_j = mean over tokens of x_j.
@@ -122,8 +128,12 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     "var": {"": Mitigation("variance", lambda params, _: replace(params, variance=True))},
     # Source: arXiv:2509.22166 (PCS), with the maximum over the calibration tokens, not over the batch at run time.
     "pcs": {"": Mitigation("balance of channels", _channel_balance, needs_statistics=True)},
-    # Ours: see converter/sparsity/permutation.py.
-    "permute": {"": Mitigation("permutation", _regroup, needs_statistics=True, needs_together=True)},
+    # Ours: see converter/sparsity/permutation.py. `folded` reorders the checkpoint first, where that can be done (see
+    # converter/calibration/arrange.py), and leaves an input of the op to the other layers.
+    "permute": {
+        "layer": Mitigation("permutation", _regroup, needs_statistics=True, needs_together=True),
+        "folded": Mitigation("permutation", _regroup, needs_statistics=True, needs_together=True, arranges=True),
+    },
     # Source: arXiv:2509.22166 app. A (R-Sparse): what is dropped goes through the truncated SVD of W. `trained` goes on
     # from there; the authors' code trains from random factors.
     "r_sparse": {

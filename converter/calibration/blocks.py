@@ -1,0 +1,155 @@
+"""A model on batches of text, one block at a time: hidden states wait on disk, so that memory stays the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from converter.plan import LayerPlan
+from converter.sparsity.statistics import LayerStats
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Blocks:
+    """The blocks of `model`, called `name`, on batches of token ids `[B, S]`; `folder` holds the hidden states."""
+
+    def __init__(self, model: PreTrainedModel, name: str, batches: list[Tensor], folder: Path) -> None:
+        """Write what the first block is given for every batch."""
+        blocks = model.get_submodule(name)
+        assert isinstance(blocks, nn.ModuleList)
+        self.blocks, self.folder, self.sizes = blocks, folder, [len(batch) for batch in batches]
+        self.calls = {len(batch): block_calls(model, blocks, batch) for batch in batches}
+        for number, batch in enumerate(batches):
+            self._write(number, first_hidden(model, blocks, batch))
+
+    def run(self, index: int, number: int) -> Tensor:
+        """Return what block `index` makes of the hidden states of batch `number`."""
+        hidden = load_file(self._path(number))["hidden"]
+        return run_block(self.blocks[index], hidden, self.calls[self.sizes[number]][index])
+
+    def advance(self, index: int) -> None:
+        """Put what block `index` makes of every batch in the place of what it was given."""
+        for number in range(len(self.sizes)):
+            self._write(number, self.run(index, number))
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"{number}.safetensors"
+
+    def _write(self, number: int, hidden: Tensor) -> None:
+        save_file({"hidden": hidden.contiguous()}, self._path(number))
+
+
+def statistics(
+    model: nn.Module,
+    layers: list[LayerPlan],
+    together: set[str],
+    gram: bool,
+    run: Callable[[int], Tensor],
+    batches: int,
+) -> dict[str, LayerStats]:
+    """Return the statistics of each layer's input over all batches; layers that read one tensor share them.
+
+    Those in `together` have the moments that say which channels are large together, and with `gram` all have their Gram
+    matrix; `run` runs the block on a batch.
+    """
+    seen: dict[str, Tensor] = {}
+    with watched(model, {layer.name: partial(seen.__setitem__, layer.name) for layer in layers}):
+        run(0)
+    readers: list[list[LayerPlan]] = []
+    for layer in layers:
+        x = seen.get(layer.name)
+        mates = next((found for found in readers if x is not None and seen.get(found[0].name) is x), None)
+        if mates is None:
+            readers.append([layer])
+        else:
+            mates.append(layer)
+    seen.clear()
+    stats: dict[str, LayerStats] = {}
+    watchers: dict[str, Callable[[Tensor], None]] = {}
+    for mates in readers:
+        wanted = any(layer.name in together for layer in mates)
+        shared = LayerStats.of(mates[0].name, mates[0].in_features, together=wanted, gram=gram)
+        watchers[mates[0].name] = partial(_but_first, shared)
+        stats |= {layer.name: shared for layer in mates}
+    # Without the first token of a window: it is an attention sink, whose activations are hundreds of times larger than
+    # any other and would be the mean.
+    with watched(model, watchers):
+        for number in range(batches):
+            run(number)
+    return stats
+
+
+def _but_first(stats: LayerStats, x: Tensor) -> None:
+    stats.update(x[:, 1:])
+
+
+def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:
+    """Return the hidden states that the block makes of `hidden`."""
+    out = block(hidden, *call[0], **call[1])
+    result: Tensor = out[0] if isinstance(out, tuple) else out
+    return result
+
+
+class _Stop(Exception):  # noqa: N818 - no error: the forward has given what was wanted
+    """Ends a forward."""
+
+
+def first_hidden(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> Tensor:
+    """Return what the first block is given for these ids."""
+    seen: list[Tensor] = []
+
+    def stop(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:
+        seen.append(args[0])
+        raise _Stop
+
+    handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        model(input_ids=ids, use_cache=False)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def block_calls(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> list[Call]:
+    """Return what else each block is given (mask, positions), which the shape of the ids decides."""
+    calls: list[Call] = []
+    handles = []
+
+    def note(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls.append((args[1:], kwargs))
+
+    for block in blocks:
+        handles.append(block.register_forward_pre_hook(note, with_kwargs=True))
+    try:
+        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+@contextmanager
+def watched(model: nn.Module, watchers: dict[str, Callable[[Tensor], None]]) -> Iterator[None]:
+    """Show each watcher the input of its layer."""
+    handles = []
+    for name, watch in watchers.items():
+
+        def update(_module: nn.Module, args: tuple[Any, ...], watch: Callable[[Tensor], None] = watch) -> None:
+            watch(args[0])
+
+        handles.append(model.get_submodule(name).register_forward_pre_hook(update))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
