@@ -21,7 +21,7 @@ from scipy.stats import bootstrap
 from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.evaluation.perplexity import window_losses
-from converter.pipeline import fitted
+from converter.pipeline import calibration_text, fitted
 from converter.plan import plan
 from converter.recipe import Recipe, parse_set
 from converter.sparsity.linear import install
@@ -58,6 +58,13 @@ GOAL = 0.6  # of the gap, by the best row that costs nothing at run time
 app = App(help_format="plaintext")
 
 
+def _recipe(name: str, pattern: str, calibration: str) -> Recipe:
+    """Return the recipe of a row."""
+    criterion, mitigation, *settings = name.split()
+    changes = {"pattern": pattern, "criterion": criterion, "mitigation": mitigation, "calibration.source": calibration}
+    return Recipe().replace({**changes, **parse_set(settings)})
+
+
 def measure(
     checkpoint: Checkpoint, recipe: Recipe, text: torch.Tensor, stages: Stages, tests: list[torch.Tensor]
 ) -> list[torch.Tensor]:
@@ -88,7 +95,7 @@ def recovered(dense: torch.Tensor, base: torch.Tensor, row: torch.Tensor) -> tup
 def main(
     model: str,
     *,
-    calibration: Path,
+    calibration: Annotated[str, Parameter(help="the recipe's calibration.source")],
     text: Annotated[list[str], Parameter(help="one or more texts to measure on, as for nmsparse perplexity")],
     patterns: str = "2:4,4:8,8:16,16:32,50%",
     rows: Annotated[str, Parameter(help="CRITERION MITIGATION [KEY=VALUE ...], by commas")] = ",".join(
@@ -106,22 +113,21 @@ def main(
     tests = [windows(source, tokenizer, tokens // context, context) for source in text]
     dense = [window_losses(checkpoint.model(), test) for test in tests]
     results: list[dict[str, Any]] = []
+    names = list(dict.fromkeys((BASELINE, *rows.split(","))))
+    longest = max((_recipe(name, "8:16", calibration) for name in names), key=Recipe.windows)
+    with tempfile.TemporaryDirectory() as scratch:
+        written = calibration_text(checkpoint, longest, Path(scratch), stages) if longest.windows() else torch.empty(0)
     table = Table("pattern", "criterion and mitigation", *(Path(source).name for source in text), "calibration", "peak")
     table.add_row("", "dense", *(f"{losses.mean().exp():.2f}" for losses in dense), "", "")
     for pattern in patterns.split(","):
         base: list[torch.Tensor] = []
-        for name in dict.fromkeys((BASELINE, *rows.split(","))):
-            criterion, mitigation, *settings = name.split()
-            changes = {"pattern": pattern, "criterion": criterion, "mitigation": mitigation, **parse_set(settings)}
-            recipe = Recipe().replace(changes)
+        for name in names:
+            recipe = _recipe(name, pattern, calibration)
             for seed in seeds.split(",") if recipe.trains() else ["0"]:
                 recipe = recipe.replace({"seed": int(seed)})
                 shown = name if seed == "0" else f"{name}, seed {seed}"
-                found = torch.empty(0, 0)
-                if count := recipe.windows():
-                    found = windows(str(calibration), tokenizer, count, recipe.calibration.window)
                 stages.costs.clear()
-                losses = measure(checkpoint, recipe, found, stages, tests)
+                losses = measure(checkpoint, recipe, written[: recipe.windows()], stages, tests)
                 base = base or losses
                 costs = [cost for cost in stages.costs if cost.stage != "measure"]
                 seconds, peak = sum(c.seconds for c in costs), max(c.peak_bytes for c in costs)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import shutil
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from math import ceil
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -151,27 +153,40 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
 def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> Fitted:
     with resumable(checkpoint.fingerprint(), recipe) if recipe.trains() else nullcontext() as state:
         wanted = layers.open or recipe.walks() or recipe.distils()
-        text = _text(checkpoint, recipe, state, stages) if wanted else None
+        text = calibration_text(checkpoint, recipe, state, stages) if wanted else None
         found = fitted(checkpoint, layers, recipe, text, folder, state, stages)
     calibration_file.write(folder / calibration_file.NAME, found.params)
     (folder / RECIPE).write_text(found.recipe.to_yaml(), "utf-8")
     return found
 
 
-def _text(checkpoint: Checkpoint, recipe: Recipe, state: Path | None, stages: Stages) -> Tensor:
-    """Return the windows of calibration text; what the model has written for an interrupted run is not written anew."""
+def calibration_text(checkpoint: Checkpoint, recipe: Recipe, state: Path | None, stages: Stages) -> Tensor:
+    """Return the windows `[count, window]` of calibration text, in turn from each source that the recipe names.
+
+    What the model has written for an interrupted run, in the folder `state`, is not written anew.
+    """
     settings = recipe.calibration
-    if settings.source != "self":
-        return windows(settings.source, checkpoint.tokenizer(), recipe.windows(), settings.window, settings.field)
-    written = None if state is None else state / "text.safetensors"
-    if written is not None and written.exists():
+    sources = settings.source.split(",")
+    each = ceil(recipe.windows() / len(sources))
+    parts = [
+        _written(checkpoint, recipe, each, state, stages)
+        if source == "self"
+        else windows(source, checkpoint.tokenizer(), each, settings.window, settings.field)
+        for source in sources
+    ]
+    return torch.stack(parts, 1).flatten(0, 1)[: recipe.windows()]
+
+
+def _written(checkpoint: Checkpoint, recipe: Recipe, count: int, state: Path | None, stages: Stages) -> Tensor:
+    kept = None if state is None else state / "text.safetensors"
+    if kept is not None and kept.exists():
         stages.console.print(f"goes on with the calibration that was interrupted, in {state}")
-        return load_file(written)["text"]
+        return load_file(kept)["text"]
     with stages.stage("sample", "tokens") as advance:
-        tokenizer = checkpoint.tokenizer()
-        text = sampled(checkpoint.model(), tokenizer, recipe.windows(), settings.window, recipe.seed, advance)
-    if written is not None:
-        save_file({"text": text.contiguous()}, written)
+        window, tokenizer = recipe.calibration.window, checkpoint.tokenizer()
+        text = sampled(checkpoint.model(), tokenizer, count, window, recipe.seed, advance)
+    if kept is not None:
+        save_file({"text": text.contiguous()}, kept)
     return text
 
 

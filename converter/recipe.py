@@ -109,13 +109,13 @@ class Recipe(_Frozen):
     pattern: str = "8:16"
     patterns: dict[str, str] = {}
     preset: str = "all"
-    criterion: str = "magnitude"
-    mitigation: tuple[str, ...] = ("var",)
+    criterion: str = "wina"
+    mitigation: tuple[str, ...] = ("permute", "var", "distill")
     s_pts: Literal["channel", "scalar"] = "channel"
     d_pts: Literal["median", "mean"] = "median"
     r_sparse: Literal["svd", "trained"] = "svd"
     distill: Literal["full", "low_rank"] = "full"
-    permute: Literal["layer", "folded"] = "layer"
+    permute: Literal["folded", "layer"] = "folded"
     rank: int = Field(default=64, gt=0)
     phases: Phases = "both"
     targets: tuple[str, ...] = ("*",)

@@ -13,6 +13,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from converter.recipe import Recipe
+
 TINY = {
     "vocab_size": 256,
     "hidden_size": 64,
@@ -26,6 +28,9 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+# What needs no text and no training, for tests of other things.
+PLAIN = Recipe().replace({"criterion": "magnitude", "mitigation": "var"})
+QUICK = ["--criterion", "magnitude", "--mitigation", "var"]
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 
 
@@ -78,21 +83,10 @@ def gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smol(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct converted at 8:16 with a calibrated recipe, once for all tests."""
+    """SmolLM2-135M-Instruct converted at 8:16 with the default methods on little text, once for all tests."""
     out = tmp_path_factory.mktemp("smol") / "out"
-    command = [
-        sys.executable,
-        "-m",
-        "converter",
-        "convert",
-        gguf,
-        out,
-        "--criterion",
-        "wina",
-        "--mitigation",
-        "permute+s_pts+var",
-    ]
-    command += ["--calibration", "python", "--calibration-tokens", "4096"]
+    command = [sys.executable, "-m", "converter", "convert", gguf, out, "--calibration", "python"]
+    command += ["--calibration-tokens", "4096", "--set", "training.tokens=4096", "--set", "training.steps=12"]
     subprocess.run(list(map(str, command)), check=True)
     return out
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
+from conftest import PLAIN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from converter.checkpoint import open_checkpoint
 from converter.errors import CalibrationError
 from converter.pipeline import convert
 from converter.plan import plan
-from converter.recipe import Recipe, from_yaml
+from converter.recipe import from_yaml
 from converter.sparsity.criteria import wina
 from converter.sparsity.linear import Params, apply
 
@@ -70,7 +71,7 @@ def ids() -> torch.Tensor:
 def test_effect_is_the_squared_change_of_the_loss_to_first_order(tiny: Path, ids: torch.Tensor) -> None:
     """Against the definition: the error of the whole layer, times the gradient to its output, of every token."""
     checkpoint = open_checkpoint(str(tiny))
-    recipe = Recipe().replace({**BUDGET, "criterion": "wina", "mitigation": "d_pts+var"})
+    recipe = PLAIN.replace({**BUDGET, "criterion": "wina", "mitigation": "d_pts+var"})
     layers, model = plan(checkpoint.skeleton(), recipe), checkpoint.model()
     model.get_submodule("model.layers.0").requires_grad_()
     before = [parameter.requires_grad for parameter in model.parameters()]
@@ -106,7 +107,7 @@ def test_a_criterion_that_needs_statistics_is_measured_as_wina(tiny: Path, ids: 
     checkpoint = open_checkpoint(str(tiny))
     effects = []
     for criterion, mitigation in (("clact", "permute+s_pts+var"), ("wina", "var"), ("magnitude", "var")):
-        recipe = Recipe().replace({**BUDGET, "criterion": criterion, "mitigation": mitigation})
+        recipe = PLAIN.replace({**BUDGET, "criterion": criterion, "mitigation": mitigation})
         layers = plan(checkpoint.skeleton(), recipe)
         effects.append(measure(checkpoint.model(), layers.open, recipe, ids))
     assert effects[0] == effects[1]
@@ -116,7 +117,7 @@ def test_a_criterion_that_needs_statistics_is_measured_as_wina(tiny: Path, ids: 
 @pytest.mark.parametrize("budget", ["25%", "33.3%", "50%", "74.9%"])
 def test_the_budget_is_never_exceeded(tiny: Path, ids: torch.Tensor, budget: str) -> None:
     checkpoint = open_checkpoint(str(tiny))
-    recipe = Recipe().replace({**BUDGET, "allocation.budget": budget, "allocation.menu": ["1:4", "2:4", "3:4"]})
+    recipe = PLAIN.replace({**BUDGET, "allocation.budget": budget, "allocation.menu": ["1:4", "2:4", "3:4"]})
     layers, model = plan(checkpoint.skeleton(), recipe), checkpoint.model()
     first = allocate(model, layers, recipe, ids)
     assert first == allocate(model, layers, recipe, ids)  # and the model is as it was
@@ -131,7 +132,7 @@ def test_the_budget_is_never_exceeded(tiny: Path, ids: torch.Tensor, budget: str
 
 def test_a_layer_without_a_part_in_the_loss(tiny: Path, ids: torch.Tensor) -> None:
     checkpoint = open_checkpoint(str(tiny))
-    recipe = Recipe().replace(BUDGET)
+    recipe = PLAIN.replace(BUDGET)
     layers, model = plan(checkpoint.skeleton(), recipe), checkpoint.model()
     model.get_submodule("model.layers.2.mlp.down_proj").weight.data.zero_()
     with pytest.raises(CalibrationError, match=r"layers\.2\.mlp\.gate_proj: must have a part in the loss .*, got none"):
@@ -143,7 +144,7 @@ def test_a_layer_without_a_part_in_the_loss(tiny: Path, ids: torch.Tensor) -> No
 
 def test_conversion_with_a_budget_and_again_from_its_recipe(tiny: Path, tmp_path: Path) -> None:
     changes = {**BUDGET, "criterion": "wina", "mitigation": "s_pts+var", "patterns": {"*.1.mlp.up_proj": "3:8"}}
-    out = convert(str(tiny), tmp_path / "out", Recipe().replace(changes))
+    out = convert(str(tiny), tmp_path / "out", PLAIN.replace(changes))
     report = json.loads((out / "report.json").read_text())
     assert report["parity"]["passed"]
     assert "allocate" in [cost["stage"] for cost in report["stages"]]

@@ -10,7 +10,7 @@ from pathlib import Path
 import onnx
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import PLAIN, make_tiny
 from safetensors.torch import save_file
 from test_export import FAMILIES
 from transformers import PreTrainedModel
@@ -49,11 +49,9 @@ FOLDED = {
     "llama-mha": (21, 21),
     "mixtral": (12, 3),  # the residual stream runs through the experts: only o by the rows of v
 }
-RECIPE = (
-    Recipe()
-    .replace({"pattern": "2:8", "mitigation": "permute", "calibration.tokens": 64, "calibration.window": 32})
-    .replace({"permute": "folded"})
-)
+RECIPE = PLAIN.replace(
+    {"pattern": "2:8", "mitigation": "permute", "calibration.tokens": 64, "calibration.window": 32}
+).replace({"permute": "folded"})
 IDS = torch.randint(3, 200, (3, 32), generator=torch.Generator().manual_seed(0))
 
 Case = tuple[Checkpoint, Plan, PreTrainedModel]

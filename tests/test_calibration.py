@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import PLAIN
 from safetensors.torch import load_file
 
 from converter.calibration import file as calibration_file
@@ -15,12 +16,13 @@ from converter.calibration.train import train
 from converter.calibration.walk import calibrate
 from converter.checkpoint import open_checkpoint
 from converter.errors import CalibrationError, RecipeError
-from converter.pipeline import convert
+from converter.pipeline import calibration_text, convert
 from converter.plan import plan
-from converter.recipe import Recipe, Training
+from converter.recipe import Training
 from converter.sparsity.linear import Params, SparseLinear, install
 from converter.sparsity.mitigations import Layer
 from converter.sparsity.statistics import LayerStats
+from converter.stages import Stages
 
 
 def test_statistics_do_not_depend_on_the_batches() -> None:
@@ -43,7 +45,7 @@ def test_statistics_refuse_what_is_not_finite() -> None:
 def test_walk_sees_the_inputs_of_the_sparse_model(tiny: Path, tmp_path: Path) -> None:
     """The mean input of each layer without first tokens, earlier blocks sparse and its own block dense."""
     checkpoint = open_checkpoint(str(tiny))
-    recipe = Recipe().replace({"mitigation": "s_pts+var", "calibration.window": 16, "calibration.tokens": 80})
+    recipe = PLAIN.replace({"mitigation": "s_pts+var", "calibration.window": 16, "calibration.tokens": 80})
     ids = torch.randint(3, 200, (5, 16), generator=torch.Generator().manual_seed(0))  # batches of 4 and 1
     model, layers = checkpoint.model(), plan(checkpoint.skeleton(), recipe)
     params = calibrate(model, layers, recipe, ids, tmp_path)
@@ -112,8 +114,14 @@ METHODS = [
 
 @pytest.mark.parametrize("changes", METHODS, ids=lambda changes: "-".join(map(str, list(changes.values())[:2])))
 def test_methods_convert_with_parity(tiny: Path, tmp_path: Path, changes: dict[str, object]) -> None:
-    small = {"pattern": "2:8", "calibration.tokens": 64, "calibration.window": 16, "calibration.batch": 2}
-    out = convert(str(tiny), tmp_path / "out", Recipe().replace({**small, **changes}))
+    small = {
+        "pattern": "2:8",
+        "calibration.tokens": 64,
+        "calibration.window": 16,
+        "calibration.batch": 2,
+        "permute": "layer",
+    }
+    out = convert(str(tiny), tmp_path / "out", PLAIN.replace({**small, **changes}))
     report = json.loads((out / "report.json").read_text())
     assert report["parity"]["passed"]
     parts = {name.rpartition(".")[2] for name in load_file(out / "calibration.safetensors")}
@@ -124,7 +132,7 @@ def test_methods_convert_with_parity(tiny: Path, tmp_path: Path, changes: dict[s
 
 
 def test_refit_needs_a_batch_to_hold_out(tiny: Path, tmp_path: Path) -> None:
-    recipe = Recipe().replace({"mitigation": "refit", "calibration.tokens": 64, "calibration.window": 16})
+    recipe = PLAIN.replace({"mitigation": "refit", "calibration.tokens": 64, "calibration.window": 16})
     with pytest.raises(CalibrationError, match=r"calibration: must have at least two batches .* got 1\."):
         convert(str(tiny), tmp_path / "out", recipe)
     assert not (tmp_path / "out").exists()
@@ -137,7 +145,7 @@ def test_training_lowers_the_divergence_and_is_the_same_for_a_seed(
     tiny: Path, mitigation: str, rate: float, share: float
 ) -> None:
     checkpoint = open_checkpoint(str(tiny))
-    recipe = Recipe().replace({"mitigation": mitigation, **SHORT, "training.learning_rate": rate})
+    recipe = PLAIN.replace({"mitigation": mitigation, **SHORT, "training.learning_rate": rate})
     ids = torch.randint(3, 200, (12, 16), generator=torch.Generator().manual_seed(0))
     start = {
         layer.name: recipe.methods()[0].fit(Params(2, 8), Layer(torch.empty(layer.out_features, layer.in_features)))
@@ -176,7 +184,7 @@ def test_training_lowers_the_divergence_and_is_the_same_for_a_seed(
 )
 def test_distillation_that_cannot_work(tiny: Path, windows_: int, rate: float, message: str) -> None:
     checkpoint = open_checkpoint(str(tiny))
-    recipe = Recipe().replace({"mitigation": "distill", **SHORT, "training.learning_rate": rate})
+    recipe = PLAIN.replace({"mitigation": "distill", **SHORT, "training.learning_rate": rate})
     start = {layer.name: Params(2, 8) for layer in plan(checkpoint.skeleton(), recipe).sparse}
     ids = torch.randint(3, 200, (windows_, 16), generator=torch.Generator().manual_seed(0))
     with pytest.raises(CalibrationError, match=message):
@@ -194,7 +202,7 @@ def test_interrupted_training_ends_with_the_same_bits(
     """A conversion that is cut off and made again, beside one that is not; the text is the model's own."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "home"))
     small = {"calibration.tokens": 64, "calibration.window": 16, "calibration.batch": 2, "pattern": "2:8"}
-    recipe = Recipe().replace(
+    recipe = PLAIN.replace(
         {
             **small,
             "mitigation": "permute+distill",
@@ -261,7 +269,7 @@ def test_training_stops_early_and_keeps_the_best() -> None:
 def test_too_little_memory(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("psutil.virtual_memory", lambda: type("Memory", (), {"available": 1000})())
     checkpoint = open_checkpoint(str(tiny))
-    recipe = Recipe().replace({"mitigation": "distill", **SHORT})
+    recipe = PLAIN.replace({"mitigation": "distill", **SHORT})
     start = {layer.name: Params(2, 8) for layer in plan(checkpoint.skeleton(), recipe).sparse}
     with pytest.raises(
         CalibrationError, match=r"training: memory must be at least .* Train with --set distill=low_rank"
@@ -277,7 +285,7 @@ def test_training_by_block_lowers_the_error_of_each_block(tiny: Path, tmp_path: 
     ids = torch.randint(3, 200, (8, 16), generator=torch.Generator().manual_seed(0))
     errors = {}
     for mitigation in ("none", "distill"):
-        recipe = Recipe().replace(
+        recipe = PLAIN.replace(
             {**small, "mitigation": mitigation, "distill": variant, "rank": 16, "training.objective": "layer"}
             | {**SHORT, "training.steps": 40, "training.learning_rate": 1e-3}
         )
@@ -301,7 +309,7 @@ def test_training_by_block_lowers_the_error_of_each_block(tiny: Path, tmp_path: 
 
 def test_rank_that_is_not_below_the_width(tiny: Path, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"r_sparse: rank must be between 1 and 63 for a layer of 64 x 64, got 64"):
-        convert(str(tiny), tmp_path / "out", Recipe().replace({"mitigation": "r_sparse", "rank": 64}))
+        convert(str(tiny), tmp_path / "out", PLAIN.replace({"mitigation": "r_sparse", "rank": 64}))
     assert not (tmp_path / "out").exists()
 
 
@@ -326,6 +334,18 @@ def test_data_set_of_the_hub_format(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "train.jsonl").write_text("\n".join(json.dumps({"text": f"row {i}"}) for i in range(3)))
     assert list(texts(f"hub:{folder}::train")) == ["row 0", "row 1", "row 2"]
+
+
+def test_sources_take_turns(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("lazy dog " * 40)
+    (tmp_path / "b.txt").write_text("brown fox " * 40)
+    checkpoint = open_checkpoint(str(tiny))
+    small = {"mitigation": "s_pts", "calibration.tokens": 48, "calibration.window": 16}
+    sources = [f"{tmp_path / name}.txt" for name in "ab"]
+    recipe = PLAIN.replace({**small, "calibration.source": ",".join(sources)})
+    found = calibration_text(checkpoint, recipe, None, Stages())
+    a, b = (windows(source, checkpoint.tokenizer(), 2, 16) for source in sources)
+    assert torch.equal(found, torch.stack([a[0], b[0], a[1]]))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import QUICK, make_tiny
 from safetensors.torch import load_file, save_file
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -36,7 +36,7 @@ def refused(nmsparse: Command, tmp_path: Path, code: int, *arguments: object) ->
 
 
 def test_convert_in_one_and_in_stages(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
-    recipe = ["--mitigation", "s_pts+var", *SHORT]
+    recipe = ["--criterion", "magnitude", "--mitigation", "s_pts+var", *SHORT]
     found = nmsparse("convert", tiny, tmp_path / "one", *recipe, "--json")
     assert found.returncode == 0, found.stderr
     report = json.loads(found.stdout)
@@ -94,7 +94,7 @@ def test_a_criterion_for_comparison_is_refused_by_every_stage(nmsparse: Command,
     assert "mitigation: must be none with the criterion sparsegpt" in text
 
     calibrated = tmp_path / "calibrated"
-    assert nmsparse("calibrate", tiny, calibrated).returncode == 0
+    assert nmsparse("calibrate", tiny, calibrated, *QUICK).returncode == 0
     recipe = (calibrated / "recipe.yaml").read_text()
     (calibrated / "recipe.yaml").write_text(recipe.replace("criterion: magnitude", "criterion: clact_dynamic"))
     assert "looks at later tokens" in refused(nmsparse, tmp_path, 10, "export", calibrated, out)
@@ -173,7 +173,7 @@ def test_a_full_disk_leaves_nothing(nmsparse: Command, tiny: Path, tmp_path: Pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
     environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    found = nmsparse("convert", tiny, tmp_path / "out", preexec_fn=limit, env=environment)
+    found = nmsparse("convert", tiny, tmp_path / "out", *QUICK, preexec_fn=limit, env=environment)
     assert found.returncode in {13, 15}, found.stderr
     assert "Traceback" not in found.stderr
     assert not list(tmp_path.iterdir())
@@ -192,7 +192,7 @@ def test_too_little_room_is_said_before_the_work(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_interrupted(tiny: Path, tmp_path: Path, number: signal.Signals) -> None:
-    command = [sys.executable, "-m", "converter", "convert", tiny, tmp_path / "out"]
+    command = [sys.executable, "-m", "converter", "convert", tiny, tmp_path / "out", *QUICK]
     # A shell that runs the tests in the background lets its children ignore SIGINT.
     process = subprocess.Popen(
         list(map(str, command)),
@@ -215,7 +215,7 @@ def test_interrupted(tiny: Path, tmp_path: Path, number: signal.Signals) -> None
 
 def test_a_failed_validation_has_its_own_exit_code(nmsparse: Command, tmp_path: Path) -> None:
     model, out = make_tiny(tmp_path / "model"), tmp_path / "out"
-    assert nmsparse("convert", model, out).returncode == 0
+    assert nmsparse("convert", model, out, *QUICK).returncode == 0
     data = bytearray((out / "model.onnx.data").read_bytes())
     data[: len(data) // 2] = bytes(len(data) // 2)
     (out / "model.onnx.data").write_bytes(data)
@@ -230,7 +230,7 @@ def test_a_failed_validation_has_its_own_exit_code(nmsparse: Command, tmp_path: 
 
 def test_generate_and_perplexity(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
     assert nmsparse("convert", tiny, tmp_path / "out", "--pattern", "16:16", "--ignore", "x").returncode == 10
-    assert nmsparse("convert", tiny, tmp_path / "out", "--pattern", "15:16").returncode == 0
+    assert nmsparse("convert", tiny, tmp_path / "out", "--pattern", "15:16", *QUICK).returncode == 0
     (tmp_path / "t.txt").write_text("the quick brown fox jumps over the lazy dog " * 40)
     values = []
     for model in (tiny, tmp_path / "out"):

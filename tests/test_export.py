@@ -12,9 +12,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import make_tiny
+from conftest import PLAIN, make_tiny
 
-from converter import Recipe, convert, load
+from converter import convert, load
 from converter.calibration import file as calibration_file
 from converter.checkpoint import open_checkpoint
 from converter.errors import ValidationError
@@ -45,7 +45,7 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         if key not in made:
             folder = tmp_path_factory.mktemp(family)
             small = {"calibration.tokens": 64, "calibration.window": 32}
-            recipe = Recipe().replace({"mitigation": mitigation, "dtype": dtype, "phases": phases, **small})
+            recipe = PLAIN.replace({"mitigation": mitigation, "dtype": dtype, "phases": phases, **small})
             make_tiny(folder / "model", family, **FAMILIES[family])
             made[key] = convert(str(folder / "model"), folder / "out", recipe)
         return made[key]

@@ -10,13 +10,13 @@ from subprocess import CompletedProcess
 
 import pytest
 import torch
+from conftest import PLAIN
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from converter.checkpoint import open_checkpoint
 from converter.errors import RecipeError
 from converter.plan import plan
 from converter.presets import AMBER_SKIPS, PRESETS, amber
-from converter.recipe import Recipe
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -30,7 +30,7 @@ def planned(model: PreTrainedModel, changes: dict[str, object]) -> dict[str, str
     """Return the pattern of each layer, or why it stays dense."""
     return {
         layer.name: layer.reason or f"{layer.keep}:{layer.group}"
-        for layer in plan(model, Recipe().replace(changes)).layers
+        for layer in plan(model, PLAIN.replace(changes)).layers
     }
 
 
@@ -143,15 +143,15 @@ REFUSED = [
 @pytest.mark.parametrize(("changes", "message"), REFUSED)
 def test_refusals(skeleton: PreTrainedModel, changes: dict[str, object], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        plan(skeleton, Recipe().replace(changes))
+        plan(skeleton, PLAIN.replace(changes))
 
 
 def test_a_budget_leaves_open_what_no_row_names(skeleton: PreTrainedModel) -> None:
     changes = {"patterns": {"*.up_proj": "12:16"}, "preset": "k_v_gate_down", "allocation.budget": "50%"}
-    found = plan(skeleton, Recipe().replace(changes))
+    found = plan(skeleton, PLAIN.replace(changes))
     assert {layer.name.rpartition(".")[2] for layer in found.open} == {"k_proj", "v_proj", "gate_proj", "down_proj"}
     exact = {layer.name: "8:16" for layer in found.open}
-    assert not plan(skeleton, Recipe().replace({**changes, "patterns": exact})).open
+    assert not plan(skeleton, PLAIN.replace({**changes, "patterns": exact})).open
 
 
 def test_dry_run_shows_patterns_and_what_is_open(
@@ -159,7 +159,7 @@ def test_dry_run_shows_patterns_and_what_is_open(
 ) -> None:
     options = ["--set", 'patterns={"*.up_proj": "10:16"}', "--set", "allocation.budget=50%", "--dry-run"]
     found = nmsparse("convert", tiny, tmp_path / "out", *options, "--json")
-    recipe = Recipe().replace({"patterns": {"*.up_proj": "10:16"}, "allocation.budget": "50%"})
+    recipe = PLAIN.replace({"patterns": {"*.up_proj": "10:16"}, "allocation.budget": "50%"})
     assert json.loads(found.stdout)["layers"] == [asdict(layer) for layer in plan(skeleton, recipe).layers]
     text = nmsparse("convert", tiny, tmp_path / "out", *options).stdout
     assert text.count("by budget") == 18

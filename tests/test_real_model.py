@@ -54,7 +54,10 @@ def test_report(smol: Path) -> None:
     assert parity["layers"] == 210
     assert parity["largest_layer_error"] > 0  # something was compared
     peaks = {cost["stage"]: cost["peak_bytes"] for cost in report["stages"]}
-    assert set(peaks) == {"checkpoint", "calibrate", "export", "validate"}
+    assert set(peaks) == {"checkpoint", "arrange", "calibrate", "distill", "export", "validate"}
+    assert report["permutations"] == {"folded": 210, "inputs": 0}
+    (first, *_, last) = report["training"]
+    assert last[1] < 0.95 * first[1]  # the divergence on held-out text
     assert (smol / "model.onnx.data").stat().st_size < 0.545e9  # float32 weights once: 0.538 GB
 
 

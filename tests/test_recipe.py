@@ -78,7 +78,7 @@ def test_recipes_cannot_be_changed() -> None:
         ),
         (
             {"criterion": "wanda"},
-            r"must be none with the criterion wanda, which prunes .* got var\. Set mitigation to none",
+            r"must be none with the criterion wanda, which prunes .* got permute\+var\+distill\. Set ",
         ),
         ({"criterion": "sparsegpt", "mitigation": "none+var"}, r"none cannot be combined"),
         (

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import PLAIN
 
 from converter.calibration.walk import calibrate
 from converter.checkpoint import open_checkpoint
 from converter.errors import CalibrationError
 from converter.plan import plan
-from converter.recipe import Recipe
 from converter.sparsity.criteria import CRITERIA
 from converter.sparsity.linear import SparseLinear
 from converter.sparsity.statistics import LayerStats
@@ -112,7 +112,7 @@ def ids() -> torch.Tensor:
 def test_walk_with_a_baseline(tiny: Path, tmp_path: Path, name: str) -> None:
     """Every weight has the pattern, every activation is kept, and a layer's input is that of the pruned model."""
     checkpoint = open_checkpoint(str(tiny))
-    recipe = Recipe().replace({"criterion": name, "mitigation": "none", "pattern": "2:4", "calibration.batch": 2})
+    recipe = PLAIN.replace({"criterion": name, "mitigation": "none", "pattern": "2:4", "calibration.batch": 2})
     model, dense = checkpoint.model(), checkpoint.model()
     layers = plan(checkpoint.skeleton(), recipe)
     params = calibrate(model, layers, recipe, ids() if recipe.needs_statistics() else None, tmp_path)
@@ -141,7 +141,7 @@ def test_walk_with_a_baseline(tiny: Path, tmp_path: Path, name: str) -> None:
 @pytest.mark.parametrize(("name", "causal"), [("clact_dynamic", False), ("clact", True)])
 def test_dynamic_clact_looks_at_later_tokens(tiny: Path, tmp_path: Path, name: str, causal: bool) -> None:
     checkpoint = open_checkpoint(str(tiny))
-    recipe = Recipe().replace({"criterion": name, "mitigation": "permute+var", "calibration.batch": 2})
+    recipe = PLAIN.replace({"criterion": name, "mitigation": "permute+var", "calibration.batch": 2})
     model, layers = checkpoint.model(), plan(checkpoint.skeleton(), recipe)
     calibrate(model, layers, recipe, ids(), tmp_path)
     assert isinstance(model.model.layers[0].mlp.up_proj, SparseLinear)

@@ -29,7 +29,7 @@ def resumable(fingerprint: str, recipe: Recipe) -> Iterator[Path]:
 
 
 def _key(fingerprint: str, recipe: Recipe) -> str:
-    source = Path(recipe.calibration.source)
-    text = hashlib.sha256(source.read_bytes()).hexdigest() if source.is_file() else ""
-    parts = (fingerprint, recipe.to_yaml(), text, torch.__version__, str(torch.get_num_threads()))
+    files = [Path(source) for source in recipe.calibration.source.split(",") if Path(source).is_file()]
+    texts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    parts = (fingerprint, recipe.to_yaml(), *texts, torch.__version__, str(torch.get_num_threads()))
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
