@@ -43,9 +43,9 @@ style: $(VENV)/installed
 bench: $(GGUF) $(VENV)/installed $(CLIENTS)/installed $(BUILDER)/installed
 	$(BIN)/python benchmarks/convert.py $(GGUF) --optimum $(CLIENTS)/bin/optimum-cli --builder $(BUILDER)/bin/python --exporter
 
-# CALIBRATION and TEXT are two texts of your own, such as the validation and test parts of WikiText-2.
+# CALIBRATION and TEXT are texts of your own, such as the validation and test parts of WikiText-2; TEXT may be several.
 accuracy: $(GGUF) $(VENV)/installed
-	$(BIN)/python benchmarks/accuracy.py $(GGUF) --calibration $(CALIBRATION) --text $(TEXT)
+	$(BIN)/python benchmarks/accuracy.py $(GGUF) --calibration $(CALIBRATION) $(foreach text,$(TEXT),--text $(text))
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

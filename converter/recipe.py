@@ -115,7 +115,7 @@ class Recipe(_Frozen):
     d_pts: Literal["median", "mean"] = "median"
     r_sparse: Literal["svd", "trained"] = "svd"
     distill: Literal["full", "low_rank"] = "full"
-    permute: Literal["folded", "layer"] = "folded"
+    permute: Literal["layer", "folded"] = "layer"
     rank: int = Field(default=64, gt=0)
     phases: Phases = "both"
     targets: tuple[str, ...] = ("*",)
