@@ -4,13 +4,15 @@ Nothing is read from names. A block is run on one token with the output of every
 ours, so that each dependency is a direct one, and attention over one token is its value. Each row has a random code
 of a few hundred bits, and each bit is one run (all in one batch) in which the rows with that bit have another number:
 the channel of an input that is made of two rows changes in just the runs where a bit of either is set, and the two are
-read off. What is found is then tried, with random orders on real text, and counts only where the output stays the same.
+read off. Blocks of one kind are wired alike. What is found is then tried in every block, with random orders on real
+text, and counts only where the output stays the same.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 
 from converter.arrangement import Arrangement, Orders
 from converter.calibration.blocks import Call, block_calls, first_hidden, run_block, watched
+from converter.graph.trace import signature
 from converter.plan import Plan, find_blocks
 
 CODE = 256  # bits; a row that is not there is read off once in 1e8 blocks of 40,000 rows and 20,000 channels
@@ -92,8 +95,9 @@ class Wiring:
 
 def wiring(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Wiring:
     """Return what can be reordered of the inputs of the sparse layers, tried on the dense `model` with `ids [1, S]`."""
-    _, blocks = find_blocks(model)
+    blocks_name, blocks = find_blocks(model)
     sparse = {layer.name: layer for layer in plan.sparse if layer.group < layer.in_features}
+    names = parameter_names(model)
     generator = torch.Generator().manual_seed(0)
     feeds: dict[str, Feed] = {}
     taken: set[tuple[str, int]] = set()
@@ -101,25 +105,21 @@ def wiring(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Wiring:
     readers: set[str] = set()
     known = True
     with torch.no_grad():
-        names = parameter_names(model)
-        prefixes = {module: name for name, module in model.named_modules()}
-        linears = [{prefixes[m]: m for m in block.modules() if isinstance(m, nn.Linear)} for block in blocks]
-        size = 2 + CODE + max(map(len, linears))
-        alone = block_calls(model, blocks, ids[:, :1].expand(size, 1))
-        calls = block_calls(model, blocks, ids)
-        hidden = first_hidden(model, blocks, ids)
+        hidden, calls = first_hidden(model, blocks, ids), block_calls(model, blocks, ids)
         width = hidden.shape[-1]
-        for block, mine, probe_call, call in zip(blocks, linears, alone, calls, strict=True):
-            probe = _Probe.of(block, mine, probe_call, size, width)
-            if probe is None:
-                known = False
-            else:
-                read = probe.readers()
-                readers |= read
-                stream |= {(names[id(p)], dim) for p, dim in probe.stream(block, probe_call, read)}
-                for name in [name for name in mine if name in sparse and name not in read]:
-                    for feed in _candidates(probe, name, model, sparse[name].group):
-                        order = feed.order(lambda spans: _random(spans[0], generator))
+        kinds = _kinds(model, blocks, ids, width)
+        for index, (block, kind, call) in enumerate(zip(blocks, kinds, calls, strict=True)):
+            prefix = f"{blocks_name}.{index}."
+            known &= kind is not None
+            if kind is not None:
+                readers |= {prefix + name for name in kind.readers}
+                stream |= {(names[id(block.get_parameter(name))], dim) for name, dim in kind.stream}
+                producers = tuple(prefix + name for name in kind.linears)
+                for inner, rows in kind.rows.items():
+                    layer = sparse.get(prefix + inner)
+                    for span in [] if layer is None else _spans(model, len(rows), layer.group):
+                        name, feed = prefix + inner, Feed(producers, rows, span)
+                        order = feed.order(partial(_random, generator))
                         orders = feed.orders(model, name, order)
                         places = {(p, dim) for p, dims in (orders or {}).items() for dim in dims}
                         if orders and not places & taken and holds(model, block, hidden, call, name, orders, order):
@@ -175,20 +175,15 @@ def _linear(model: nn.Module, name: str) -> nn.Linear:
     return linear
 
 
-def _random(span: slice, generator: torch.Generator) -> Tensor:
-    return torch.randperm(span.stop - span.start, generator=generator)
+def _random(generator: torch.Generator, spans: list[slice]) -> Tensor:
+    return torch.randperm(spans[0].stop - spans[0].start, generator=generator)
 
 
-def _candidates(probe: _Probe, name: str, model: PreTrainedModel, group: int) -> Iterator[Feed]:
-    """Yield what may feed the layer: all channels may change places, or those of one attention head."""
-    rows = probe.rows_of(name)
-    if rows is None:
-        return
+def _spans(model: PreTrainedModel, channels: int, group: int) -> list[int]:
+    """Return within how many channels order may be free: all of them, else those of one attention head."""
     config = model.config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    for span in (len(rows), head):
-        if len(rows) % span == 0 and span % group == 0:
-            yield Feed(tuple(probe.linears), rows, span)
+    return [span for span in (channels, head) if channels % span == 0 and span % group == 0]
 
 
 def _outside(model: nn.Module, blocks: nn.ModuleList, width: int) -> Iterator[tuple[Tensor, int]]:
@@ -209,97 +204,120 @@ def _outside(model: nn.Module, blocks: nn.ModuleList, width: int) -> Iterator[tu
                     yield parameter, 0
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """The wiring of all blocks of one kind; names are those inside the block."""
+
+    linears: tuple[str, ...]
+    readers: frozenset[str]  # layers whose input changes with the hidden state, whatever the other layers give
+    stream: tuple[tuple[str, int], ...]  # parameters that the residual stream runs through, and their dimension
+    rows: dict[str, Tensor]  # the rows `[K, n]` of `linears` that each channel of a layer's input is made of
+
+
+def _kinds(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, width: int) -> list[_Kind | None]:
+    """Return the kind of each block; None for one with a layer that is not given each token once."""
+    most = max(sum(isinstance(m, nn.Linear) for m in block.modules()) for block in blocks)
+    runs = 2 + CODE + most
+    calls = block_calls(model, blocks, ids[:, :1].expand(runs, 1))
+    found: dict[str, _Kind | None] = {}
+    kinds = []
+    for block, call in zip(blocks, calls, strict=True):
+        text = signature(block)
+        if text not in found:
+            found[text] = _Probe(block, call, runs, width).kind()
+        kinds.append(found[text])
+    return kinds
+
+
 class _Probe:
-    """What the inputs of a block's linear layers and its output did in each run of the batch.
+    """A batch of runs of one block on one token, with the outputs of its linear layers replaced.
 
     Run 0 is the one that the others are compared with; then a run for each bit, one with another hidden state, and one
     for each linear layer with another output of it.
     """
 
-    def __init__(self, linears: dict[str, nn.Linear], size: int, width: int) -> None:
+    def __init__(self, block: nn.Module, call: Call, runs: int, width: int) -> None:
+        """Draw the hidden states and the outputs."""
         generator = torch.Generator().manual_seed(0)
-        self.linears, self.width = linears, width
-        rows = sum(linear.out_features for linear in linears.values())
-        self.hidden = torch.randn(1, 1, width, generator=generator).repeat(size, 1, 1)
+        self.block, self.call, self.width = block, call, width
+        self.linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
+        self.hidden = torch.randn(1, 1, width, generator=generator).repeat(runs, 1, 1)
         self.hidden[1 + CODE] = torch.randn(1, width, generator=generator)
+        rows = sum(linear.out_features for linear in self.linears.values())
         self.codes = torch.rand(CODE, rows, generator=generator) < 1 / 3
         # Above zero, where no activation function is flat.
-        self.outputs = (0.5 + torch.rand(rows, generator=generator)).repeat(size, 1)
+        self.outputs = (0.5 + torch.rand(rows, generator=generator)).repeat(runs, 1)
         self.outputs[1 : 1 + CODE] += self.codes
         self.parts: dict[str, slice] = {}
         start = 0
-        for number, (name, linear) in enumerate(linears.items()):
+        for number, (name, linear) in enumerate(self.linears.items()):
             self.parts[name] = slice(start, start + linear.out_features)
             self.outputs[2 + CODE + number, self.parts[name]] += 1
             start += linear.out_features
-        self.seen: dict[str, Tensor] = {}
-        self.out = torch.empty(0)
-        self.whole = True
 
-    @classmethod
-    def of(cls, block: nn.Module, linears: dict[str, nn.Linear], call: Call, size: int, width: int) -> _Probe | None:
-        """Return the probe of a block, run; None when a layer is not given each token once."""
-        probe = cls(linears, size, width)
-        probe.seen, probe.out = probe.run(block, call)
-        return probe if probe.whole else None
+    def kind(self) -> _Kind | None:
+        """Return what the runs show."""
+        inputs, out = self._run()
+        if len(inputs) < len(self.linears):
+            return None
+        readers = frozenset(name for name, x in inputs.items() if _moved(x[1 + CODE], x[0]).any())
+        rows = {name: self._rows(x) for name, x in inputs.items() if name not in readers}
+        return _Kind(
+            tuple(self.linears),
+            readers,
+            tuple(self._stream(inputs, out, readers)),
+            {name: found for name, found in rows.items() if found is not None},
+        )
 
-    def run(self, block: nn.Module, call: Call) -> tuple[dict[str, Tensor], Tensor]:
-        """Return the input of each linear layer and the block's output, each `[runs, channels]`."""
-        seen: dict[str, Tensor] = {}
+    def _run(self) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the input of each linear layer that is given each token once, and the output: `[runs, channels]`."""
+        inputs: dict[str, Tensor] = {}
         handles = []
         for name, linear in self.linears.items():
 
             def cut(_module: nn.Module, args: tuple[Tensor, ...], out: Tensor, name: str = name) -> Tensor:
                 ours = self.outputs[:, self.parts[name]]
-                if name in seen or out.numel() != ours.numel():
-                    self.whole = False
+                if out.numel() != ours.numel():
                     return out
-                seen[name] = args[0].reshape(len(ours), -1)
+                inputs[name] = args[0].reshape(len(ours), -1)
                 return ours.reshape(out.shape)
 
             handles.append(linear.register_forward_hook(cut))
         try:
-            out = run_block(block, self.hidden, call)
+            out = run_block(self.block, self.hidden, self.call)
         finally:
             for handle in handles:
                 handle.remove()
-        self.whole &= len(seen) == len(self.linears)
-        return seen, out.reshape(len(self.hidden), -1)
+        return inputs, out.reshape(len(self.hidden), -1)
 
-    def readers(self) -> set[str]:
-        """Return the layers whose input changes with the hidden state, whatever the other layers give."""
-        return {name for name, x in self.seen.items() if _moved(x[1 + CODE], x[0]).any()}
-
-    def stream(self, block: nn.Module, call: Call, readers: set[str]) -> Iterator[tuple[Tensor, int]]:
-        """Yield the parameters that the residual stream runs through in this block, and which dimension it is."""
+    def _stream(self, inputs: dict[str, Tensor], out: Tensor, readers: frozenset[str]) -> Iterator[tuple[str, int]]:
         for number, (name, linear) in enumerate(self.linears.items()):
             if name in readers:
-                yield linear.weight, 1
-            if _moved(self.out[2 + CODE + number], self.out[0]).any():
-                yield linear.weight, 0
+                yield f"{name}.weight", 1
+            if _moved(out[2 + CODE + number], out[0]).any():
+                yield f"{name}.weight", 0
                 if linear.bias is not None:
-                    yield linear.bias, 0
-        biases = {id(linear.bias) for linear in self.linears.values()}
-        for parameter in block.parameters():
-            if parameter.shape != (self.width,) or id(parameter) in biases:
+                    yield f"{name}.bias", 0
+        for name, parameter in self.block.named_parameters():
+            if parameter.shape != (self.width,) or name.rpartition(".")[0] in self.linears:
                 continue
             kept = parameter.data
             parameter.data = kept + 1
-            seen, out = self.run(block, call)
+            inputs_then, out_then = self._run()
             parameter.data = kept
-            pairs = [(out[0], self.out[0]), *((seen[name][0], self.seen[name][0]) for name in readers)]
+            pairs = [(out_then[0], out[0]), *((inputs_then[reader][0], inputs[reader][0]) for reader in readers)]
             if any(_moved(*pair).any() for pair in pairs):
-                yield parameter, 0
+                yield name, 0
 
-    def rows_of(self, name: str) -> Tensor | None:
-        """Return the rows `[K, n]` that each channel of the layer's input is made of, None where that is not so."""
-        x = self.seen[name]
-        signature = _moved(x[1 : 1 + CODE], x[0]).t()  # [K, CODE]
-        if signature.all(-1).any() or not signature.any(-1).all():
+    def _rows(self, x: Tensor) -> Tensor | None:
+        """Return the rows `[K, n]` that each channel of the input `x [runs, K]` is made of, None where it is not so."""
+        changed = _moved(x[1 : 1 + CODE], x[0]).t()  # [K, CODE]
+        if changed.all(-1).any() or not changed.any(-1).all():
             return None
+        codes = self.codes.float()
         found = []
-        for part in signature.split(256):
-            inside = (~part).float() @ self.codes.float() == 0  # no bit of the row's code is outside the signature
+        for part in changed.split(256):
+            inside = (~part).float() @ codes == 0  # no bit of the row's code is outside of what changed
             counts = inside.sum(-1)
             if counts[0] == 0 or (counts != counts[0]).any():
                 return None
@@ -307,7 +325,7 @@ class _Probe:
         if len({part.shape[1] for part in found}) != 1:
             return None
         rows = torch.cat(found)
-        return rows if torch.equal(self.codes[:, rows].any(-1).t(), signature) else None
+        return rows if torch.equal(self.codes[:, rows].any(-1).t(), changed) else None
 
 
 def _moved(found: Tensor, base: Tensor) -> Tensor:
