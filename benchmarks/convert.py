@@ -71,7 +71,7 @@ def main() -> None:
         (work / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
         nmsparse = [sys.executable, "-m", "converter"]
         recipe = ["--criterion", "magnitude", "--mitigation", "var"]  # what is exported is timed, not the fit
-    subprocess.run([*nmsparse, "calibrate", work / "model", work / "calibrated", *recipe], check=True)
+        subprocess.run([*nmsparse, "calibrate", work / "model", work / "calibrated", *recipe], check=True)
         tools = {"nmsparse export": [*nmsparse, "export", str(work / "calibrated")]}
         if options.optimum:
             arguments = ["export", "onnx", "--model", str(work / "model"), "--task", "text-generation-with-past"]
