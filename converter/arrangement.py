@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from converter import tensor_file
 from converter.errors import CalibrationError
 
 NAME = "arrangement.safetensors"
@@ -64,14 +64,7 @@ def read(path: Path) -> Arrangement:
     Raises:
         CalibrationError: when the file is not an arrangement, or one of its orders leaves a place out.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CalibrationError(f"{path}: format must be {FORMAT}, got {metadata.get('format')!r}.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise CalibrationError(f"{path}: must be an arrangement, got {error}. Run nmsparse calibrate.") from error
+    tensors, metadata = tensor_file.read(path, FORMAT, "an arrangement")
     for name, order in tensors.items():
         if not torch.equal(order.sort().values, torch.arange(len(order))):
             raise CalibrationError(f"{path}: {name} must hold every place once. Run nmsparse calibrate.")

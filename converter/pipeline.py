@@ -48,6 +48,7 @@ from converter.recipe import Recipe, from_yaml
 from converter.runtimes.onnxruntime import load_onnx
 from converter.sparsity.linear import Params
 from converter.stages import Stages
+from converter.tensor_file import write_whole
 
 VALIDATION_TOKENS = 128
 TEXT = "python"
@@ -186,7 +187,7 @@ def _written(checkpoint: Checkpoint, recipe: Recipe, count: int, state: Path | N
         window, tokenizer = recipe.calibration.window, checkpoint.tokenizer()
         text = sampled(checkpoint.model(), tokenizer, count, window, recipe.seed, advance)
     if kept is not None:
-        save_file({"text": text.contiguous()}, kept)
+        write_whole(kept, lambda path: save_file({"text": text.contiguous()}, path))
     return text
 
 

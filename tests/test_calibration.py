@@ -23,6 +23,7 @@ from converter.sparsity.linear import Params, SparseLinear, install
 from converter.sparsity.mitigations import Layer
 from converter.sparsity.statistics import LayerStats
 from converter.stages import Stages
+from converter.tensor_file import write_whole
 
 
 def test_statistics_do_not_depend_on_the_batches() -> None:
@@ -81,6 +82,19 @@ def test_calibration_file_round_trip(tmp_path: Path) -> None:
     (tmp_path / "bad.safetensors").write_bytes(b"x" * 20)
     with pytest.raises(CalibrationError, match="must be a calibration"):
         calibration_file.read(tmp_path / "bad.safetensors")
+
+
+def test_a_broken_file_never_stands_in_the_place_of_a_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    write_whole(path, lambda beside: beside.write_text("whole"))
+
+    def cut(beside: Path) -> None:
+        beside.write_text("bro")
+        raise CutError
+
+    with pytest.raises(CutError):
+        write_whole(path, cut)
+    assert path.read_text() == "whole"
 
 
 SHORT = {

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from converter.calibration.train import train
-from converter.calibration.trained import TrainedLinear, teacher
+from converter.calibration.trained import put_in_training, teacher
 from converter.recipe import Recipe
 from converter.sparsity.linear import Params
 
@@ -30,10 +30,7 @@ def train_block(
     `run` gives the block's output `[B, S, H]` on one of the batches of its inputs. Where training does not lower the
     error on the held-out batch, the parameters stay as fitted.
     """
-    layers: dict[str, TrainedLinear] = {}
-    for number, (name, linear) in enumerate(dense.items()):
-        layers[name] = TrainedLinear(linear, fitted[name], recipe.trains(), recipe.low_rank(), recipe.seed + number)
-        model.set_submodule(name, layers[name])
+    layers = put_in_training(model, dense, fitted, recipe)
 
     def error(number: int) -> Tensor:
         with teacher(layers.values()):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from converter.calibration.train import Curve, train
-from converter.calibration.trained import TrainedLinear, teacher
+from converter.calibration.trained import TrainedLinear, put_in_training, teacher
 from converter.errors import CalibrationError
 from converter.recipe import Recipe
 from converter.sparsity.linear import Params
@@ -51,12 +51,12 @@ def distill(
             f"{pieces.shape[1]}, got {len(pieces)}. Ask for more tokens."
         )
     model.requires_grad_(requires_grad=False)
-    layers: dict[str, TrainedLinear] = {}
-    for number, (name, layer) in enumerate(params.items()):
+    dense: dict[str, nn.Linear] = {}
+    for name in params:
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
-        layers[name] = TrainedLinear(linear, layer, recipe.trains(), recipe.low_rank(), recipe.seed + number)
-        model.set_submodule(name, layers[name])
+        dense[name] = linear
+    layers = put_in_training(model, dense, params, recipe)
     trained = list(layers.values())
     parts = [part for layer in trained for part in layer.parts.values()]
     _check_memory(parts)

@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from converter.errors import CalibrationError
+from converter import tensor_file
 from converter.sparsity.linear import Params
 
 NAME = "calibration.safetensors"
@@ -46,14 +45,7 @@ def read(path: Path) -> dict[str, Params]:
     Raises:
         CalibrationError: when the file is not a calibration.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise CalibrationError(f"{path}: format must be {FORMAT}, got {metadata.get('format')!r}.")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except (OSError, SafetensorError) as error:
-        raise CalibrationError(f"{path}: must be a calibration, got {error}. Run nmsparse calibrate.") from error
+    tensors, metadata = tensor_file.read(path, FORMAT, "a calibration")
     params = {}
     for name, settings in json.loads(metadata["layers"]).items():
         parts: dict[str, Any] = {part: tensors.get(f"{name}.{part}") for part in TENSORS}

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +13,7 @@ from transformers import get_cosine_schedule_with_warmup
 
 from converter.errors import CalibrationError
 from converter.recipe import Training
+from converter.tensor_file import write_whole
 
 CLIP = 1.0  # of the gradient's norm
 CHECKS = 8  # of the loss on held-out text, evenly over the steps
@@ -74,16 +74,14 @@ def train(
         elif len(curve) - 1 - least >= settings.patience:
             break
         if state is not None:
-            _save(
-                state,
-                {
-                    "curve": curve,
-                    "best": best,
-                    "parts": _copy(parts),
-                    "optimizer": optimizer.state_dict(),
-                    "schedule": schedule.state_dict(),
-                },
-            )
+            now = {
+                "curve": curve,
+                "best": best,
+                "parts": _copy(parts),
+                "optimizer": optimizer.state_dict(),
+                "schedule": schedule.state_dict(),
+            }
+            write_whole(state, partial(torch.save, now))
     _restore(parts, best)
     return curve
 
@@ -105,13 +103,6 @@ def _restore(parts: list[nn.Parameter], values: list[Tensor]) -> None:
     with torch.no_grad():
         for part, value in zip(parts, values, strict=True):
             part.copy_(value)
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".part")
-    torch.save(state, beside)
-    os.replace(beside, path)
 
 
 @contextmanager

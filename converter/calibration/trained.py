@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from converter.recipe import Recipe
 from converter.sparsity.linear import Params, apply
 
 
@@ -61,6 +62,17 @@ class TrainedLinear(nn.Module):
         params = self.current()
         assert params.weight is not None
         return apply(x, params.weight, self.linear.bias, params)
+
+
+def put_in_training(
+    model: nn.Module, dense: dict[str, nn.Linear], fitted: dict[str, Params], recipe: Recipe
+) -> dict[str, TrainedLinear]:
+    """Return the layers of `dense` in training from their `fitted` parameters, and put them into `model`."""
+    layers = {}
+    for number, (name, linear) in enumerate(dense.items()):
+        layers[name] = TrainedLinear(linear, fitted[name], recipe.trains(), recipe.low_rank(), recipe.seed + number)
+        model.set_submodule(name, layers[name])
+    return layers
 
 
 @contextmanager

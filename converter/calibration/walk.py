@@ -23,6 +23,7 @@ from converter.sparsity.criteria import criterion
 from converter.sparsity.linear import Params, install
 from converter.sparsity.mitigations import Layer
 from converter.sparsity.statistics import LayerStats
+from converter.tensor_file import write_whole
 
 
 def calibrate(
@@ -128,7 +129,7 @@ def _trained(
         return calibration_file.read(kept)
     found = train_block(model, dense, {name: params[name] for name in dense}, run, batches, recipe)
     if kept is not None:
-        calibration_file.write(kept, found)
+        write_whole(kept, lambda path: calibration_file.write(path, found))
     return found
 
 
