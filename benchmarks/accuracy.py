@@ -74,7 +74,7 @@ def measure(
         found = fitted(checkpoint, layers, recipe, text, Path(scratch), None, stages)
     model = found.checkpoint.model()
     for name, layer in found.params.items():
-        install(model, name, layer)
+        install(model, name, layer, phases=found.recipe.phases)
     with stages.stage("measure", "windows") as advance:
         return [window_losses(model, test, advance) for test in tests]
 
