@@ -1,19 +1,20 @@
 """Perplexity of criteria and mitigations side by side, with the share of the lost log-perplexity that each recovers.
 
 Every row is calibrated on one text and measured in PyTorch on others. The intervals are paired 95 % bootstraps over
-the windows: the same windows for all rows.
+the windows: the same windows for all rows. Cells that the file of --json holds already are not measured again.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import tempfile
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 from cyclopts import App, Parameter
+from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
@@ -26,11 +27,13 @@ from converter.plan import plan
 from converter.recipe import Recipe, parse_set
 from converter.sparsity.linear import install
 from converter.stages import Stages
+from converter.tensor_file import write_whole
 
 BASELINE = "magnitude none"
 PUBLISHED = (
     BASELINE,
     "clact none",
+    "clact_dynamic none",
     "amber none",
     "amber_trimmed none",
     "wina none",
@@ -43,6 +46,9 @@ PUBLISHED = (
     "magnitude pcs",
     "magnitude r_sparse",
     "wina var",
+    "weight_magnitude none",
+    "wanda none",
+    "sparsegpt none",
     "magnitude l_pts training.learning_rate=3e-3",
     "magnitude ls training.learning_rate=1e-3",
     "magnitude l_pts+ls+var training.learning_rate=1e-3",
@@ -51,8 +57,11 @@ PUBLISHED = (
 OURS = (
     "magnitude permute",
     "wina permute+var",
-    "wina permute+var+refit",
+    "wina permute+refit",
+    "wina var allocation.budget=50%",
+    "wina permute+var allocation.budget=50%",
     "wina permute+var+distill",
+    "wina permute+var+distill allocation.budget=50%",
 )
 GOAL = 0.6  # of the gap, by the best row that costs nothing at run time
 app = App(help_format="plaintext")
@@ -98,56 +107,99 @@ def main(
     calibration: Annotated[str, Parameter(help="the recipe's calibration.source")],
     text: Annotated[list[str], Parameter(help="one or more texts to measure on, as for nmsparse perplexity")],
     patterns: str = "2:4,4:8,8:16,16:32,50%",
-    rows: Annotated[str, Parameter(help="CRITERION MITIGATION [KEY=VALUE ...], by commas")] = ",".join(
-        (*PUBLISHED, *OURS)
+    row: Annotated[tuple[str, ...], Parameter(help="CRITERION MITIGATION [KEY=VALUE ...]; may be repeated")] = (
+        *PUBLISHED,
+        *OURS,
     ),
     seeds: Annotated[str, Parameter(help="of the rows that are trained, by commas")] = "0",
-    context: int = 1024,
+    contexts: Annotated[str, Parameter(help="lengths of the windows, by commas")] = "1024",
     tokens: int = 8192,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
-    """Print the table for MODEL, calibrated on one text and measured on others."""
+    """Print the tables for MODEL, calibrated on one text and measured on others."""
     stages = Stages(console=Console(stderr=True, quiet=True))
     checkpoint = open_checkpoint(model)
     tokenizer = checkpoint.tokenizer()
-    tests = [windows(source, tokenizer, tokens // context, context) for source in text]
+    lengths = [int(length) for length in contexts.split(",")]
+    where = [f"context {length}, {Path(source).name}" for length, source in product(lengths, text)]
+    tests = [windows(source, tokenizer, tokens // length, length) for length, source in product(lengths, text)]
     dense = [window_losses(checkpoint.model(), test) for test in tests]
-    results: list[dict[str, Any]] = []
-    names = list(dict.fromkeys((BASELINE, *rows.split(","))))
+    names = list(dict.fromkeys((BASELINE, *row)))
     longest = max((_recipe(name, "8:16", calibration) for name in names), key=Recipe.windows)
     with tempfile.TemporaryDirectory() as scratch:
         written = calibration_text(checkpoint, longest, Path(scratch), stages) if longest.windows() else torch.empty(0)
-    table = Table("pattern", "criterion and mitigation", *(Path(source).name for source in text), "calibration", "peak")
-    table.add_row("", "dense", *(f"{losses.mean().exp():.2f}" for losses in dense), "", "")
+    found: dict[str, dict[str, Any]] = {}
+    if json_file is not None and json_file.exists():
+        found = {line["name"]: line for line in json.loads(json_file.read_text())}
+    shown: list[str] = []
     for pattern in patterns.split(","):
         base: list[torch.Tensor] = []
         for name in names:
             recipe = _recipe(name, pattern, calibration)
             for seed in seeds.split(",") if recipe.trains() else ["0"]:
+                label = name if seed == "0" else f"{name}, seed {seed}"
+                shown.append(label)
+                if base and all(f"{pattern} {label}, {place}: perplexity" in found for place in where):
+                    continue
                 recipe = recipe.replace({"seed": int(seed)})
-                shown = name if seed == "0" else f"{name}, seed {seed}"
                 stages.costs.clear()
                 losses = measure(checkpoint, recipe, written[: recipe.windows()], stages, tests)
                 base = base or losses
                 costs = [cost for cost in stages.costs if cost.stage != "measure"]
-                seconds, peak = sum(c.seconds for c in costs), max(c.peak_bytes for c in costs)
-                cells = []
-                for source, d, b, row in zip(text, dense, base, losses, strict=True):
-                    perplexity = math.exp(row.mean().item())
-                    low, share, high = recovered(d, b, row) if row is not b else (0.0, 0.0, 0.0)
-                    cells.append(f"{perplexity:.2f}, {share:.0%} ({low:.0%} to {high:.0%})")
-                    where = f"{pattern} {shown}, context {context}, {Path(source).name}"
-                    goal = GOAL if name in OURS and pattern in {"2:4", "8:16"} else None
-                    met = None if goal is None else share >= goal
-                    results += [
-                        {"name": f"{where}: perplexity", "value": perplexity, "unit": "", "goal": None, "met": None},
-                        {"name": f"{where}: recovered", "value": share, "unit": "share", "goal": goal, "met": met},
+                lines = [
+                    _line(f"{pattern} {label}: calibration", sum(cost.seconds for cost in costs), "s"),
+                    _line(f"{pattern} {label}: peak memory", max(cost.peak_bytes for cost in costs), "bytes"),
+                ]
+                goal = GOAL if name in OURS and pattern in {"2:4", "8:16"} else None
+                for place, d, b, of_row in zip(where, dense, base, losses, strict=True):
+                    low, share, high = recovered(d, b, of_row) if of_row is not b else (0.0, 0.0, 0.0)
+                    cell = f"{pattern} {label}, {place}"
+                    lines += [
+                        _line(f"{cell}: perplexity", of_row.mean().exp().item(), ""),
+                        _line(f"{cell}: recovered", share, "share", goal),
+                        _line(f"{cell}: recovered, low", low, "share"),
+                        _line(f"{cell}: recovered, high", high, "share"),
                     ]
-                table.add_row(pattern, shown, *cells, f"{seconds:.0f} s", f"{peak / 1e9:.2f} GB")
-                print(f"{pattern} | {shown} | {' | '.join(cells)} | {seconds:.0f} s | {peak / 1e9:.2f} GB", flush=True)
+                found |= {line["name"]: line for line in lines}
+                print(
+                    f"{pattern} {label}: {' | '.join(_cell(found, pattern, label, place) for place in where)}",
+                    flush=True,
+                )
                 if json_file is not None:
-                    json_file.write_text(json.dumps(results, indent=2))
-    Console(width=160).print(table)
+                    text_of_file = json.dumps(list(found.values()), indent=2)
+                    write_whole(json_file, lambda path, text=text_of_file: path.write_text(text))
+    console = Console(width=250)
+    for place, losses in zip(where, dense, strict=True):
+        title = f"{place}: perplexity, recovered (95 %); dense {losses.mean().exp():.2f}"
+        console.print(_table(found, patterns.split(","), list(dict.fromkeys(shown)), place, title))
+
+
+def _line(name: str, value: float, unit: str, goal: float | None = None) -> dict[str, Any]:
+    return {"name": name, "value": value, "unit": unit, "goal": goal, "met": None if goal is None else value >= goal}
+
+
+def _cell(found: dict[str, dict[str, Any]], pattern: str, label: str, place: str) -> str:
+    cell = f"{pattern} {label}, {place}"
+    if f"{cell}: perplexity" not in found:
+        return ""
+    perplexity, share, low, high = (
+        found[f"{cell}: {what}"]["value"] for what in ("perplexity", "recovered", "recovered, low", "recovered, high")
+    )
+    return f"{perplexity:.2f}, {100 * share:.0f} % ({100 * low:.0f} to {100 * high:.0f})"
+
+
+def _table(found: dict[str, dict[str, Any]], patterns: list[str], labels: list[str], place: str, title: str) -> Table:
+    """Return the rows `labels` by the `patterns`, and the dearest calibration of each row."""
+    table = Table("criterion and mitigation", *patterns, "calibration", title=title, box=MARKDOWN)
+    for label in labels:
+        costs = [
+            tuple(found[f"{pattern} {label}: {what}"]["value"] for what in ("calibration", "peak memory"))
+            for pattern in patterns
+            if f"{pattern} {label}: calibration" in found
+        ]
+        cost = f"{max(c[0] for c in costs):.0f} s, {max(c[1] for c in costs) / 1e9:.1f} GB" if costs else ""
+        table.add_row(label, *(_cell(found, pattern, label, place) for pattern in patterns), cost)
+    return table
 
 
 if __name__ == "__main__":

@@ -113,7 +113,7 @@ def _layer(name: str, linear: nn.Linear, reason: str, recipe: Recipe) -> LayerPl
         return LayerPlan(*sizes, reason=reason)
     row = _first_match(name, tuple(recipe.patterns))
     if row is None and recipe.allocation.budget:
-        keep, group = Pattern.parse(recipe.allocation.menu[0]).at(linear.in_features, name)
+        keep, group = Pattern.parse(recipe.menu()[0]).at(linear.in_features, name)
         return LayerPlan(*sizes, keep, group, open=True)
     text = recipe.pattern if row is None else recipe.patterns[row]
     if text == DENSE:
@@ -128,7 +128,7 @@ def _check_budget(found: Plan, recipe: Recipe) -> None:
     """Refuse a menu that does not fit an open layer, and a budget that it cannot reach."""
     total = least = 0
     for layer in found.open:
-        menu = [Pattern.parse(text).at(layer.in_features, layer.name) for text in recipe.allocation.menu]
+        menu = [Pattern.parse(text).at(layer.in_features, layer.name) for text in recipe.menu()]
         total += kept_weights(layer, 1, 1)
         least += min(kept_weights(layer, *pattern) for pattern in menu)
     if total and least > recipe.allocation.limit(total):

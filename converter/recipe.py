@@ -7,7 +7,7 @@ import io
 import re
 from collections.abc import Mapping
 from fractions import Fraction
-from math import floor
+from math import ceil, floor
 from pathlib import Path
 from typing import Any, Literal
 
@@ -73,10 +73,13 @@ class Training(_Frozen):
 
 
 class Allocation(_Frozen):
-    """Where the kept weights go: `budget` is their share, `menu` the patterns that a layer may get."""
+    """Where the kept weights go: `budget` is their share, `menu` the patterns that a layer may get.
+
+    Without a menu it is every n:M with N/2 <= n <= 3 N/2 and n < M, for the recipe's pattern N:M.
+    """
 
     budget: str | None = None
-    menu: tuple[str, ...] = ("4:16", "5:16", "6:16", "7:16", "8:16", "9:16", "10:16", "11:16", "12:16")
+    menu: tuple[str, ...] | None = None
     tokens: int = Field(default=4096, gt=0)
 
     @field_validator("budget", mode="before")
@@ -91,7 +94,9 @@ class Allocation(_Frozen):
 
     @field_validator("menu", mode="before")
     @classmethod
-    def _menu(cls, value: object) -> tuple[str, ...]:
+    def _menu(cls, value: object) -> tuple[str, ...] | None:
+        if value is None:
+            return None
         texts = value.split(",") if isinstance(value, str) else value
         if not isinstance(texts, list | tuple) or not texts:
             raise ValueError("must be one or more patterns, such as [4:16, 8:16]")
@@ -173,6 +178,10 @@ class Recipe(_Frozen):
         whole, piece = self.calibration.window, self.training.window
         if self.distils() and whole % min(piece, whole):
             raise ValueError(f"training.window must divide calibration.window ({whole}), got {piece}")
+        if self.allocation.budget and self.allocation.menu is None and not Pattern.parse(self.pattern).group:
+            raise ValueError(
+                f"allocation.menu: must be given with a pattern that is not N:M, got {self.pattern} and no menu"
+            )
         if self.allocation.budget and self.allocation.tokens < self.calibration.window:
             raise ValueError(
                 f"allocation.tokens must be at least one window ({self.calibration.window}), "
@@ -191,6 +200,14 @@ class Recipe(_Frozen):
             name: getattr(self, name) for name in ("s_pts", "d_pts", "r_sparse", "permute", "distill")
         }
         return mitigations(self.mitigation or ("none",), variants)
+
+    def menu(self) -> tuple[str, ...]:
+        """Return the patterns that the allocation chooses from."""
+        if self.allocation.menu is not None:
+            return self.allocation.menu
+        pattern = Pattern.parse(self.pattern)
+        keep, group = int(pattern.keep), pattern.group
+        return tuple(f"{n}:{group}" for n in range(ceil(keep / 2), min(3 * keep // 2, max(group - 1, 1)) + 1))
 
     def needs_statistics(self) -> bool:
         """Return whether the layers' inputs on calibration text decide their parameters."""

@@ -163,4 +163,4 @@ def test_dry_run_shows_patterns_and_what_is_open(
     assert json.loads(found.stdout)["layers"] == [asdict(layer) for layer in plan(skeleton, recipe).layers]
     text = nmsparse("convert", tiny, tmp_path / "out", *options).stdout
     assert text.count("by budget") == 18
-    assert text.count("10:16") == 5  # three layers, and twice in the recipe: the row and the menu
+    assert text.count("10:16") == 4  # three layers, and the row in the recipe

@@ -4,14 +4,14 @@ The harm is measured on the dense model. With g_t the gradient of the text's los
 e_t what a pattern changes of that output, the effect of the pattern is the sum over the tokens of (g_t . e_t)^2: the
 second-order term of the loss, with the empirical Fisher information (gradients on the text itself, not on sampled
 tokens) for the curvature, and no covariance between tokens or layers. Since e_t = (xhat_t - x_t) W^T, it is
-((g_t W) . (xhat_t - x_t))^2, and no pattern costs a product.
+((g_t W) . (nu_t zs_t - z_t))^2: no pattern costs a product, and one sort of a group's scores serves every N.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,12 +23,12 @@ from converter.errors import CalibrationError
 from converter.plan import LayerPlan, Plan, kept_weights
 from converter.recipe import Recipe
 from converter.sparsity.criteria import criterion
-from converter.sparsity.linear import Params, approximate
+from converter.sparsity.linear import VARIANCE_FLOOR, Params, ranked
 from converter.sparsity.mitigations import Layer
 from converter.sparsity.pattern import Pattern
 
 STAND_IN = "wina"  # for a criterion that needs statistics, which are gathered only once the patterns are known
-MEASURED = {"shift", "variance"}  # the roles of mitigations that `approximate` computes
+MEASURED = {"shift", "variance"}  # the roles of mitigations that what stands for x depends on
 
 
 def allocate(
@@ -38,7 +38,7 @@ def allocate(
     windows: Tensor,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, str]:
-    """Return the pattern of `recipe.allocation.menu` for each open layer of the plan.
+    """Return the pattern of `recipe.menu()` for each open layer of the plan.
 
     `model` is dense and stays as it is; of the token ids `windows [count, window]` the first `allocation.tokens` are
     used. `progress` is called with the number of windows done and their total.
@@ -46,7 +46,7 @@ def allocate(
     Raises:
         CalibrationError: when an effect is not finite, or a layer has no part in the loss.
     """
-    menu, settings = recipe.allocation.menu, recipe.allocation
+    menu, settings = recipe.menu(), recipe.allocation
     used = windows[: settings.tokens // windows.shape[1]]
     effects = measure(model, plan.open, recipe, used, progress)
     kept = {
@@ -72,11 +72,11 @@ def measure(
     Raises:
         CalibrationError: when an effect is not finite, or a layer has no part in the loss.
     """
-    effects = {layer.name: torch.zeros(len(recipe.allocation.menu), dtype=torch.float64) for layer in layers}
-    forms = {layer.name: _forms(model, layer, recipe) for layer in layers}
+    effects = {layer.name: torch.zeros(len(recipe.menu()), dtype=torch.float64) for layer in layers}
+    menus = {layer.name: _menu(model, layer, recipe) for layer in layers}
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(requires_grad=False)
-    with torch.enable_grad(), _watched(model, {name: partial(_add, effects[name], forms[name]) for name in effects}):
+    with torch.enable_grad(), _watched(model, {name: partial(_add, effects[name], menus[name]) for name in effects}):
         for number, window in enumerate(windows):
             logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
             nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum").backward()
@@ -89,7 +89,7 @@ def measure(
                 f"{name}: effects of the patterns must be finite, got NaN or Inf on the calibration text. "
                 "Check the checkpoint and its dtype."
             )
-        if not effect.any() and any(form.keep < form.group for form in forms[name]):
+        if not effect.any() and any(min(keeps) < group for group, (_, keeps) in menus[name].groups.items()):
             raise CalibrationError(
                 f"{name}: must have a part in the loss of the calibration text, got none. Add it to --ignore."
             )
@@ -128,8 +128,15 @@ def choose(effects: dict[str, list[float]], kept: dict[str, list[int]], limit: i
     return best
 
 
-def _forms(model: nn.Module, layer: LayerPlan, recipe: Recipe) -> tuple[Params, ...]:
-    """Return what each pattern of the menu makes of the layer, as far as no statistics are needed."""
+@dataclass(frozen=True)
+class _Menu:
+    """What is ranked in a layer, and for each group size of the menu: which patterns have it, and what they keep."""
+
+    params: Params
+    groups: dict[int, tuple[list[int], list[int]]]
+
+
+def _menu(model: nn.Module, layer: LayerPlan, recipe: Recipe) -> _Menu:
     linear = model.get_submodule(layer.name)
     assert isinstance(linear, nn.Linear)
     weight = linear.weight.data
@@ -138,16 +145,33 @@ def _forms(model: nn.Module, layer: LayerPlan, recipe: Recipe) -> tuple[Params, 
     for method in recipe.methods():
         if method.role in MEASURED and not method.needs_statistics and not method.trains:
             params = method.fit(params, Layer(weight))
-    patterns = [Pattern.parse(text).at(layer.in_features, layer.name) for text in recipe.allocation.menu]
-    return tuple(replace(params, keep=keep, group=group) for keep, group in patterns)
+    groups: dict[int, tuple[list[int], list[int]]] = {}
+    for number, text in enumerate(recipe.menu()):
+        keep, group = Pattern.parse(text).at(layer.in_features, layer.name)
+        numbers, keeps = groups.setdefault(group, ([], []))
+        numbers.append(number)
+        keeps.append(keep)
+    return _Menu(params, groups)
 
 
-def _add(effect: Tensor, forms: tuple[Params, ...], x: Tensor, back: Tensor) -> None:
+def _add(effect: Tensor, menu: _Menu, x: Tensor, back: Tensor) -> None:
     """Add the tokens `x [T, K]`; `back [T, K]` is the gradient of the loss to x through this layer, g W."""
-    for number, params in enumerate(forms):
-        if params.keep < params.group:
-            _, _, xhat = approximate(x, params)
-            effect[number] += (back * (xhat - x)).sum(-1).double().square().sum()
+    z, scores, _ = ranked(x, menu.params)
+    for group, (numbers, keeps) in menu.groups.items():
+        order = scores.unflatten(-1, (-1, group)).argsort(-1, descending=True)
+
+        def of_best(values: Tensor, order: Tensor = order, group: int = group) -> Tensor:
+            """Return `[T, M]`: the sum over the n best of every group, for n = 1 to M."""
+            best: Tensor = values.unflatten(-1, (-1, group)).gather(-1, order)
+            return best.sum(-2, dtype=torch.float64).cumsum(-1)
+
+        change = of_best(back * z)
+        error = change - change[:, -1:]
+        if menu.params.variance:
+            spread = of_best(z.square()) - of_best(z).square() / x.shape[-1]
+            floor = VARIANCE_FLOOR * (x.shape[-1] - 1)
+            error = (spread[:, -1:] / spread.clamp_min(floor)).sqrt() * change - change[:, -1:]
+        effect[numbers] += error.square().sum(0)[[keep - 1 for keep in keeps]]
 
 
 @contextmanager

@@ -81,13 +81,19 @@ def token_shift(x: Tensor, shift_mode: str, shift: Tensor | None) -> Tensor | No
     raise AssertionError(f"shift_mode {shift_mode!r} is not one of {SHIFT_MODES}")
 
 
-def prune(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return z = x - eta, its pruned form zs, and eta; with `sequence_norm` x is `[..., S, K]`, S one sequence."""
+def ranked(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return z = x - eta, its scores, and eta; with `sequence_norm` x is `[..., S, K]`, S one sequence."""
     eta = token_shift(x, params.shift_mode, params.shift)
     z = x if eta is None else x - eta
     scores = z.abs() if params.channel_scale is None else z.abs() * params.channel_scale
     if params.sequence_norm:
         scores = scores * torch.linalg.vector_norm(x, dim=-2, keepdim=True)
+    return z, scores, eta
+
+
+def prune(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return z = x - eta, its pruned form zs, and eta."""
+    z, scores, eta = ranked(x, params)
     # Filled, not multiplied: a dropped Inf must give 0, not NaN.
     return z, z.masked_fill(~kept(scores, params), 0), eta
 

@@ -82,7 +82,10 @@ def _regroup(params: Params, layer: Layer) -> Params:
         return params  # parted already, or one group: nobody to part
     assert layer.stats is not None
     assert layer.stats.together is not None
-    return replace(params, permutation=decorrelate(layer.stats.together, params.group))
+    moments, scale = layer.stats.together, params.channel_scale
+    if scale is not None:  # what is ranked is |x| * scale
+        moments = moments * torch.outer(scale.double(), scale.double())
+    return replace(params, permutation=decorrelate(moments, params.group))
 
 
 def _low_rank(params: Params, layer: Layer) -> Params:
