@@ -253,6 +253,13 @@ def test_permutation() -> None:
     together = statistics().together
     assert together is not None
     assert decorrelate(together, 2).tolist() == [0, 2, 1, 3]
+    # What is ranked is |x| * scale: with (1,1,4,1) channel 2 has 16 * .13 = 2.1 and goes first, then 0 to the other
+    # group; 1 is large with 2 (4 * .07 = .27) less than with 0 (.56); 3 is left.
+    (method,) = mitigations(["permute"], {"permute": "layer"})
+    scaled = Params(1, 2, channel_scale=torch.tensor([1.0, 1.0, 4.0, 1.0]))
+    found = method.fit(scaled, Layer(torch.tensor(WEIGHT), statistics())).permutation
+    assert found is not None
+    assert found.tolist() == [1, 2, 0, 3]
     # Groups (0,3) and (1,2) of x = (4,-1,2,3): kept 4 and 2: y = 4 + 6 + 10 = 20; 0 + 0 + 20 = 20
     params = Params(1, 2, permutation=torch.tensor([0, 3, 1, 2]))
     y = SparseLinear(bake(torch.tensor(WEIGHT), torch.tensor(BIAS), params))(torch.tensor(X))

@@ -73,6 +73,10 @@ def test_recipes_cannot_be_changed() -> None:
         ({"allocation.menu": []}, r"allocation\.menu: .*must be one or more patterns"),
         ({"allocation.menu": "9:8"}, r"N:M must have 0 < N <= M, got '9:8'"),
         (
+            {"allocation.budget": "50%", "pattern": "50%"},
+            r"allocation\.menu: must be given with .*, got 50% and no menu",
+        ),
+        (
             {"allocation.budget": "50%", "allocation.tokens": 100},
             r"allocation\.tokens must be at least one window \(512\), got 100",
         ),
@@ -131,3 +135,12 @@ def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
 def test_set_needs_an_equals_sign() -> None:
     with pytest.raises(RecipeError, match="must be key=value, got 'pattern'"):
         parse_set(["pattern"])
+
+
+@pytest.mark.parametrize(
+    ("pattern", "menu"),
+    [("2:4", "1:4,2:4,3:4"), ("3:4", "2:4,3:4"), ("1:2", "1:2"), ("1:1", "1:1"), ("4:8", "2:8,3:8,4:8,5:8,6:8")],
+)
+def test_menu_by_default(pattern: str, menu: str) -> None:
+    assert Recipe().replace({"pattern": pattern}).menu() == tuple(menu.split(","))
+    assert Recipe().replace({"pattern": pattern, "allocation.menu": "8:16"}).menu() == ("8:16",)

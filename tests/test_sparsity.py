@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.errors import RecipeError
-from converter.sparsity.linear import SHIFT_MODES, Params, SparseLinear, apply, bake
+from converter.sparsity.linear import SHIFT_MODES, Params, SparseLinear, apply, bake, prune
 from converter.sparsity.mitigations import mitigations
 from converter.sparsity.pattern import Pattern, mask
 
@@ -78,6 +78,23 @@ def test_dense_pattern_is_the_linear_layer() -> None:
         params = Params(8, 8, shift_mode=shift_mode, variance=True)
         expected = torch.nn.functional.linear(x, weight, bias)
         torch.testing.assert_close(SparseLinear(bake(weight, bias, params))(x), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_is_dropped_is_zero_and_has_no_gradient(dtype: torch.dtype) -> None:
+    x = torch.tensor([[5.0, 1.0], [-1.0, -7.0], [-3.0, -0.5], [2.0, 4.0]], dtype=dtype).t().requires_grad_()
+    assert not x.is_contiguous()
+    _, zs, _ = prune(x, Params(2, 4))
+    assert zs.dtype == dtype
+    assert zs.tolist() == [[5.0, 0.0, -3.0, 0.0], [0.0, -7.0, 0.0, 4.0]]
+    (zs * torch.tensor([2.0, 3.0, 4.0, 5.0], dtype=dtype)).sum().backward()
+    assert x.grad is not None
+    assert x.grad.tolist() == [[2.0, 0.0, 4.0, 0.0], [0.0, 3.0, 0.0, 5.0]]
+
+
+def test_a_dropped_infinity_is_zero() -> None:
+    _, zs, _ = prune(torch.tensor([[torch.inf, -torch.inf]]), Params(1, 2))
+    assert zs.tolist() == [[torch.inf, 0.0]]
 
 
 @pytest.mark.parametrize("text", ["0:4", "5:4", "4", "0", "0%", "101%", "a:b", "", "2:4:8", "-2:4"])

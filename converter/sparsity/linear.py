@@ -16,6 +16,7 @@ from converter.sparsity.pattern import mask
 
 SHIFT_MODES = ("none", "static", "token_mean", "token_median")
 VARIANCE_FLOOR = 1e-9
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as a number of so many bytes
 Phases = Literal["both", "prefill", "decode"]
 
 
@@ -94,15 +95,33 @@ def ranked(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | 
 def prune(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | None]:
     """Return z = x - eta, its pruned form zs, and eta."""
     z, scores, eta = ranked(x, params)
-    # Filled, not multiplied: a dropped Inf must give 0, not NaN.
-    return z, z.masked_fill(~kept(scores, params), 0), eta
+    zs: Tensor = _Kept.apply(z, kept(scores, params))  # type: ignore[no-untyped-call]
+    return z, zs, eta
+
+
+class _Kept(torch.autograd.Function):
+    """z where the mask is true, 0 elsewhere; of a dropped Inf too.
+
+    The bits are multiplied, as integers: `torch.where` takes ten times as long on a CPU, for it branches.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, mask: Tensor) -> Tensor:
+        ctx.save_for_backward(mask)
+        return (z.contiguous().view(BITS[z.element_size()]) * mask).view(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (mask,) = ctx.saved_tensors
+        return _Kept.apply(grads[0], mask), None  # type: ignore[no-untyped-call]
 
 
 def kept(scores: Tensor, params: Params | Baked) -> Tensor:
     """Return the mask `[..., K]` in the order of the channels, whoever shares a group."""
     if params.permutation is None:
         return mask(scores, params.keep, params.group)
-    return mask(scores[..., params.permutation], params.keep, params.group)[..., params.permutation.argsort()]
+    there, back = params.permutation.expand_as(scores), params.permutation.argsort().expand_as(scores)
+    return mask(scores.gather(-1, there), params.keep, params.group).gather(-1, back)  # faster than indexing
 
 
 def token_scale(z: Tensor, zs: Tensor) -> Tensor:
