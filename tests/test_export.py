@@ -18,7 +18,7 @@ from converter import convert, load
 from converter.calibration import file as calibration_file
 from converter.checkpoint import open_checkpoint
 from converter.errors import ValidationError
-from converter.evaluation.parity import validate
+from converter.evaluation.parity import Parity, validate
 from converter.graph.op import INPUTS
 from converter.graph.trace import signature
 from converter.plan import find_blocks
@@ -287,13 +287,27 @@ def test_validate_finds_every_mutant(
     message: str,
 ) -> None:
     out = converted("llama", phases=phases)
-    checkpoint = open_checkpoint(str(out.parent / "model"))
+    assert not _parity(out, out, phases).failures
+    with pytest.raises(ValidationError, match=message):
+        _parity(out, _altered(out, tmp_path, mutate), phases).check()
+
+
+@pytest.mark.parametrize(("written", "wanted"), [("both", "prefill"), ("prefill", "both"), ("prefill", "decode")])
+def test_validate_finds_the_phases_of_another_recipe(
+    converted: Callable[..., Path], written: Phases, wanted: Phases
+) -> None:
+    out = converted("llama", phases=written)
+    with pytest.raises(ValidationError, match=r"\((prefill|decode)\): masks must differ in at most"):
+        _parity(out, out, wanted).check()
+
+
+def _parity(source: Path, out: Path, phases: Phases) -> Parity:
+    """Compare `out` with the checkpoint that `source` was converted from."""
+    checkpoint = open_checkpoint(str(source.parent / "model"))
     params = {
         name: Params(8, 16, variance=True)
         for name, module in checkpoint.skeleton().named_modules()
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
     ids = torch.randint(3, 200, (1, 48), generator=torch.Generator().manual_seed(0))
-    assert not validate(out, checkpoint.model(), params, "float32", phases, ids).failures
-    with pytest.raises(ValidationError, match=message):
-        validate(_altered(out, tmp_path, mutate), checkpoint.model(), params, "float32", phases, ids).check()
+    return validate(out, checkpoint.model(), params, "float32", phases, ids)

@@ -130,7 +130,7 @@ def validate(
         for name, layer in rounded.items():
             install(model, name, layer, unfitted[name], phases)
         inputs = layer_inputs(model, list(params), ids, kind)
-        if phases != "both":
+        if _phase_nodes(graph):
             # Of two rows, so that a graph that takes the batch for the sequence is found out.
             for feed, part in zip(inputs, (ids[:, :-1], ids[:, -1:]), strict=True):
                 feed[IDS] = part.repeat(2, 1).numpy()
