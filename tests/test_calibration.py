@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import PLAIN
 from safetensors.torch import load_file
+from tokenizers.processors import TemplateProcessing
 
 from converter.calibration import file as calibration_file
 from converter.calibration.distill import distill
@@ -386,9 +387,22 @@ def test_self_sampling_is_reproducible(tiny: Path) -> None:
     checkpoint = open_checkpoint(str(tiny))
     model, tokenizer = checkpoint.model(), checkpoint.tokenizer()
     seen: list[int] = []
-    draw = [sampled(model, tokenizer, 3, 24, seed, lambda done, total: seen.append(done)) for seed in (0, 0, 1)]
-    assert draw[0].shape == (3, 24)
+    draw = [sampled(model, tokenizer, 30, 24, seed, lambda done, total: seen.append(done)) for seed in (0, 0, 1)]
+    assert draw[0].shape == (30, 24)
     assert torch.equal(draw[0], draw[1])
     assert not torch.equal(draw[0], draw[2])
-    assert (draw[0][:, 0] == tokenizer.bos_token_id).all()
-    assert max(seen) == 72
+    assert max(seen) == 720
+    # The tokenizer begins a text with nothing: the first token is any but the special ones.
+    first = draw[0][:, 0]
+    assert len(first.unique()) > 10
+    assert not set(first.tolist()) & set(tokenizer.all_special_ids)
+
+
+def test_self_sampling_begins_as_the_tokenizer_does(tiny: Path) -> None:
+    checkpoint = open_checkpoint(str(tiny))
+    tokenizer = checkpoint.tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    ids = sampled(checkpoint.model(), tokenizer, 30, 5, 0, lambda done, total: None)
+    assert ids.shape == (30, 5)
+    assert (ids[:, 0] == 1).all()
+    assert len(ids[:, 1].unique()) > 10

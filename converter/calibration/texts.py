@@ -132,27 +132,28 @@ def sampled(
 ) -> Tensor:
     """Return `count` windows of `window` token ids that the model itself writes, at temperature 1, `[count, window]`.
 
-    Each begins with the token that begins a text; an end of text is a token like any other.
-
-    Raises:
-        CalibrationError: when the tokenizer has no token to begin with.
+    Each begins as the tokenizer begins a text, and goes on with a token drawn from the whole vocabulary, so that the
+    texts are of every kind that the model knows (Liu et al. 2023, arXiv:2305.17888); an end of text is a token like
+    any other. Deviation from the source: every later token is drawn from the model's whole distribution.
     """
-    start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-    if start is None:
-        raise CalibrationError("self: the tokenizer must have a BOS or an EOS token to begin with, got neither.")
+    special = set(tokenizer.all_special_ids)
+    known = min(len(tokenizer), model.config.get_text_config().vocab_size)
+    plain = torch.tensor([number for number in range(known) if number not in special])
+    begin = torch.tensor(tokenizer("").input_ids, dtype=torch.int64).expand(count, -1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        start = torch.cat([begin, plain[torch.randint(len(plain), (count, 1))]], 1)
         ids: Tensor = model.generate(  # type: ignore[operator]
-            torch.full((count, 1), start),
-            attention_mask=torch.ones(count, 1, dtype=torch.int64),
+            start,
+            attention_mask=torch.ones_like(start),
             do_sample=True,
             temperature=1.0,
             top_k=0,
             top_p=1.0,
             repetition_penalty=1.0,
-            max_new_tokens=window - 1,
+            max_new_tokens=window - start.shape[1],
             eos_token_id=-1,
-            pad_token_id=start,
+            pad_token_id=int(plain[0]),
             stopping_criteria=StoppingCriteriaList([_Count(progress, count * window)]),
         )
     return ids
