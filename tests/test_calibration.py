@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import PLAIN
+from conftest import PLAIN, make_tiny
 from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
@@ -42,6 +42,22 @@ def test_statistics_do_not_depend_on_the_batches() -> None:
 def test_statistics_refuse_what_is_not_finite() -> None:
     with pytest.raises(CalibrationError, match=r"layer: activations must be finite, got NaN or Inf"):
         LayerStats.of("layer", 2).update(torch.tensor([[1.0, float("nan")]]))
+
+
+def test_statistics_of_a_family_that_flattens_windows_and_tokens(tmp_path: Path) -> None:
+    """OPT gives fc1 and fc2 `[B * S, K]`: the first token of every window is still left out."""
+    family = {"ffn_dim": 96, "word_embed_proj_dim": 64, "num_key_value_heads": 4}
+    checkpoint = open_checkpoint(str(make_tiny(tmp_path / "model", "opt", **family)))
+    recipe = PLAIN.replace({"mitigation": "s_pts+var", "calibration.window": 16, "calibration.tokens": 80})
+    ids = torch.randint(3, 200, (5, 16), generator=torch.Generator().manual_seed(0))
+    params = calibrate(checkpoint.model(), plan(checkpoint.skeleton(), recipe), recipe, ids, tmp_path)
+    seen: list[torch.Tensor] = []
+    model, name = checkpoint.model(), "model.decoder.layers.0.fc1"
+    model.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    model(input_ids=ids)
+    assert seen[0].shape == (80, 64)
+    expected = seen[0].reshape(5, 16, 64)[:, 1:].mean((0, 1))
+    torch.testing.assert_close(params[name].shift, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_walk_sees_the_inputs_of_the_sparse_model(tiny: Path, tmp_path: Path) -> None:

@@ -60,7 +60,7 @@ def arrange(
                 for layer in plan.sparse
                 if layer.name in wanted and layer.name.startswith(f"{plan.blocks}.{index}.")
             ]
-            stats = statistics(model, layers, wanted, False, partial(text.run, index), len(batches))
+            stats = statistics(text, index, layers, wanted)
             for layer in layers:
                 moments = stats[layer.name].together
                 assert moments is not None

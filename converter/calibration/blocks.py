@@ -25,7 +25,8 @@ class Blocks:
         """Write what the first block is given for every batch."""
         blocks = model.get_submodule(name)
         assert isinstance(blocks, nn.ModuleList)
-        self.blocks, self.folder, self.sizes = blocks, folder, [len(batch) for batch in batches]
+        self.model, self.blocks, self.folder = model, blocks, folder
+        self.sizes, self.length = [len(batch) for batch in batches], batches[0].shape[1]
         self.calls = {len(batch): block_calls(model, blocks, batch) for batch in batches}
         for number, batch in enumerate(batches):
             self._write(number, first_hidden(model, blocks, batch))
@@ -48,21 +49,16 @@ class Blocks:
 
 
 def statistics(
-    model: nn.Module,
-    layers: list[LayerPlan],
-    together: set[str],
-    gram: bool,
-    run: Callable[[int], Tensor],
-    batches: int,
+    text: Blocks, index: int, layers: list[LayerPlan], together: set[str], *, gram: bool = False
 ) -> dict[str, LayerStats]:
-    """Return the statistics of each layer's input over all batches; layers that read one tensor share them.
+    """Return the statistics of the input of each of `layers`, all of block `index`, over all batches.
 
-    Those in `together` have the moments that say which channels are large together, and with `gram` all have their Gram
-    matrix; `run` runs the block on a batch.
+    Layers that read the very same tensor share them. Those in `together` have the moments that say which channels are
+    large together, and with `gram` all have their Gram matrix.
     """
     seen: dict[str, Tensor] = {}
-    with watched(model, {layer.name: partial(seen.__setitem__, layer.name) for layer in layers}):
-        run(0)
+    with watched(text.model, {layer.name: partial(seen.__setitem__, layer.name) for layer in layers}):
+        text.run(index, 0)
     readers: list[list[LayerPlan]] = []
     for layer in layers:
         x = seen.get(layer.name)
@@ -71,24 +67,26 @@ def statistics(
             readers.append([layer])
         else:
             mates.append(layer)
-    seen.clear()
+
+    def update(stats: LayerStats, x: Tensor) -> None:
+        # Without the first token of a window: it is an attention sink, whose activations are hundreds of times larger
+        # than any other and would be the mean. Some families flatten windows and tokens into one axis.
+        stats.update(x.reshape(-1, text.length, x.shape[-1])[:, 1:])
+
     stats: dict[str, LayerStats] = {}
     watchers: dict[str, Callable[[Tensor], None]] = {}
     for mates in readers:
         wanted = any(layer.name in together for layer in mates)
         shared = LayerStats.of(mates[0].name, mates[0].in_features, together=wanted, gram=gram)
-        watchers[mates[0].name] = partial(_but_first, shared)
+        watchers[mates[0].name] = partial(update, shared)
         stats |= {layer.name: shared for layer in mates}
-    # Without the first token of a window: it is an attention sink, whose activations are hundreds of times larger than
-    # any other and would be the mean.
-    with watched(model, watchers):
-        for number in range(batches):
-            run(number)
+        if mates[0].name in seen:
+            update(shared, seen[mates[0].name])
+    seen.clear()
+    with watched(text.model, watchers):
+        for number in range(1, len(text.sizes)):
+            text.run(index, number)
     return stats
-
-
-def _but_first(stats: LayerStats, x: Tensor) -> None:
-    stats.update(x[:, 1:])
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:

@@ -63,7 +63,7 @@ def calibrate(
             layers = [layer for layer in plan.sparse if layer.name.startswith(f"{plan.blocks}.{index}.")]
             together = {layer.name for layer in layers if recipe.needs_together() and not layer.arranged}
             run = partial(text.run, index)
-            stats = statistics(model, layers, together, recipe.needs_gram(), run, len(batches))
+            stats = statistics(text, index, layers, together, gram=recipe.needs_gram())
             dense = {layer.name: _linear(model, layer.name) for layer in layers}
             for layer in layers:
                 params[layer.name] = fit(model, layer, recipe, stats[layer.name])
