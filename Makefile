@@ -26,7 +26,7 @@ demo: $(DEMO)/manifest.json
 	@echo "== the sparse model lies in $(DEMO)"
 
 $(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed
-	$(BIN)/nmsparse convert $(GGUF) $(DEMO) --pattern 8:16
+	$(BIN)/nmsparse convert $(GGUF) $(DEMO)
 
 test: check $(GGUF) $(CLIENTS)/installed
 	NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest
@@ -44,8 +44,9 @@ bench: $(GGUF) $(VENV)/installed $(CLIENTS)/installed $(BUILDER)/installed
 	$(BIN)/python benchmarks/convert.py $(GGUF) --optimum $(CLIENTS)/bin/optimum-cli --builder $(BUILDER)/bin/python --exporter
 
 # CALIBRATION and TEXT are texts of your own, such as the validation and test parts of WikiText-2; TEXT may be several.
+# It takes hours; what build/accuracy.json holds already is not measured again.
 accuracy: $(GGUF) $(VENV)/installed
-	$(BIN)/python benchmarks/accuracy.py $(GGUF) --calibration $(CALIBRATION) $(foreach text,$(TEXT),--text $(text))
+	$(BIN)/python benchmarks/accuracy.py $(GGUF) --calibration $(CALIBRATION) $(foreach text,$(TEXT),--text $(text)) --contexts 512,1024 --json build/accuracy.json
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

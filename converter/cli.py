@@ -39,7 +39,9 @@ USAGE, INTERRUPTED = 2, 130
 class RecipeOptions:
     """The recipe on the command line; what is not given comes from --recipe, else from the defaults."""
 
-    pattern: Annotated[str | None, Parameter(help="N:M, K, or P% of a token's channels (default 8:16)")] = None
+    pattern: Annotated[
+        str | None, Parameter(help="N:M, K, or P% of a token's channels, in every layer (default: 8:16 on average)")
+    ] = None
     criterion: Annotated[
         str | None, Parameter(help="magnitude, clact, amber, amber_trimmed, wina, weight_variance")
     ] = None
@@ -59,7 +61,6 @@ class RecipeOptions:
     def effective(self) -> Recipe:
         """Return the recipe: defaults, then the file, then --set, then the other options."""
         recipe = from_yaml(self.recipe) if self.recipe else Recipe()
-        recipe = recipe.replace(parse_set(self.set or []), "--set")
         given: dict[str, Any] = {
             "pattern": self.pattern,
             "criterion": self.criterion,
@@ -72,7 +73,8 @@ class RecipeOptions:
             "ignore": self.ignore,
             "seed": self.seed,
         }
-        return recipe.replace({key: value for key, value in given.items() if value is not None}, "options")
+        options = {key: value for key, value in given.items() if value is not None}
+        return recipe.replace({**parse_set(self.set or []), **options}, "command line")
 
 
 @app.command

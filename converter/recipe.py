@@ -36,8 +36,8 @@ class Calibration(_Frozen):
 
     source: str = "self"
     tokens: int = Field(default=8192, gt=0)
-    window: int = Field(default=512, gt=1)
-    batch: int = Field(default=4, gt=0)
+    window: int = Field(default=256, gt=1)
+    batch: int = Field(default=8, gt=0)
     field: str = "text"
 
     @model_validator(mode="after")
@@ -75,10 +75,12 @@ class Training(_Frozen):
 class Allocation(_Frozen):
     """Where the kept weights go: `budget` is their share, `menu` the patterns that a layer may get.
 
+    Whoever gives a pattern and says nothing of the allocation has no budget: the pattern is meant for every layer.
+
     Without a menu it is every n:M with N/2 <= n <= 3 N/2 and n < M, for the recipe's pattern N:M.
     """
 
-    budget: str | None = None
+    budget: str | None = "50%"
     menu: tuple[str, ...] | None = None
     tokens: int = Field(default=4096, gt=0)
 
@@ -280,10 +282,14 @@ class Recipe(_Frozen):
     def replace(self, changes: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """Return this recipe with `changes` (keys may be dotted, as in `calibration.tokens`).
 
+        A pattern without a word on the allocation is meant for every layer: there is no budget then.
+
         Raises:
             RecipeError: for an unknown key or an impossible value.
         """
         data = self.model_dump()
+        if "pattern" in changes and not any(key.partition(".")[0] == "allocation" for key in changes):
+            data["allocation"]["budget"] = None
         for key, value in changes.items():
             *path, last = key.split(".")
             table = data

@@ -29,8 +29,8 @@ TINY = {
     "eos_token_id": 2,
 }
 # What needs no text and no training, for tests of other things.
-PLAIN = Recipe().replace({"criterion": "magnitude", "mitigation": "var"})
-QUICK = ["--criterion", "magnitude", "--mitigation", "var"]
+PLAIN = Recipe().replace({"pattern": "8:16", "criterion": "magnitude", "mitigation": "var"})
+QUICK = ["--pattern", "8:16", "--criterion", "magnitude", "--mitigation", "var"]
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 
 
@@ -83,7 +83,7 @@ def gguf() -> Path:
 
 @pytest.fixture(scope="session")
 def smol(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """SmolLM2-135M-Instruct converted at 8:16 with the default methods on little text, once for all tests."""
+    """SmolLM2-135M-Instruct converted with the default methods and budget on little text, once for all tests."""
     out = tmp_path_factory.mktemp("smol") / "out"
     command = [sys.executable, "-m", "converter", "convert", gguf, out, "--calibration", "python"]
     command += ["--calibration-tokens", "4096"]

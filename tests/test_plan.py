@@ -17,6 +17,7 @@ from converter.checkpoint import open_checkpoint
 from converter.errors import RecipeError
 from converter.plan import plan
 from converter.presets import AMBER_SKIPS, PRESETS, amber
+from converter.recipe import Recipe
 
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -157,9 +158,10 @@ def test_a_budget_leaves_open_what_no_row_names(skeleton: PreTrainedModel) -> No
 def test_dry_run_shows_patterns_and_what_is_open(
     nmsparse: Callable[..., CompletedProcess[str]], skeleton: PreTrainedModel, tiny: Path, tmp_path: Path
 ) -> None:
-    options = ["--set", 'patterns={"*.up_proj": "10:16"}', "--set", "allocation.budget=50%", "--dry-run"]
+    options = ["--set", 'patterns={"*.up_proj": "10:16"}', "--set", "allocation.budget=50%", "--pattern", "8:16"]
+    options += ["--dry-run"]
     found = nmsparse("convert", tiny, tmp_path / "out", *options, "--json")
-    recipe = PLAIN.replace({"patterns": {"*.up_proj": "10:16"}, "allocation.budget": "50%"})
+    recipe = Recipe().replace({"patterns": {"*.up_proj": "10:16"}})
     assert json.loads(found.stdout)["layers"] == [asdict(layer) for layer in plan(skeleton, recipe).layers]
     text = nmsparse("convert", tiny, tmp_path / "out", *options).stdout
     assert text.count("by budget") == 18

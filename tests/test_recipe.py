@@ -36,6 +36,16 @@ def test_the_text_suffices_for_the_allocation() -> None:
     assert Recipe().replace(changes).allocation.limit(31) == 3  # 3.875
 
 
+def test_a_pattern_alone_is_meant_for_every_layer(tmp_path: Path) -> None:
+    assert Recipe().allocation.budget == "50%"
+    assert Recipe().replace({"criterion": "magnitude"}).allocation.budget == "50%"
+    assert Recipe().replace({"pattern": "8:16"}).allocation.budget is None
+    assert Recipe().replace({"pattern": "2:4", "allocation.budget": "40%"}).allocation.budget == "40%"
+    assert Recipe().replace({"pattern": "2:4", "allocation": {"tokens": 512}}).allocation.budget == "50%"
+    (tmp_path / "r.yaml").write_text("pattern: 2:4\n")
+    assert from_yaml(tmp_path / "r.yaml").allocation.budget is None
+
+
 def test_a_bare_pattern_is_no_number_in_base_60(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("pattern: 8:16\ncalibration: {tokens: 1024}\n")
     recipe = from_yaml(tmp_path / "r.yaml")
@@ -78,7 +88,7 @@ def test_recipes_cannot_be_changed() -> None:
         ),
         (
             {"allocation.budget": "50%", "allocation.tokens": 100},
-            r"allocation\.tokens must be at least one window \(512\), got 100",
+            r"allocation\.tokens must be at least one window \(256\), got 100",
         ),
         (
             {"criterion": "wanda"},
@@ -92,8 +102,8 @@ def test_recipes_cannot_be_changed() -> None:
         ({"dtype": "int8"}, r"'float32', 'float16' or 'bfloat16', got 'int8'"),
         ({"phases": "training"}, r"phases: .*'both', 'prefill' or 'decode', got 'training'"),
         ({"s_pts": "median"}, r"'channel' or 'scalar', got 'median'"),
-        ({"calibration.tokens": 3}, r"tokens must be at least one window \(512\), got 3"),
-        ({"mitigation": "distill", "training.window": 200}, r"training\.window must divide .* \(512\), got 200"),
+        ({"calibration.tokens": 3}, r"tokens must be at least one window \(256\), got 3"),
+        ({"mitigation": "distill", "training.window": 200}, r"training\.window must divide .* \(256\), got 200"),
         ({"calibration.window": 0}, r"calibration\.window: .*greater than 1"),
     ],
 )
