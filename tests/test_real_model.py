@@ -16,6 +16,8 @@ import torch
 
 from converter import load
 from converter.checkpoint import Checkpoint
+from converter.plan import plan
+from converter.recipe import from_yaml
 from converter.runtimes.onnxruntime import OnnxCausalLM, session
 
 pytestmark = pytest.mark.slow
@@ -54,11 +56,24 @@ def test_report(smol: Path) -> None:
     assert parity["layers"] == 210
     assert parity["largest_layer_error"] > 0  # something was compared
     peaks = {cost["stage"]: cost["peak_bytes"] for cost in report["stages"]}
-    assert set(peaks) == {"checkpoint", "arrange", "calibrate", "distill", "export", "validate"}
+    assert set(peaks) == {"checkpoint", "allocate", "arrange", "calibrate", "distill", "export", "validate"}
     assert report["permutations"] == {"folded": 210, "inputs": 0}
     first, *later = (divergence for _, divergence in report["training"])  # on held-out text; the best is kept
     assert min(later) < first
     assert (smol / "model.onnx.data").stat().st_size < 0.545e9  # float32 weights once: 0.538 GB
+
+
+def test_half_of_the_weights_is_kept_and_not_everywhere_the_same(smol: Path) -> None:
+    layers = plan(Checkpoint("", None, smol).skeleton(), from_yaml(smol / "recipe.yaml")).sparse
+    graph = onnx.load(smol / "model.onnx", load_external_data=False).graph
+    nodes = [node for node in graph.node if node.op_type == "SparseLinear"]
+    kept = [next(a.i for a in node.attribute if a.name == "keep") for node in nodes]
+    assert sorted(kept) == sorted(layer.keep for layer in layers)
+    assert {layer.group for layer in layers} == {16}
+    assert len(set(kept)) > 3
+    sizes = [layer.in_features * layer.out_features for layer in layers]
+    share = sum(size * layer.keep / 16 for size, layer in zip(sizes, layers, strict=True)) / sum(sizes)
+    assert 0.495 < share <= 0.5
 
 
 def test_perplexity_is_that_of_the_reference(
