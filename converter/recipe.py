@@ -77,7 +77,8 @@ class Allocation(_Frozen):
 
     Whoever gives a pattern and says nothing of the allocation has no budget: the pattern is meant for every layer.
 
-    Without a menu it is every n:M with N/2 <= n <= 3 N/2 and n < M, for the recipe's pattern N:M.
+    Without a menu it is what lies between half and one and a half of the recipe's pattern, and below all: every n:M
+    for N:M, every sixteenth of P for P%.
     """
 
     budget: str | None = "50%"
@@ -133,6 +134,13 @@ class Recipe(_Frozen):
     calibration: Calibration = Calibration()
     training: Training = Training()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _pattern_of_every_layer(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and "pattern" in data and "allocation" not in data:
+            return {**data, "allocation": {"budget": None}}
+        return data
+
     @field_validator("pattern", mode="before")
     @classmethod
     def _pattern(cls, value: object) -> str:
@@ -180,9 +188,9 @@ class Recipe(_Frozen):
         whole, piece = self.calibration.window, self.training.window
         if self.distils() and whole % min(piece, whole):
             raise ValueError(f"training.window must divide calibration.window ({whole}), got {piece}")
-        if self.allocation.budget and self.allocation.menu is None and not Pattern.parse(self.pattern).group:
+        if self.allocation.budget and not self.menu():
             raise ValueError(
-                f"allocation.menu: must be given with a pattern that is not N:M, got {self.pattern} and no menu"
+                f"allocation.menu: must be given with a pattern that counts, got {self.pattern} and no menu"
             )
         if self.allocation.budget and self.allocation.tokens < self.calibration.window:
             raise ValueError(
@@ -208,8 +216,11 @@ class Recipe(_Frozen):
         if self.allocation.menu is not None:
             return self.allocation.menu
         pattern = Pattern.parse(self.pattern)
+        if pattern.percent:
+            shares = [pattern.keep * part / 16 for part in range(8, 25)]
+            return tuple(f"{share:g}%" for share in shares if share < 100)
         keep, group = int(pattern.keep), pattern.group
-        return tuple(f"{n}:{group}" for n in range(ceil(keep / 2), min(3 * keep // 2, max(group - 1, 1)) + 1))
+        return tuple(f"{n}:{group}" for n in range(ceil(keep / 2), min(3 * keep // 2, max(group - 1, 1)) + 1) if group)
 
     def needs_statistics(self) -> bool:
         """Return whether the layers' inputs on calibration text decide their parameters."""

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from converter.errors import RecipeError
-from converter.recipe import Recipe, from_yaml, parse_set
+from converter.recipe import Allocation, Recipe, from_yaml, parse_set
 from converter.sparsity.criteria import CRITERIA
 
 
@@ -40,6 +40,8 @@ def test_a_pattern_alone_is_meant_for_every_layer(tmp_path: Path) -> None:
     assert Recipe().allocation.budget == "50%"
     assert Recipe().replace({"criterion": "magnitude"}).allocation.budget == "50%"
     assert Recipe().replace({"pattern": "8:16"}).allocation.budget is None
+    assert Recipe(pattern="8:16") == Recipe().replace({"pattern": "8:16"})
+    assert Recipe(pattern="8:16", allocation=Allocation(budget="40%")).allocation.budget == "40%"
     assert Recipe().replace({"pattern": "2:4", "allocation.budget": "40%"}).allocation.budget == "40%"
     assert Recipe().replace({"pattern": "2:4", "allocation": {"tokens": 512}}).allocation.budget == "50%"
     (tmp_path / "r.yaml").write_text("pattern: 2:4\n")
@@ -149,7 +151,18 @@ def test_set_needs_an_equals_sign() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "menu"),
-    [("2:4", "1:4,2:4,3:4"), ("3:4", "2:4,3:4"), ("1:2", "1:2"), ("1:1", "1:1"), ("4:8", "2:8,3:8,4:8,5:8,6:8")],
+    [
+        (
+            "50%",
+            "25%,28.125%,31.25%,34.375%,37.5%,40.625%,43.75%,46.875%,50%,53.125%,56.25%,59.375%,62.5%,65.625%,68.75%,71.875%,75%",
+        ),
+        ("80%", "40%,45%,50%,55%,60%,65%,70%,75%,80%,85%,90%,95%"),
+        ("2:4", "1:4,2:4,3:4"),
+        ("3:4", "2:4,3:4"),
+        ("1:2", "1:2"),
+        ("1:1", "1:1"),
+        ("4:8", "2:8,3:8,4:8,5:8,6:8"),
+    ],
 )
 def test_menu_by_default(pattern: str, menu: str) -> None:
     assert Recipe().replace({"pattern": pattern}).menu() == tuple(menu.split(","))
