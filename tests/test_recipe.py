@@ -85,8 +85,8 @@ def test_recipes_cannot_be_changed() -> None:
         ({"allocation.menu": []}, r"allocation\.menu: .*must be one or more patterns"),
         ({"allocation.menu": "9:8"}, r"N:M must have 0 < N <= M, got '9:8'"),
         (
-            {"allocation.budget": "50%", "pattern": "50%"},
-            r"allocation\.menu: must be given with .*, got 50% and no menu",
+            {"allocation.budget": "50%", "pattern": "24"},
+            r"allocation\.menu: must be given with .*, got 24 and no menu",
         ),
         (
             {"allocation.budget": "50%", "allocation.tokens": 100},
