@@ -122,7 +122,7 @@ SHORT = {
     "training.patience": 12,
 }
 METHODS = [
-    {"criterion": "wina", "mitigation": "permute+s_pts+var+refit"},
+    {"criterion": "wina", "mitigation": "permute+s_pts+var+refit", "calibration.tokens": 512},
     {"criterion": "clact", "mitigation": "pcs+var"},
     {"criterion": "amber_trimmed", "mitigation": "permute+s_pts"},
     {"criterion": "wina", "mitigation": "permute+r_sparse+d_pts+var", "rank": 3},

@@ -119,7 +119,11 @@ def test_clients_nobody_here_wrote(smol: Path, greedy: list[int], script: str) -
         pytest.skip("the clients' environment is not here: run `make test`, which makes it")
     found = subprocess.run([python, "-c", script, str(smol)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-3000:]
-    assert json.loads(found.stdout.strip().splitlines()[-1]) == greedy
+    # onnxruntime-genai leaves out the token that ends the text, if the model has come to one.
+    end = Checkpoint("", None, smol).tokenizer().eos_token_id
+    tokens = json.loads(found.stdout.strip().splitlines()[-1])
+    assert [token for token in tokens if token != end] == [token for token in greedy if token != end]
+    assert len(greedy) > len(PROMPT.split()) + NEW_TOKENS // 2
 
 
 def test_polygraphy_runs_the_file_as_it_is(smol: Path) -> None:
