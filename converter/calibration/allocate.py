@@ -165,12 +165,13 @@ def _add(effect: Tensor, menu: _Menu, x: Tensor, back: Tensor) -> None:
             best: Tensor = values.unflatten(-1, (-1, group)).gather(-1, order)
             return best.sum(-2, dtype=torch.float64).cumsum(-1)
 
-        change = of_best(back * z)
-        error = change - change[:, -1:]
+        kept = of_best(back * z)
+        whole = kept[:, -1:]
         if menu.params.variance:
             spread = of_best(z.square()) - of_best(z).square() / x.shape[-1]
             floor = VARIANCE_FLOOR * (x.shape[-1] - 1)
-            error = (spread[:, -1:] / spread.clamp_min(floor)).sqrt() * change - change[:, -1:]
+            kept = (spread[:, -1:] / spread.clamp_min(floor)).sqrt() * kept
+        error = kept - whole
         effect[numbers] += error.square().sum(0)[[keep - 1 for keep in keeps]]
 
 
