@@ -121,7 +121,12 @@ def main(
     checkpoint = open_checkpoint(model)
     tokenizer = checkpoint.tokenizer()
     lengths = [int(length) for length in contexts.split(",")]
-    where = [f"context {length}, {Path(source).name}" for length, source in product(lengths, text)]
+    # All that decides a cell's value is in its name, or the cells of another command would pass for this one's.
+    fit = ",".join(Path(source).name for source in calibration.split(","))
+    where = [
+        f"context {length}, {tokens} tokens of {Path(source).name}, calibrated on {fit}"
+        for length, source in product(lengths, text)
+    ]
     tests = [windows(source, tokenizer, tokens // length, length) for length, source in product(lengths, text)]
     dense = [window_losses(checkpoint.model(), test) for test in tests]
     names = list(dict.fromkeys((BASELINE, *row)))
@@ -145,21 +150,10 @@ def main(
                 stages.costs.clear()
                 losses = measure(checkpoint, recipe, written[: recipe.windows()], stages, tests)
                 base = base or losses
-                costs = [cost for cost in stages.costs if cost.stage != "measure"]
-                lines = [
-                    _line(f"{pattern} {label}: calibration", sum(cost.seconds for cost in costs), "s"),
-                    _line(f"{pattern} {label}: peak memory", max(cost.peak_bytes for cost in costs), "bytes"),
-                ]
                 goal = GOAL if name in OURS and pattern in {"2:4", "8:16"} else None
-                for place, d, b, of_row in zip(where, dense, base, losses, strict=True):
-                    low, share, high = recovered(d, b, of_row) if of_row is not b else (0.0, 0.0, 0.0)
-                    cell = f"{pattern} {label}, {place}"
-                    lines += [
-                        _line(f"{cell}: perplexity", of_row.mean().exp().item(), ""),
-                        _line(f"{cell}: recovered", share, "share", goal),
-                        _line(f"{cell}: recovered, low", low, "share"),
-                        _line(f"{cell}: recovered, high", high, "share"),
-                    ]
+                costs = [cost for cost in stages.costs if cost.stage != "measure"]
+                spent = sum(cost.seconds for cost in costs), max(cost.peak_bytes for cost in costs)
+                lines = _lines(f"{pattern} {label}", where, dense, base, losses, goal, spent)
                 found |= {line["name"]: line for line in lines}
                 print(
                     f"{pattern} {label}: {' | '.join(_cell(found, pattern, label, place) for place in where)}",
@@ -178,6 +172,30 @@ def _line(name: str, value: float, unit: str, goal: float | None = None) -> dict
     return {"name": name, "value": value, "unit": unit, "goal": goal, "met": None if goal is None else value >= goal}
 
 
+def _lines(
+    row: str,
+    where: list[str],
+    dense: list[torch.Tensor],
+    base: list[torch.Tensor],
+    losses: list[torch.Tensor],
+    goal: float | None,
+    spent: tuple[float, int],
+) -> list[dict[str, Any]]:
+    """Return what a row is worth on each text, and the seconds and bytes `spent` on its calibration."""
+    lines = []
+    for place, d, b, of_row in zip(where, dense, base, losses, strict=True):
+        low, share, high = recovered(d, b, of_row) if of_row is not b else (0.0, 0.0, 0.0)
+        lines += [
+            _line(f"{row}, {place}: perplexity", of_row.mean().exp().item(), ""),
+            _line(f"{row}, {place}: recovered", share, "share", goal),
+            _line(f"{row}, {place}: recovered, low", low, "share"),
+            _line(f"{row}, {place}: recovered, high", high, "share"),
+            _line(f"{row}, {place}: calibration", spent[0], "s"),
+            _line(f"{row}, {place}: peak memory", spent[1], "bytes"),
+        ]
+    return lines
+
+
 def _cell(found: dict[str, dict[str, Any]], pattern: str, label: str, place: str) -> str:
     cell = f"{pattern} {label}, {place}"
     if f"{cell}: perplexity" not in found:
@@ -193,9 +211,9 @@ def _table(found: dict[str, dict[str, Any]], patterns: list[str], labels: list[s
     table = Table("criterion and mitigation", *patterns, "calibration", title=title, box=MARKDOWN)
     for label in labels:
         costs = [
-            tuple(found[f"{pattern} {label}: {what}"]["value"] for what in ("calibration", "peak memory"))
+            tuple(found[f"{pattern} {label}, {place}: {what}"]["value"] for what in ("calibration", "peak memory"))
             for pattern in patterns
-            if f"{pattern} {label}: calibration" in found
+            if f"{pattern} {label}, {place}: calibration" in found
         ]
         cost = f"{max(c[0] for c in costs):.0f} s, {max(c[1] for c in costs) / 1e9:.1f} GB" if costs else ""
         table.add_row(label, *(_cell(found, pattern, label, place) for pattern in patterns), cost)
