@@ -111,7 +111,7 @@ class Checkpoint:
         Raises:
             CheckpointError: when a weight is missing, NaN or infinite.
         """
-        with _quiet():
+        with quiet():
             model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
         model.eval()
         for name, parameter in model.named_parameters():
@@ -207,7 +207,7 @@ def _unpacked(path: Path, *, gguf: bool) -> Path:
     where = {"gguf_file": path.name} if gguf else {}
     home = path.parent if gguf else path
     try:
-        with _quiet():
+        with quiet():
             # transformers opens the file anew for each of the three, and is silent about what it lacks.
             tokenizer = AutoTokenizer.from_pretrained(home, **where)
             dtype = torch.float32 if gguf else "auto"
@@ -259,7 +259,8 @@ def beside(target: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
+    """Silence what transformers says by the way: its warnings and progress bars."""
     from transformers.utils import logging
 
     level: Any = logging.get_verbosity()

@@ -299,8 +299,8 @@ class Recipe(_Frozen):
             RecipeError: for an unknown key or an impossible value.
         """
         data = self.model_dump()
-        if "pattern" in changes and not any(key.partition(".")[0] == "allocation" for key in changes):
-            data["allocation"]["budget"] = None
+        if not any(key.partition(".")[0] == "allocation" for key in changes) and "pattern" in changes:
+            del data["allocation"]
         for key, value in changes.items():
             *path, last = key.split(".")
             table = data

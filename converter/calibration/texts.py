@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from converter.calibration.products import bfloat16_products
+from converter.checkpoint import quiet
 from converter.errors import CalibrationError
 
 SOURCES = (
@@ -141,7 +142,8 @@ def sampled(
     known = min(len(tokenizer), model.config.get_text_config().vocab_size)
     plain = torch.tensor([number for number in range(known) if number not in special])
     begin = torch.tensor(tokenizer("").input_ids, dtype=torch.int64).expand(count, -1)
-    with torch.random.fork_rng(devices=[]), bfloat16_products():
+    # Quiet: transformers warns of an end token that no token can be.
+    with torch.random.fork_rng(devices=[]), bfloat16_products(), quiet():
         torch.manual_seed(seed)
         start = torch.cat([begin, plain[torch.randint(len(plain), (count, 1))]], 1)
         ids: Tensor = model.generate(  # type: ignore[operator]
