@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Literal
@@ -28,6 +29,7 @@ from converter.stages import Stages
 app = App(
     name="nmsparse",
     help="Convert language models to ONNX with N:M activation sparsity.",
+    version=lambda: version("nmsparse"),
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,10 @@ def refused(nmsparse: Command, tmp_path: Path, code: int, *arguments: object) ->
     assert "error:" in found.stderr
     assert sorted(p.name for p in tmp_path.iterdir()) == before
     return " ".join(found.stderr.split())
+
+
+def test_version_is_that_of_the_distribution(nmsparse: Command) -> None:
+    assert nmsparse("--version").stdout.strip() == version("nmsparse")
 
 
 def test_convert_in_one_and_in_stages(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
