@@ -62,11 +62,11 @@ class Training(_Frozen):
     """
 
     objective: Literal["logits", "layer"] = "logits"
-    tokens: int = Field(default=40960, gt=0)
+    tokens: int = Field(default=25600, gt=0)
     window: int = Field(default=256, gt=1)
-    steps: int = Field(default=160, gt=0)
+    steps: int = Field(default=96, gt=0)
     batch: int = Field(default=1, gt=0)
-    learning_rate: float = Field(default=3e-4, gt=0)
+    learning_rate: float = Field(default=1e-4, gt=0)
     warm_up: float = Field(default=0.1, ge=0, lt=1)
     held_out: int = Field(default=4, gt=0)
     patience: int = Field(default=3, gt=0)
