@@ -69,7 +69,7 @@ class Training(_Frozen):
     learning_rate: float = Field(default=1e-4, gt=0)
     warm_up: float = Field(default=0.1, ge=0, lt=1)
     held_out: int = Field(default=4, gt=0)
-    patience: int = Field(default=3, gt=0)
+    patience: int = Field(default=5, gt=0)
 
 
 class Allocation(_Frozen):
