@@ -152,6 +152,44 @@ def validate(
 
 
 @app.command
+def build(
+    out: Path,
+    *,
+    runtime: Literal["tensorrt-rtx"] = "tensorrt-rtx",
+    target: str,
+    profile: list[str] | None = None,
+    workspace_mib: int = 1024,
+    json_output: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """Build an engine of OUT, on a machine that needs no GPU, for the GPUs of --target.
+
+    Parameters
+    ----------
+    runtime
+        TensorRT-RTX knows no plugins: its engine computes the sparse model by dense GEMMs.
+    target
+        Compute capabilities by commas, such as sm_89,sm_120: one engine for all.
+    profile
+        Shapes to tune for, such as batch=1,tokens=1:128:512,past=0:256:1023 (MIN:OPT:MAX); may be repeated. By
+        default one for decoding and one for prefill, of one sequence as long as the model's context.
+    workspace_mib
+        The most scratch memory of a layer on the GPU, in MiB.
+    """
+    from converter.pipeline import build as stage
+
+    about = stage(out, target.split(","), profile or [], workspace_mib << 20, Stages())
+    if json_output:
+        print(json.dumps(about, indent=2))
+        return
+    engine = about["engine"]
+    console = Console()
+    console.print(f"{runtime} {engine['version']} for {', '.join(engine['targets'])}: {engine['bytes'] / 1e9:.2f} GB")
+    for text in engine["profiles"]:
+        console.print(f"profile {text}")
+    console.print("its GEMMs are dense: this runtime has no plugins, it computes what the sparse model means")
+
+
+@app.command
 def generate(
     model: str,
     prompt: str,

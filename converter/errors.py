@@ -50,6 +50,12 @@ class OutputError(ConverterError):
     exit_code = 15
 
 
+class BuildError(ConverterError):
+    """An engine cannot be built from OUT."""
+
+    exit_code = 16
+
+
 def lookup(table: Mapping[str, Value], kind: str, name: str, error: type[ConverterError]) -> Value:
     """Return `table[name]`.
 

@@ -5,7 +5,9 @@ Each stage is a plain function, and the file that it leaves is what the next one
 
 from __future__ import annotations
 
+import json
 import shutil
+from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from math import ceil
@@ -28,6 +30,7 @@ from converter.calibration.train import Curve
 from converter.calibration.walk import calibrate as walk
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.delivery.bundle import (
+    GENAI,
     RECIPE,
     REPORT,
     check_files,
@@ -42,16 +45,20 @@ from converter.delivery.bundle import (
 from converter.errors import CheckpointError
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
+from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
 from converter.runtimes.onnxruntime import load_onnx
+from converter.runtimes.tensorrt_rtx import Profile, default_profiles
+from converter.runtimes.tensorrt_rtx import build as build_engine
 from converter.sparsity.linear import Params
 from converter.stages import Stages
 from converter.tensor_file import write_whole
 
 VALIDATION_TOKENS = 128
 TEXT = "python"
+ENGINES, ENGINE = "engines", "model.engine"
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -149,6 +156,28 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
         checkpoint = _source(folder, recipe, source)
         params = calibration_file.read(folder / calibration_file.NAME)
     return _validate(folder, checkpoint, params, recipe, text, stages)
+
+
+def build(
+    folder: Path, targets: Sequence[str], profiles: Sequence[str], workspace: int, stages: Stages
+) -> dict[str, Any]:
+    """Write an engine of OUT for TensorRT-RTX to a folder of OUT's `engines`; return what its manifest says.
+
+    Without `profiles` there is one for decoding and one for prefill, of the model's whole context.
+    """
+    shapes = [Profile.parse(text) for text in profiles]
+    with stages.stage("check"):
+        check_files(folder)
+        if not shapes:
+            shapes = [*default_profiles(json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"])]
+    weights = sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
+    with staged(folder / ENGINES / f"tensorrt-rtx-{'+'.join(targets)}", weights) as place:
+        with stages.stage("build", "steps") as advance:
+            found = build_engine(folder, targets, shapes, workspace, place / ENGINE, advance)
+        model = manifest(folder)["files"][MODEL]["sha256"]
+        about = {"engine": found, "model_sha256": model, "stages": [asdict(cost) for cost in stages.costs]}
+        write_manifest(place, about)
+    return about
 
 
 def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> Fitted:

@@ -261,7 +261,7 @@ def test_commands_and_options_of_the_readme_exist(nmsparse: Command) -> None:
     blocks = "".join(re.findall(r"```bash\n(.*?)```", readme, re.S))
     lines = re.findall(r"^nmsparse (\w+)(.*?)(?:\s#.*)?$", blocks, re.M)
     commands = {command for command, _ in lines}
-    assert commands == {"convert", "calibrate", "export", "validate", "generate", "perplexity"}
+    assert commands == {"convert", "calibrate", "export", "validate", "build", "generate", "perplexity"}
     for command in sorted(commands):
         help_text = nmsparse(command, "--help").stdout
         for name, rest in lines:

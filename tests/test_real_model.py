@@ -140,6 +140,21 @@ def generated(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[in
     return [row[ids.shape[1] :].tolist() for row in tokens]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="TensorRT-RTX has wheels for Linux and Windows only")
+def test_an_engine_for_gpus_that_are_not_here(
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]], smol: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "half"
+    assert nmsparse("export", smol, out, "--dtype", "float16").returncode == 0
+    found = nmsparse("build", out, "--target", "sm_89", "--json")
+    assert found.returncode == 0, found.stderr
+    about = json.loads(found.stdout)
+    weights = (out / "model.onnx.data").stat().st_size
+    assert weights < about["engine"]["bytes"] < 2 * weights
+    assert about["engine"]["profiles"][0].endswith("tokens=1:1:1,past=0:4096:8191")  # of the model's context
+    assert max(stage["peak_bytes"] for stage in about["stages"]) < 4e9
+
+
 def test_left_padding_changes_the_prefill_by_rounding_only(smol: Path) -> None:
     """The tokens that follow may part: a last bit can flip a near tie, on one machine and not on another."""
     model, tokenizer = load(smol), Checkpoint("", None, smol).tokenizer()

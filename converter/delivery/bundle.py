@@ -17,7 +17,7 @@ from converter.checkpoint import Checkpoint, beside
 from converter.errors import OutputError
 from converter.graph.export import MODEL
 
-MANIFEST, REPORT, RECIPE = "manifest.json", "report.json", "recipe.yaml"
+MANIFEST, REPORT, RECIPE, GENAI = "manifest.json", "report.json", "recipe.yaml", "genai_config.json"
 FORMAT = "nmsparse-1"
 PACKAGES = ("nmsparse", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "polygraphy")
 
@@ -90,7 +90,7 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str) -> None
         for key in ("backend", "is_local", "local_files_only"):
             settings.pop(key, None)
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    write_json(folder / "genai_config.json", genai_config(config, generation, tokenizer))
+    write_json(folder / GENAI, genai_config(config, generation, tokenizer))
 
 
 def genai_config(

@@ -1,0 +1,170 @@
+"""Engines of TensorRT-RTX: real ones, built without a GPU; and the standard nodes that they are built from."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from conftest import PLAIN, make_tiny
+
+from converter import convert
+from converter.errors import BuildError
+from converter.graph.lower import form_of, lower
+from converter.graph.op import Form
+from converter.graph.widen import widen
+from converter.pipeline import build
+from converter.runtimes.onnxruntime import session
+from converter.runtimes.tensorrt_rtx import Profile, default_profiles
+from converter.stages import Stages
+
+SHORT = ["batch=1,tokens=1:8:64,past=0:16:63"]
+ON_LINUX = pytest.mark.skipif(sys.platform != "linux", reason="TensorRT-RTX has wheels for Linux and Windows only")
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[tuple[str, ...], Path] = {}
+
+    def make(dtype: str = "float32", mitigation: str = "var", phases: str = "both", pattern: str = "8:16") -> Path:
+        key = (dtype, mitigation, phases, pattern)
+        if key not in made:
+            folder = tmp_path_factory.mktemp("build")
+            changes = {"pattern": pattern, "dtype": dtype, "mitigation": mitigation, "phases": phases, "rank": 4}
+            text = {"calibration.source": "python", "calibration.tokens": 64, "calibration.window": 32}
+            recipe = PLAIN.replace({**changes, **text})
+            made[key] = convert(str(make_tiny(folder / "model")), folder / "out", recipe)
+        return made[key]
+
+    return make
+
+
+def outputs(model: onnx.ModelProto, folder: Path) -> list[np.ndarray]:
+    """Return logits and caches of a prefill of six tokens, two sequences."""
+    run = session(model, folder)
+    rng = np.random.default_rng(0)
+    shape = {"batch_size": 2, "sequence_length": 6, "past_sequence_length": 0}
+    feeds = {}
+    for value in run.get_inputs():
+        size = [shape.get(d, 6) if isinstance(d, str) else d for d in value.shape]
+        if value.name == "input_ids":
+            feeds[value.name] = rng.integers(3, 250, size)
+        elif value.name == "attention_mask":
+            feeds[value.name] = np.ones(size, np.int64)
+        elif value.name == "position_ids":
+            feeds[value.name] = np.tile(np.arange(6), (2, 1))
+        else:
+            feeds[value.name] = np.zeros(size, np.float16 if "float16" in value.type else np.float32)
+    return run.run(None, feeds)
+
+
+@pytest.mark.parametrize("mitigation", ["var", "d_pts+permute", "s_pts+r_sparse"])
+@pytest.mark.parametrize("phases", ["both", "decode"])
+def test_the_lowered_graph_computes_the_same_by_standard_nodes(
+    converted: Callable[..., Path], mitigation: str, phases: str
+) -> None:
+    out = converted(mitigation=mitigation, phases=phases)
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    lowered = lower(model)
+    assert {node.domain for node in lowered.graph.node} == {""}
+    assert not lowered.functions
+    for wanted, found in zip(outputs(model, out), outputs(lowered, out), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+def test_the_lowered_graph_multiplies_in_bfloat16_and_not_in_float32(converted: Callable[..., Path]) -> None:
+    out = converted("bfloat16")
+    model = onnx.load(out / "model.onnx", load_external_data=False)
+    lowered = lower(model)
+    weights = {tensor.name for tensor in lowered.graph.initializer if tensor.data_type == onnx.TensorProto.BFLOAT16}
+    products = [n for n in lowered.graph.node if n.op_type == "MatMul" and n.input[1].endswith("proj.weight")]
+    assert len(products) == 21
+    assert all(node.input[1] in weights for node in products)
+    # The first product's other factor is what the body rounds to bfloat16; run widened it must still be the same.
+    for wanted, found in zip(outputs(widen(model), out), outputs(widen(lowered), out), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-4 * abs(wanted).max())
+
+
+def test_the_form_is_read_from_the_nodes(converted: Callable[..., Path]) -> None:
+    out = converted("float16", "d_pts+permute", "decode")
+    found = form_of(onnx.load(out / "model.onnx", load_external_data=False))
+    assert found == Form("float16", "token_median", False, False, False, permutation=True, phased=True)
+
+
+def test_profiles() -> None:
+    profile = Profile.parse("past=0:256:1023, batch=2,tokens=1:128:512")
+    assert profile == Profile((2, 2, 2), (1, 128, 512), (0, 256, 1023))
+    assert Profile.parse(str(profile)) == profile
+    mask = onnx.helper.make_tensor_value_info("m", 7, ["batch_size", "past_sequence_length + sequence_length"])
+    cache = onnx.helper.make_tensor_value_info("c", 1, ["batch_size", 3, "past_sequence_length", 64])
+    assert profile.shapes(mask) == [(2, 1), (2, 384), (2, 1535)]
+    assert profile.shapes(cache) == [(2, 3, 0, 64), (2, 3, 256, 64), (2, 3, 1023, 64)]
+    decode, prefill = default_profiles(2048)
+    assert (decode.tokens, decode.past) == ((1, 1, 1), (0, 1024, 2047))
+    assert prefill.tokens == (1, 1024, 2048)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("batch=1,tokens=4", "must have batch, tokens, past"),
+        ("batch=1,tokens=4,past=0,heads=3", "'heads=3'"),
+        ("batch=0,tokens=4,past=0", "batch must have MIN <= OPT <= MAX from 1"),
+        ("batch=1,tokens=4:2:8,past=0", "'tokens=4:2:8'"),
+        ("batch=1,tokens=4:8,past=0", "'tokens=4:8'"),
+        ("", "got ''"),
+    ],
+)
+def test_bad_profiles(text: str, said: str) -> None:
+    with pytest.raises(BuildError, match=said.replace("<", "[<]")):
+        Profile.parse(text)
+
+
+@ON_LINUX
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+def test_engines_of_every_dtype(converted: Callable[..., Path], dtype: str, pattern: str) -> None:
+    out = converted(dtype, pattern=pattern)
+    about = build(out, ["sm_89"], SHORT, 1 << 28, Stages())
+    engine, folder = about["engine"], out / "engines" / "tensorrt-rtx-sm_89"
+    half = {"float32": "float", "float16": "half", "bfloat16": "bf16"}[dtype]
+    assert {tensor["dtype"] for tensor in engine["inputs"][3:]} == {half}
+    assert engine["outputs"][0]["name"] == "logits"
+    assert json.loads((folder / "manifest.json").read_text())["engine"] == engine
+    assert (folder / "model.engine").stat().st_size == engine["bytes"] > (out / "model.onnx.data").stat().st_size / 2
+
+
+@ON_LINUX
+def test_command(nmsparse: Callable[..., subprocess.CompletedProcess[str]], converted: Callable[..., Path]) -> None:
+    out = converted("float16")
+    found = nmsparse("build", out, "--target", "sm_80,sm_120", "--profile", *SHORT, "--json")
+    assert found.returncode == 0, found.stderr
+    engine = json.loads(found.stdout)["engine"]
+    assert engine["targets"] == ["sm_80", "sm_120"]
+    assert engine["profiles"] == ["batch=1:1:1,tokens=1:8:64,past=0:16:63"]
+    # What was built before stays when the next build cannot be.
+    found = nmsparse("build", out, "--target", "sm_1")
+    assert found.returncode == 16
+    assert "--target: must be of sm_120" in " ".join(found.stderr.split())
+    assert "Traceback" not in found.stderr
+    assert [path.name for path in (out / "engines").iterdir() if "120" in path.name] == ["tensorrt-rtx-sm_80+sm_120"]
+
+
+@ON_LINUX
+def test_what_cannot_be_built(converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    out = converted("float16", "s_pts+var")
+    # The cache of the profile is of no length that the mask can have.
+    with monkeypatch.context() as patch:
+        patch.setattr(Profile, "shapes", lambda _, value: [(1,) * len(value.type.tensor_type.shape.dim)] * 3)
+        with pytest.raises(BuildError, match="cannot build it: "):
+            build(out, ["sm_89"], SHORT, 1 << 28, Stages())
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
+        with pytest.raises(BuildError, match=r"Install nmsparse\[tensorrt-rtx\]"):
+            build(out, ["sm_89"], SHORT, 1 << 28, Stages())
+    assert not list((out / "engines").iterdir())
