@@ -158,7 +158,7 @@ def build(
     runtime: Literal["tensorrt-rtx"] = "tensorrt-rtx",
     target: str,
     profile: list[str] | None = None,
-    workspace_mib: int = 1024,
+    workspace_mib: int | None = None,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Build an engine of OUT, on a machine that needs no GPU, for the GPUs of --target.
@@ -171,13 +171,14 @@ def build(
         Compute capabilities by commas, such as sm_89,sm_120: one engine for all.
     profile
         Shapes to tune for, such as batch=1,tokens=1:128:512,past=0:256:1023 (MIN:OPT:MAX); may be repeated. By
-        default one for decoding and one for prefill, of one sequence as long as the model's context.
+        default one for decoding and one for prefill, of one sequence of up to 2048 tokens.
     workspace_mib
-        The most scratch memory of a layer on the GPU, in MiB.
+        The most scratch memory of a layer on the GPU, in MiB; as TensorRT-RTX has it by default.
     """
     from converter.pipeline import build as stage
 
-    about = stage(out, target.split(","), profile or [], workspace_mib << 20, Stages())
+    workspace = None if workspace_mib is None else workspace_mib << 20
+    about = stage(out, target.split(","), profile or [], workspace, Stages())
     if json_output:
         print(json.dumps(about, indent=2))
         return

@@ -159,11 +159,11 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
 
 
 def build(
-    folder: Path, targets: Sequence[str], profiles: Sequence[str], workspace: int, stages: Stages
+    folder: Path, targets: Sequence[str], profiles: Sequence[str], workspace: int | None, stages: Stages
 ) -> dict[str, Any]:
     """Write an engine of OUT for TensorRT-RTX to a folder of OUT's `engines`; return what its manifest says.
 
-    Without `profiles` there is one for decoding and one for prefill, of the model's whole context.
+    Without `profiles` they are `default_profiles` of the model's context.
     """
     shapes = [Profile.parse(text) for text in profiles]
     with stages.stage("check"):

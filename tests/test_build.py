@@ -104,9 +104,10 @@ def test_profiles() -> None:
     cache = onnx.helper.make_tensor_value_info("c", 1, ["batch_size", 3, "past_sequence_length", 64])
     assert profile.shapes(mask) == [(2, 1), (2, 384), (2, 1535)]
     assert profile.shapes(cache) == [(2, 3, 0, 64), (2, 3, 256, 64), (2, 3, 1023, 64)]
-    decode, prefill = default_profiles(2048)
+    decode, prefill = default_profiles(8192)
     assert (decode.tokens, decode.past) == ((1, 1, 1), (0, 1024, 2047))
     assert prefill.tokens == (1, 1024, 2048)
+    assert default_profiles(64)[0].past == (0, 32, 63)
 
 
 @pytest.mark.parametrize(
@@ -130,7 +131,7 @@ def test_bad_profiles(text: str, said: str) -> None:
 @pytest.mark.parametrize("pattern", ["2:4", "8:16"])
 def test_engines_of_every_dtype(converted: Callable[..., Path], dtype: str, pattern: str) -> None:
     out = converted(dtype, pattern=pattern)
-    about = build(out, ["sm_89"], SHORT, 1 << 28, Stages())
+    about = build(out, ["sm_89"], SHORT, None, Stages())
     engine, folder = about["engine"], out / "engines" / "tensorrt-rtx-sm_89"
     half = {"float32": "float", "float16": "half", "bfloat16": "bf16"}[dtype]
     assert {tensor["dtype"] for tensor in engine["inputs"][3:]} == {half}
@@ -142,10 +143,11 @@ def test_engines_of_every_dtype(converted: Callable[..., Path], dtype: str, patt
 @ON_LINUX
 def test_command(nmsparse: Callable[..., subprocess.CompletedProcess[str]], converted: Callable[..., Path]) -> None:
     out = converted("float16")
-    found = nmsparse("build", out, "--target", "sm_80,sm_120", "--profile", *SHORT, "--json")
+    found = nmsparse("build", out, "--target", "sm_80,sm_120", "--profile", *SHORT, "--workspace-mib", 256, "--json")
     assert found.returncode == 0, found.stderr
     engine = json.loads(found.stdout)["engine"]
     assert engine["targets"] == ["sm_80", "sm_120"]
+    assert engine["workspace"] == 256 << 20
     assert engine["profiles"] == ["batch=1:1:1,tokens=1:8:64,past=0:16:63"]
     # What was built before stays when the next build cannot be.
     found = nmsparse("build", out, "--target", "sm_1")
@@ -162,9 +164,9 @@ def test_what_cannot_be_built(converted: Callable[..., Path], monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(Profile, "shapes", lambda _, value: [(1,) * len(value.type.tensor_type.shape.dim)] * 3)
         with pytest.raises(BuildError, match="cannot build it: "):
-            build(out, ["sm_89"], SHORT, 1 << 28, Stages())
+            build(out, ["sm_89"], SHORT, None, Stages())
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
         with pytest.raises(BuildError, match=r"Install nmsparse\[tensorrt-rtx\]"):
-            build(out, ["sm_89"], SHORT, 1 << 28, Stages())
+            build(out, ["sm_89"], SHORT, None, Stages())
     assert not list((out / "engines").iterdir())

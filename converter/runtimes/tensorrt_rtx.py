@@ -22,6 +22,7 @@ INSTALL = "Install nmsparse[tensorrt-rtx] (Linux, x86-64)."
 AXES = ("batch", "tokens", "past")
 DIMS = dict(zip(("batch_size", "sequence_length", "past_sequence_length"), AXES, strict=True))
 TOTAL = "past_sequence_length + sequence_length"
+LONGEST = 2048  # tokens of a default profile
 Range = tuple[int, int, int]  # at least, tuned for, at most
 
 
@@ -77,7 +78,11 @@ class Profile:
 
 
 def default_profiles(context: int) -> tuple[Profile, Profile]:
-    """Return one profile for decoding and one for prefill, of one sequence of at most `context` tokens."""
+    """Return one profile for decoding and one for prefill, of a sequence of `context` tokens but no more than 2048.
+
+    More takes minutes and gigabytes to build, and scratch memory on the GPU: who needs it gives a profile.
+    """
+    context = min(context, LONGEST)
     half = context // 2
     return (
         Profile((1, 1, 1), (1, 1, 1), (0, half, context - 1)),
@@ -89,14 +94,14 @@ def build(
     folder: Path,
     targets: Sequence[str],
     profiles: Sequence[Profile],
-    workspace: int,
+    workspace: int | None,
     engine: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Write the `engine` of the model in `folder` for all the targets, such as `sm_89`; return what it is.
 
     The network is strongly typed: every dtype is that of the graph. `workspace` bounds a layer's scratch memory on
-    the GPU, in bytes. `progress` is called with the steps of the longest phase of the build.
+    the GPU, in bytes; None leaves that to TensorRT-RTX. `progress` is called with the steps of the longest phase of the build.
 
     Raises:
         BuildError: when TensorRT-RTX is not installed, does not know a target or cannot build the graph.
@@ -116,7 +121,8 @@ def build(
     config.num_compute_capabilities = len(capabilities)
     for number, capability in enumerate(capabilities):
         config.set_compute_capability(capability, number)
-    config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
+    if workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
     config.progress_monitor = _monitor(trt, progress)
     for profile in profiles:
         shapes = builder.create_optimization_profile()
