@@ -101,7 +101,8 @@ def build(
     """Write the `engine` of the model in `folder` for all the targets, such as `sm_89`; return what it is.
 
     The network is strongly typed: every dtype is that of the graph. `workspace` bounds a layer's scratch memory on
-    the GPU, in bytes; None leaves that to TensorRT-RTX. `progress` is called with the steps of the longest phase of the build.
+    the GPU, in bytes; None leaves that to TensorRT-RTX. `progress` is called with the steps of the build's longest
+    phase.
 
     Raises:
         BuildError: when TensorRT-RTX is not installed, does not know a target or cannot build the graph.
