@@ -158,6 +158,20 @@ def test_command(nmsparse: Callable[..., subprocess.CompletedProcess[str]], conv
 
 
 @ON_LINUX
+def test_interrupted(converted: Callable[..., Path]) -> None:
+    out = converted("float32")
+    command = [sys.executable, "-m", "converter", "build", str(out), "--target", "sm_86"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        assert any("check" in line for line in process.stderr)  # waits until that is done
+        process.terminate()
+        said = process.stderr.read()
+    assert process.returncode == 130
+    assert "interrupted" in said
+    assert not list((out / "engines").glob("*sm_86*"))
+
+
+@ON_LINUX
 def test_what_cannot_be_built(converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     out = converted("float16", "s_pts+var")
     # The cache of the profile is of no length that the mask can have.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,13 +125,21 @@ def build(
         config.set_compute_capability(capability, number)
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
-    config.progress_monitor = _monitor(trt, progress)
+    monitor = _monitor(trt, progress)
+    config.progress_monitor = monitor
     for profile in profiles:
         shapes = builder.create_optimization_profile()
         for value in graph.graph.input:
             shapes.set_shape(value.name, *profile.shapes(value))
         config.add_optimization_profile(shapes)
-    plan = builder.build_serialized_network(network, config)
+    # In a thread of its own: what is raised in a call back from TensorRT-RTX, which Ctrl-C may be, is lost.
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(builder.build_serialized_network, network, config)
+        try:
+            plan = work.result()
+        except KeyboardInterrupt:
+            monitor.go_on = False
+            raise
     if plan is None:
         raise BuildError(
             f"{folder / MODEL}: TensorRT-RTX {trt.__version__} cannot build it: {'; '.join(logger.errors[-3:])}"
@@ -198,11 +207,12 @@ def _logger(trt: Any) -> Any:
 
 def _monitor(trt: Any, progress: Callable[[int, int], None]) -> Any:
     class Steps(trt.IProgressMonitor):  # type: ignore[misc]
-        """Passes on the steps of the outermost phase that has several."""
+        """Passes on the steps of the longest phase; the build ends at the next step once `go_on` is false."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.totals: dict[str, int] = {}
+            self.go_on = True
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
             self.totals[name] = steps
@@ -210,7 +220,7 @@ def _monitor(trt: Any, progress: Callable[[int, int], None]) -> Any:
         def step_complete(self, name: str, step: int) -> bool:
             if self.totals[name] == max(self.totals.values()):
                 progress(step + 1, self.totals[name])
-            return True
+            return self.go_on
 
         def phase_finish(self, name: str) -> None:
             self.totals.pop(name)
