@@ -50,7 +50,7 @@ from converter.graph.export import export as write_graph
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
 from converter.runtimes.onnxruntime import load_onnx
-from converter.runtimes.tensorrt_rtx import Profile, default_profiles
+from converter.runtimes.tensorrt_rtx import Profile, capabilities, default_profiles
 from converter.runtimes.tensorrt_rtx import build as build_engine
 from converter.sparsity.linear import Params
 from converter.stages import Stages
@@ -165,15 +165,15 @@ def build(
 
     Without `profiles` they are `default_profiles` of the model's context.
     """
-    shapes = [Profile.parse(text) for text in profiles]
+    wanted, shapes = capabilities(targets), [Profile.parse(text) for text in profiles]
     with stages.stage("check"):
         check_files(folder)
         if not shapes:
             shapes = [*default_profiles(json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"])]
     weights = sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
-    with staged(folder / ENGINES / f"tensorrt-rtx-{'+'.join(targets)}", weights) as place:
+    with staged(folder / ENGINES / f"tensorrt-rtx-{'+'.join(wanted)}", weights) as place:
         with stages.stage("build", "steps") as advance:
-            found = build_engine(folder, targets, shapes, workspace, place / ENGINE, advance)
+            found = build_engine(folder, wanted, shapes, workspace, place / ENGINE, advance)
         model = manifest(folder)["files"][MODEL]["sha256"]
         about = {"engine": found, "model_sha256": model, "stages": [asdict(cost) for cost in stages.costs]}
         write_manifest(place, about)

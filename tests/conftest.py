@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from collections.abc import Callable
@@ -31,6 +32,10 @@ TINY = {
 # What needs no text and no training, for tests of other things.
 PLAIN = Recipe().replace({"pattern": "8:16", "criterion": "magnitude", "mitigation": "var"})
 QUICK = ["--pattern", "8:16", "--criterion", "magnitude", "--mitigation", "var"]
+WITH_RTX = pytest.mark.skipif(
+    (sys.platform, platform.machine()) != ("linux", "x86_64"),
+    reason="nmsparse[tensorrt-rtx] is for Linux on x86-64 only",
+)
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from conftest import WITH_RTX
 
 from converter import load
 from converter.checkpoint import Checkpoint
@@ -140,7 +141,7 @@ def generated(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[in
     return [row[ids.shape[1] :].tolist() for row in tokens]
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="TensorRT-RTX has wheels for Linux and Windows only")
+@WITH_RTX
 def test_an_engine_for_gpus_that_are_not_here(
     nmsparse: Callable[..., subprocess.CompletedProcess[str]], smol: Path, tmp_path: Path
 ) -> None:

@@ -91,25 +91,40 @@ def default_profiles(context: int) -> tuple[Profile, Profile]:
     )
 
 
+def capabilities(targets: Sequence[str]) -> dict[str, Any]:
+    """Return what TensorRT-RTX calls each of the targets, such as `sm_89`, each once.
+
+    Raises:
+        BuildError: when TensorRT-RTX is not installed or does not know a target.
+    """
+    trt = _tensorrt()
+    known = {f"sm_{name[2:]}": value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"}
+    for target in targets:
+        if target not in known:
+            raise BuildError(
+                f"--target: must be of {listing(known)} for TensorRT-RTX {trt.__version__}, got {target!r}."
+            )
+    return {target: known[target] for target in targets}
+
+
 def build(
     folder: Path,
-    targets: Sequence[str],
+    targets: dict[str, Any],
     profiles: Sequence[Profile],
     workspace: int | None,
     engine: Path,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
-    """Write the `engine` of the model in `folder` for all the targets, such as `sm_89`; return what it is.
+    """Write the `engine` of the model in `folder` for all the targets, from `capabilities`; return what it is.
 
     The network is strongly typed: every dtype is that of the graph. `workspace` bounds a layer's scratch memory on
     the GPU, in bytes; None leaves that to TensorRT-RTX. `progress` is called with the steps of the build's longest
     phase.
 
     Raises:
-        BuildError: when TensorRT-RTX is not installed, does not know a target or cannot build the graph.
+        BuildError: when TensorRT-RTX cannot build the graph.
     """
     trt = _tensorrt()
-    capabilities = _capabilities(trt, targets)
     graph = lower(onnx.load(folder / MODEL, load_external_data=False))
     logger = _logger(trt)
     builder = trt.Builder(logger)
@@ -120,8 +135,8 @@ def build(
         raise BuildError(f"{folder / MODEL}: TensorRT-RTX {trt.__version__} cannot read it: {'; '.join(reasons[:3])}")
     _allow_decomposition(trt, network)
     config = builder.create_builder_config()
-    config.num_compute_capabilities = len(capabilities)
-    for number, capability in enumerate(capabilities):
+    config.num_compute_capabilities = len(targets)
+    for number, capability in enumerate(targets.values()):
         config.set_compute_capability(capability, number)
     if workspace is not None:
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
@@ -165,16 +180,6 @@ def _tensorrt() -> Any:
     except ImportError as error:
         raise BuildError(f"tensorrt-rtx: must be installed, got {error}. {INSTALL}") from error
     return tensorrt_rtx_bindings
-
-
-def _capabilities(trt: Any, targets: Sequence[str]) -> list[Any]:
-    known = {f"sm_{name[2:]}": value for name, value in trt.ComputeCapability.__members__.items() if name[:2] == "SM"}
-    for target in targets:
-        if target not in known:
-            raise BuildError(
-                f"--target: must be of {listing(known)} for TensorRT-RTX {trt.__version__}, got {target!r}."
-            )
-    return [known[target] for target in dict.fromkeys(targets)]
 
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
