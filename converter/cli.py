@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
 from rich.console import Console
@@ -25,6 +25,9 @@ from converter.errors import ConverterError
 from converter.recipe import Recipe, from_yaml, parse_set
 from converter.sparsity.linear import Phases
 from converter.stages import Stages
+
+if TYPE_CHECKING:
+    from converter.graph.costs import LayerCost
 
 app = App(
     name="nmsparse",
@@ -188,6 +191,33 @@ def build(
     for text in engine["profiles"]:
         console.print(f"profile {text}")
     console.print("its GEMMs are dense: this runtime has no plugins, it computes what the sparse model means")
+
+
+@app.command
+def inspect(out: Path, *, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
+    """List the sparse layers of OUT: shapes, patterns, and what one token costs dense and sparse.
+
+    The sparse figures are those of a kernel that reads only the weights a token uses; the ONNX function body, which
+    runs where there is no kernel, reads all. --json has every layer, else layers of one name and shape share a row.
+    """
+    from converter.pipeline import inspect as stage
+
+    costs = stage(out)
+    if json_output:
+        print(json.dumps([asdict(cost) for cost in costs], indent=2))
+        return
+    table = Table("layers", "count", "in x out", "patterns", "weights used", "MB dense", "MB sparse")
+    kinds: dict[tuple[str, int, int], list[LayerCost]] = {}
+    for cost in costs:
+        kinds.setdefault((cost.name.rpartition(".")[2], cost.in_features, cost.out_features), []).append(cost)
+    for (name, k, n), of_row in [*kinds.items(), (("all", 0, 0), costs)]:
+        patterns = sorted({(cost.keep / cost.group, f"{cost.keep}:{cost.group}") for cost in of_row})
+        span = " to ".join(dict.fromkeys((patterns[0][1], patterns[-1][1])))
+        dense, sparse = (sum(getattr(cost, what) for cost in of_row) for what in ("bytes", "sparse_bytes"))
+        used = sum(cost.sparse_products for cost in of_row) / sum(cost.products for cost in of_row)
+        shape = f"{k} x {n}" if k else ""
+        table.add_row(name, str(len(of_row)), shape, span, f"{used:.0%}", f"{dense / 1e6:.1f}", f"{sparse / 1e6:.1f}")
+    Console().print(table)
 
 
 @app.command

@@ -14,6 +14,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -42,9 +43,10 @@ from converter.delivery.bundle import (
     write_json,
     write_manifest,
 )
-from converter.errors import CheckpointError
+from converter.errors import CheckpointError, OutputError
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
+from converter.graph.costs import LayerCost, layer_costs
 from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
 from converter.plan import Plan, plan
@@ -178,6 +180,18 @@ def build(
         about = {"engine": found, "model_sha256": model, "stages": [asdict(cost) for cost in stages.costs]}
         write_manifest(place, about)
     return about
+
+
+def inspect(folder: Path) -> list[LayerCost]:
+    """Return what each sparse layer of OUT costs, in the graph's order; the weights are not read.
+
+    Raises:
+        OutputError: when the folder holds no exported model of ours.
+    """
+    manifest(folder)
+    if not is_bundle(folder):
+        raise OutputError(f"{folder}: must hold {MODEL}, got none. Run nmsparse export on it.")
+    return layer_costs(onnx.load(folder / MODEL, load_external_data=False))
 
 
 def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> Fitted:

@@ -99,6 +99,15 @@ def smol(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def plugins() -> Path:
+    """The folder of the native libraries, which `make test` builds."""
+    path = os.environ.get("NMSPARSE_TEST_PLUGINS")
+    if not path:
+        pytest.skip("the native libraries are not here: run `make test`, which builds them")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
 def wikitext() -> Path:
     path = DATASETS / "wikitext2" / "wiki.valid.tokens"
     if not path.exists():

@@ -1,0 +1,49 @@
+"""What each sparse layer of a graph would cost a kernel that reads only the rows of W that a token keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx
+import onnx.helper
+
+from converter.graph.op import DOMAIN, INPUTS, OP
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """One `SparseLinear`: its shape and pattern, and what one token costs, dense and sparse.
+
+    `products` are multiply-adds; `sparse_products` has the two thin ones of a residual in it, `sparse_bytes` their
+    factors. Bytes are those of the weights alone: activations are small beside them for a few tokens.
+    """
+
+    name: str
+    in_features: int
+    out_features: int
+    keep: int
+    group: int
+    bytes: int
+    sparse_bytes: int
+    products: int
+    sparse_products: int
+
+
+def layer_costs(model: onnx.ModelProto) -> list[LayerCost]:
+    """Return the costs of every `SparseLinear` of `model`, whose weights need not be loaded, in the graph's order."""
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    costs = []
+    for node in model.graph.node:
+        if (node.domain, node.op_type) != (DOMAIN, OP):
+            continue
+        given = dict(zip(INPUTS, node.input, strict=False))
+        attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+        keep, group = attributes["keep"], attributes["group"]
+        weight = stored[given["W"]]
+        (k, n), size = weight.dims, onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
+        factors = [stored[given[name]] for name in ("residual_in", "residual_out") if given.get(name)]
+        thin = sum(factor.dims[0] * factor.dims[1] for factor in factors)
+        kept = k // group * keep * n
+        name = weight.name.removesuffix(".weight")
+        costs.append(LayerCost(name, k, n, keep, group, k * n * size, (kept + thin) * size, k * n, kept + thin))
+    return costs

@@ -1,0 +1,43 @@
+// The kernels of ours, for a GPU.
+#include "launch.h"
+
+namespace nmsparse {
+
+template <class Kernel, int PHASE = 0>
+__device__ __forceinline__ void run_phases(typename Kernel::Args const& args, typename Kernel::Shared& shared,
+                                           Place place) {
+    Kernel::template phase<PHASE>(args, shared, place);
+    if constexpr (PHASE + 1 < Kernel::PHASES) {
+        __syncthreads();
+        run_phases<Kernel, PHASE + 1>(args, shared, place);
+    }
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(Kernel::THREADS, 1) run(typename Kernel::Args args) {
+    // Raw, because what a block shares may not be constructed.
+    __shared__ alignas(16) unsigned char raw[sizeof(typename Kernel::Shared)];
+    run_phases<Kernel>(args, reinterpret_cast<typename Kernel::Shared&>(raw),
+                       {int(blockIdx.x), int(blockIdx.y), int(threadIdx.x)});
+}
+
+template <class Kernel>
+cudaError_t launch(typename Kernel::Args const& args, cudaStream_t stream) {
+    run<Kernel><<<dim3(Kernel::blocks_x(args), Kernel::blocks_y(args)), Kernel::THREADS, 0, stream>>>(args);
+    return cudaGetLastError();
+}
+
+#define INSTANCE(...) template cudaError_t launch<__VA_ARGS__>(__VA_ARGS__::Args const&, cudaStream_t)
+INSTANCE(Pack<__half>);
+INSTANCE(Pack<__nv_bfloat16>);
+INSTANCE(Select<__half>);
+INSTANCE(Select<__nv_bfloat16>);
+INSTANCE(TokenShift<__half>);
+INSTANCE(TokenShift<__nv_bfloat16>);
+INSTANCE(TokenScale);
+INSTANCE(Gemv<__half>);
+INSTANCE(Gemv<__nv_bfloat16>);
+INSTANCE(GemvSum<__half>);
+INSTANCE(GemvSum<__nv_bfloat16>);
+
+}  // namespace nmsparse

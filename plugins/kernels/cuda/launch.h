@@ -1,0 +1,38 @@
+// What the plugin calls. Every function returns the error of its launch and runs nothing on a stream that has one.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include "gemv.h"
+#include "pack.h"
+#include "select.h"
+#include "token_shift.h"
+
+namespace nmsparse {
+
+// Runs one of the kernels above; those for __half and __nv_bfloat16 are in kernels.cu.
+template <class Kernel>
+cudaError_t launch(typename Kernel::Args const& args, cudaStream_t stream);
+
+// y[tokens, n] = nu * (a w) + eta * row_sum + bias in 16 bits, summed in float32. `a` is what Pack writes, with
+// `metadata`, or what Select writes as `pruned`, without.
+struct Gemm {
+    void const* a;
+    uint32_t const* metadata;
+    void const* w;                // [k, n]
+    float const *nu, *eta;        // [padded] or null
+    float const *row_sum, *bias;  // [n] or null
+    void* y;
+    int tokens, padded, k, n;  // padded as Pack has it; of a dense product it is `tokens`
+};
+
+// The tiles of tokens x columns that a block computes: tactics, of which TensorRT measures the fastest.
+enum class Tile : int32_t { WIDE, TALL, SMALL, COUNT };
+
+template <class T>
+cudaError_t sparse_gemm(Tile tile, Gemm const& args, cudaStream_t stream);
+
+template <class T>
+cudaError_t dense_gemm(Tile tile, Gemm const& args, cudaStream_t stream);
+
+}  // namespace nmsparse

@@ -1,0 +1,140 @@
+#include "layer.h"
+
+#include <algorithm>
+
+namespace nmsparse {
+
+namespace {
+
+constexpr int GEMV_BLOCKS = 256;  // about two for each SM of a large GPU: a list is split until there are so many
+constexpr size_t ALIGNMENT = 256;
+
+int up(int value, int to) { return (value + to - 1) / to * to; }
+
+// What a path keeps in the workspace.
+struct Buffers {
+    float *eta = nullptr, *nu = nullptr, *values = nullptr, *partial = nullptr;
+    int32_t* rows = nullptr;
+    Moments *z = nullptr, *kept = nullptr;
+    void *packed = nullptr, *pruned = nullptr;
+    uint32_t* metadata = nullptr;
+    int padded, length, parts, splits;
+    size_t bytes = 0;
+};
+
+Buffers lay_out(Layer const& layer, int tokens, void* workspace) {
+    Buffers buffers;
+    auto const take = [&](auto*& pointer, size_t bytes) {
+        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(static_cast<char*>(workspace) + buffers.bytes);
+        buffers.bytes += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
+    };
+    Path const path = path_of(layer, tokens);
+    auto const rows = size_t(tokens);
+    int const places = MAX_GROUP / layer.group * layer.group;
+    buffers.padded = path == Path::SPARSE ? up(tokens, Pack<__half>::TOKENS) : tokens;
+    buffers.length = layer.k / layer.group * layer.keep;
+    buffers.parts = (layer.k + places - 1) / places;
+    int const columns = (layer.n + Gemv<__half>::COLUMNS - 1) / Gemv<__half>::COLUMNS;
+    buffers.splits = std::clamp(GEMV_BLOCKS / (columns * tokens), 1, std::max(1, buffers.length / 64));
+    if (layer.shift_mode >= ShiftMode::TOKEN_MEAN) take(buffers.eta, buffers.padded * sizeof(float));
+    if (layer.variance != 0) {
+        take(buffers.nu, buffers.padded * sizeof(float));
+        if (path != Path::SPARSE) {
+            take(buffers.z, rows * buffers.parts * sizeof(Moments));
+            take(buffers.kept, rows * buffers.parts * sizeof(Moments));
+        }
+    }
+    if (path == Path::GEMV) {
+        take(buffers.rows, rows * buffers.length * sizeof(int32_t));
+        take(buffers.values, rows * buffers.length * sizeof(float));
+        take(buffers.partial, rows * buffers.splits * layer.n * sizeof(float));
+    } else if (path == Path::SPARSE) {
+        take(buffers.packed, size_t(buffers.padded) * layer.k / 2 * sizeof(__half));
+        take(buffers.metadata, size_t(buffers.padded) * layer.k / 32 * sizeof(uint32_t));
+    } else {
+        take(buffers.pruned, rows * layer.k * sizeof(__half));
+    }
+    return buffers;
+}
+
+}  // namespace
+
+char const* refusal(Layer const& layer) {
+    if (layer.group < 1 || layer.group > MAX_GROUP) return "group must be 1 to 1024";
+    if (layer.keep < 1 || layer.keep > layer.group) return "keep must be 1 to group";
+    if (layer.k < 1 || layer.k % layer.group != 0) return "input channels must be divisible by group";
+    if (layer.k % 8 != 0) return "input channels must be divisible by 8";
+    if (layer.n < 1 || layer.n % 8 != 0) return "output channels must be divisible by 8";
+    if (layer.shift_mode < ShiftMode::NONE || layer.shift_mode >= ShiftMode::COUNT) return "shift_mode must be 0 to 3";
+    if (layer.gemv_tokens < 0 || layer.sparse_tokens < 0) return "gemv_tokens and sparse_tokens must not be negative";
+    return nullptr;
+}
+
+Path path_of(Layer const& layer, int tokens) {
+    if (tokens <= layer.gemv_tokens) return Path::GEMV;
+    bool const fits = layer.group == 4 && layer.keep <= 2 && layer.k % 64 == 0;
+    return fits && layer.sparse_tokens > 0 && tokens >= layer.sparse_tokens ? Path::SPARSE : Path::DENSE;
+}
+
+size_t workspace_bytes(Layer const& layer, int max_tokens) {
+    size_t bytes = 0;
+    // Each path is largest where it ends.
+    for (int const tokens : {layer.gemv_tokens, layer.sparse_tokens - 1, max_tokens})
+        if (tokens >= 1) bytes = std::max(bytes, lay_out(layer, std::min(tokens, max_tokens), nullptr).bytes);
+    return bytes;
+}
+
+template <class T>
+cudaError_t run_layer(Layer const& layer, Tensors const& tensors, int tokens, Tile tile, void* workspace,
+                      cudaStream_t stream) {
+    if (tokens == 0) return cudaSuccess;
+    Buffers const at = lay_out(layer, tokens, workspace);
+    auto const* x = static_cast<T const*>(tensors.x);
+    bool const is_static = layer.shift_mode == ShiftMode::STATIC;
+    float const* shift = is_static ? tensors.shift : nullptr;
+    cudaError_t error = cudaSuccess;
+    auto const next = [&](auto launched) {
+        if (error == cudaSuccess) error = launched();
+    };
+    if (at.eta != nullptr)
+        next([&] {
+            bool const median = layer.shift_mode == ShiftMode::TOKEN_MEDIAN;
+            return launch<TokenShift<T>>({x, at.eta, tokens, layer.k, median}, stream);
+        });
+    if (at.packed != nullptr)
+        next([&] {
+            return launch<Pack<T>>({x, tensors.channel_scale, shift, at.eta, tensors.permutation,
+                                    static_cast<T*>(at.packed), at.metadata, at.nu, tokens, at.padded, layer.k, layer.keep},
+                                   stream);
+        });
+    else
+        next([&] {
+            return launch<Select<T>>({x, tensors.channel_scale, shift, at.eta, tensors.permutation, at.rows, at.values,
+                                      static_cast<T*>(at.pruned), at.z, at.kept, tokens, layer.k, layer.keep, layer.group},
+                                     stream);
+        });
+    if (at.z != nullptr)
+        next([&] { return launch<TokenScale>({at.z, at.kept, at.nu, tokens, at.parts}, stream); });
+    if (at.rows != nullptr) {
+        next([&] {
+            return launch<Gemv<T>>({at.rows, at.values, static_cast<T const*>(tensors.w), at.partial, tokens, at.length,
+                                    layer.n, at.splits},
+                                   stream);
+        });
+        next([&] {
+            return launch<GemvSum<T>>({at.partial, at.nu, at.eta, tensors.row_sum, tensors.bias,
+                                       static_cast<T*>(tensors.y), tokens, layer.n, at.splits},
+                                      stream);
+        });
+        return error;
+    }
+    Gemm const gemm{at.packed != nullptr ? at.packed : at.pruned, at.metadata, tensors.w, at.nu, at.eta, tensors.row_sum,
+                    tensors.bias, tensors.y, tokens, at.padded, layer.k, layer.n};
+    next([&] { return at.packed != nullptr ? sparse_gemm<T>(tile, gemm, stream) : dense_gemm<T>(tile, gemm, stream); });
+    return error;
+}
+
+template cudaError_t run_layer<__half>(Layer const&, Tensors const&, int, Tile, void*, cudaStream_t);
+template cudaError_t run_layer<__nv_bfloat16>(Layer const&, Tensors const&, int, Tile, void*, cudaStream_t);
+
+}  // namespace nmsparse

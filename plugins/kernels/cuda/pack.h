@@ -1,0 +1,167 @@
+// 2:4 for the tensor cores: from X[T, K] to the kept values, their metadata in the layout that mma.sp is loaded from,
+// and each token's scale, in one pass.
+//
+// A block has 32 tokens and 8 warps; warp w has the tokens w, w + 8, w + 16 and w + 24, because their metadata lie
+// side by side. A lane takes 32 channels of its four tokens at a time: 64 bytes of X in, 32 bytes of values and 16
+// bytes of metadata out.
+//
+// values   [padded, K / 2], the kept channels in their order. 1:4 fills up with a zero.
+// metadata [K / 32, padded] words of 32 bits. PTX wants the 2-bit places of 16 channels in 16 bits; of 32 channels a
+//          token t of its 32 owns two halves, lo and hi. With a = t % 8 and q = t / 8, row 4a + (q & ~1) holds the lo
+//          of the tokens of q & ~1 and q | 1, and the row after it their hi. (CUTLASS: reorder_meta, for ldmatrix.)
+//
+// padded is T up to the next 32: the rows beyond T are packed as tokens of zeros.
+#pragma once
+
+#include "../select.h"
+
+namespace nmsparse {
+
+template <class T>
+struct Pack {
+    static constexpr int THREADS = 256, PHASES = 2, TOKENS = 32, CHANNELS = 32, LANES = 32, ROWS = 4;
+
+    struct Args {
+        T const* x;                  // [tokens, k]
+        float const* channel_scale;  // [k] or null
+        float const* shift;          // [k] or null
+        float const* eta;            // [tokens] or null
+        int32_t const* permutation;  // [k] or null: place -> channel; the rows of W are in the order of the places
+        T* values;                   // [padded, k / 2]
+        uint32_t* metadata;          // [k / 32, padded]
+        float* nu;                   // [padded] or null
+        int tokens, padded, k, keep;
+    };
+
+    struct alignas(16) Words {
+        uint32_t at[4];
+    };
+
+    struct Shared {
+        Moments z[TOKENS][LANES], kept[TOKENS][LANES];
+    };
+
+    static int blocks_x(Args const& args) { return args.padded / TOKENS; }
+    static int blocks_y(Args const&) { return 1; }
+
+    template <int PHASE>
+    NMSPARSE_DEVICE static void phase(Args const& args, Shared& shared, Place place) {
+        if constexpr (PHASE == 0)
+            pack(args, shared, place);
+        else if (args.nu != nullptr && place.thread < TOKENS)
+            scale(args, shared, place);
+    }
+
+    NMSPARSE_DEVICE static void pack(Args const& args, Shared& shared, Place place) {
+        int const warp = place.thread / LANES, lane = place.thread % LANES, first = place.block_x * TOKENS;
+        Moments of_z[ROWS], of_kept[ROWS];
+        for (int chunk = lane; chunk < args.k / CHANNELS; chunk += LANES) {
+            uint32_t halves[ROWS][2];
+#pragma unroll
+            for (int row = 0; row < ROWS; ++row) {
+                int const token = first + warp + 8 * row;
+                float z[CHANNELS], kept[CHANNELS];
+                load(args, token, chunk * CHANNELS, z);
+                Eight<T> out[2];
+                halves[row][0] = choose(args, chunk * CHANNELS, z, kept, out[0]);
+                halves[row][1] = choose(args, chunk * CHANNELS + 16, z + 16, kept + 16, out[1]);
+                auto* to = reinterpret_cast<Eight<T>*>(args.values + int64_t(token) * (args.k / 2) + chunk * 16);
+                to[0] = out[0];
+                to[1] = out[1];
+                if (args.nu != nullptr) {
+                    of_z[row].add(Moments::of(z));
+                    of_kept[row].add(Moments::of(kept));
+                }
+            }
+            auto* to = args.metadata + int64_t(chunk) * args.padded + first + 4 * warp;
+            *reinterpret_cast<Words*>(to) = {{halves[0][0] | halves[1][0] << 16, halves[0][1] | halves[1][1] << 16,
+                                              halves[2][0] | halves[3][0] << 16, halves[2][1] | halves[3][1] << 16}};
+        }
+        if (args.nu != nullptr)
+#pragma unroll
+            for (int row = 0; row < ROWS; ++row) {
+                shared.z[warp + 8 * row][lane] = of_z[row];
+                shared.kept[warp + 8 * row][lane] = of_kept[row];
+            }
+    }
+
+    // z of 32 channels from `place` on; of a row beyond the last token, zeros.
+    NMSPARSE_DEVICE static void load(Args const& args, int token, int place, float (&z)[CHANNELS]) {
+        if (token >= args.tokens) {
+#pragma unroll
+            for (int i = 0; i < CHANNELS; ++i) z[i] = 0;
+            return;
+        }
+        T const* row = args.x + int64_t(token) * args.k;
+        if (args.permutation != nullptr) {
+#pragma unroll
+            for (int i = 0; i < CHANNELS; ++i) z[i] = widen(row[args.permutation[place + i]]);
+        } else {
+            auto const* from = reinterpret_cast<Eight<T> const*>(row + place);
+#pragma unroll
+            for (int i = 0; i < CHANNELS; i += 8) {
+                Eight<T> const eight = from[i / 8];
+#pragma unroll
+                for (int j = 0; j < 8; ++j) z[i + j] = widen(eight.at[j]);
+            }
+        }
+        if (args.eta != nullptr)
+#pragma unroll
+            for (int i = 0; i < CHANNELS; ++i) z[i] -= args.eta[token];
+        else if (args.shift != nullptr)
+#pragma unroll
+            for (int i = 0; i < CHANNELS; ++i) z[i] -= args.shift[channel(args, place + i)];
+    }
+
+    NMSPARSE_DEVICE static int channel(Args const& args, int place) {
+        return args.permutation == nullptr ? place : args.permutation[place];
+    }
+
+    // Of 16 channels: the kept ones as numbers beside zeros, packed, and their places in 16 bits.
+    NMSPARSE_DEVICE static uint32_t choose(Args const& args, int place, float const* z, float* kept, Eight<T>& out) {
+        uint32_t metadata = 0;
+#pragma unroll
+        for (int group = 0; group < 4; ++group) {
+            float const* of = z + 4 * group;
+            float scores[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i)
+                scores[i] = score(of[i], args.channel_scale == nullptr
+                                             ? 1
+                                             : args.channel_scale[channel(args, place + 4 * group + i)]);
+            bool keep[4];
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                int rank = 0;
+#pragma unroll
+                for (int j = 0; j < 4; ++j) rank += j != i && before(scores[j], j, scores[i], i);
+                keep[i] = rank < args.keep;
+                kept[4 * group + i] = keep[i] ? of[i] : 0;
+            }
+            // The first kept place is 0 to 2, the last 1 to 3: with one kept, a dropped one beside it is sent as zero.
+            int const low = keep[0] ? 0 : keep[1] ? 1 : 2, high = keep[3] ? 3 : keep[2] ? 2 : 1;
+            int const second = high > low ? high : low + 1;
+            float lowest = 0, highest = 0;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                lowest = i == low ? kept[4 * group + i] : lowest;
+                highest = i == second ? kept[4 * group + i] : highest;
+            }
+            narrow(lowest, out.at[2 * group]);
+            narrow(highest, out.at[2 * group + 1]);
+            metadata |= uint32_t(low | second << 2) << 4 * group;
+        }
+        return metadata;
+    }
+
+    NMSPARSE_DEVICE static void scale(Args const& args, Shared& shared, Place place) {
+        Moments z, kept;
+        for (int lane = 0; lane < LANES; ++lane) {
+            z.add(shared.z[place.thread][lane]);
+            kept.add(shared.kept[place.thread][lane]);
+        }
+        args.nu[place.block_x * TOKENS + place.thread] = token_scale(z, kept);
+    }
+};
+
+}  // namespace nmsparse

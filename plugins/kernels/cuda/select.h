@@ -1,0 +1,135 @@
+// Any N:M: from X[T, K] to the kept channels of each token, as a list for the row-skipping GEMV or beside zeros for a
+// dense GEMM, and the moments that its scale is made of.
+//
+// A block has some whole groups of one token. A thread ranks a channel by counting who goes before it in its group.
+#pragma once
+
+#include "../select.h"
+
+namespace nmsparse {
+
+template <class T>
+struct Select {
+    static constexpr int THREADS = 256, PHASES = 5, PLACES = 1024, PARTS = 16;
+
+    struct Args {
+        T const* x;                  // [tokens, k]
+        float const* channel_scale;  // [k] or null
+        float const* shift;          // [k] or null
+        float const* eta;            // [tokens] or null
+        int32_t const* permutation;  // [k] or null: place -> channel; the rows of W are in the order of the places
+        int32_t* rows;               // [tokens, k / group * keep] or null: the kept places, rising
+        float* values;               // [tokens, k / group * keep]: z there, as T has it
+        T* pruned;                   // [tokens, k] or null
+        Moments* z;                  // [tokens, blocks_x] or null
+        Moments* kept;               // likewise
+        int tokens, k, keep, group;  // group is at most PLACES
+    };
+
+    struct Shared {
+        float z[PLACES], scores[PLACES];
+        bool keep[PLACES];
+        Moments of_z[THREADS], of_kept[THREADS];
+    };
+
+    NMSPARSE_DEVICE static int places(Args const& args) { return PLACES / args.group * args.group; }
+    NMSPARSE_DEVICE static int blocks_x(Args const& args) { return (args.k + places(args) - 1) / places(args); }
+    static int blocks_y(Args const& args) { return args.tokens; }
+
+    template <int PHASE>
+    NMSPARSE_DEVICE static void phase(Args const& args, Shared& shared, Place place) {
+        int const first = place.block_x * places(args);
+        int const count = args.k - first < places(args) ? args.k - first : places(args);
+        if constexpr (PHASE == 0) {
+            for (int i = place.thread; i < count; i += THREADS) load(args, shared, place.block_y, first, i);
+        } else if constexpr (PHASE == 1) {
+            for (int i = place.thread; i < count; i += THREADS) {
+                int const begin = i / args.group * args.group;
+                int rank = 0;
+                for (int j = begin; j < begin + args.group; ++j)
+                    rank += before(shared.scores[j], j, shared.scores[i], i);
+                shared.keep[i] = rank < args.keep;
+            }
+        } else if constexpr (PHASE == 2) {
+            for (int i = place.thread; i < count; i += THREADS) write(args, shared, place.block_y, first, i);
+            if (args.z != nullptr) moments(shared, place.thread, count);
+        } else if (args.z != nullptr) {
+            // 256 moments to 16, and these to one; always in the same order.
+            constexpr int STRIDE = PHASE == 3 ? 1 : PARTS;
+            if (place.thread % (STRIDE * PARTS) != 0) return;
+            for (int i = 1; i < PARTS; ++i) {
+                shared.of_z[place.thread].add(shared.of_z[place.thread + i * STRIDE]);
+                shared.of_kept[place.thread].add(shared.of_kept[place.thread + i * STRIDE]);
+            }
+            if (PHASE == 4) {
+                int64_t const at = int64_t(place.block_y) * blocks_x(args) + place.block_x;
+                args.z[at] = shared.of_z[0];
+                args.kept[at] = shared.of_kept[0];
+            }
+        }
+    }
+
+    NMSPARSE_DEVICE static void load(Args const& args, Shared& shared, int token, int first, int i) {
+        int const channel = args.permutation == nullptr ? first + i : args.permutation[first + i];
+        float z = widen(args.x[int64_t(token) * args.k + channel]);
+        if (args.eta != nullptr)
+            z -= args.eta[token];
+        else if (args.shift != nullptr)
+            z -= args.shift[channel];
+        shared.z[i] = z;
+        shared.scores[i] = score(z, args.channel_scale == nullptr ? 1 : args.channel_scale[channel]);
+    }
+
+    NMSPARSE_DEVICE static void write(Args const& args, Shared& shared, int token, int first, int i) {
+        T value;
+        narrow(shared.keep[i] ? shared.z[i] : 0, value);
+        if (args.pruned != nullptr) args.pruned[int64_t(token) * args.k + first + i] = value;
+        if (args.rows == nullptr || !shared.keep[i]) return;
+        int earlier = 0;
+        for (int j = i / args.group * args.group; j < i; ++j) earlier += shared.keep[j];
+        int64_t const at =
+            int64_t(token) * (args.k / args.group * args.keep) + (first + i) / args.group * args.keep + earlier;
+        args.rows[at] = first + i;
+        args.values[at] = widen(value);
+    }
+
+    NMSPARSE_DEVICE static void moments(Shared& shared, int thread, int count) {
+        Moments z, kept;
+        for (int i = thread; i < count; i += THREADS) {
+            z.add({1, shared.z[i], 0});
+            kept.add({1, shared.keep[i] ? shared.z[i] : 0, 0});
+        }
+        shared.of_z[thread] = z;
+        shared.of_kept[thread] = kept;
+    }
+};
+
+// nu of each token, `[tokens]`, from the moments of its parts.
+struct TokenScale {
+    static constexpr int THREADS = 64, PHASES = 1;
+
+    struct Args {
+        Moments const *z, *kept;  // [tokens, parts]
+        float* nu;                // [tokens]
+        int tokens, parts;
+    };
+
+    struct Shared {};
+
+    static int blocks_x(Args const& args) { return (args.tokens + THREADS - 1) / THREADS; }
+    static int blocks_y(Args const&) { return 1; }
+
+    template <int PHASE>
+    NMSPARSE_DEVICE static void phase(Args const& args, Shared&, Place place) {
+        int const token = place.block_x * THREADS + place.thread;
+        if (token >= args.tokens) return;
+        Moments z, kept;
+        for (int part = 0; part < args.parts; ++part) {
+            z.add(args.z[int64_t(token) * args.parts + part]);
+            kept.add(args.kept[int64_t(token) * args.parts + part]);
+        }
+        args.nu[token] = token_scale(z, kept);
+    }
+};
+
+}  // namespace nmsparse

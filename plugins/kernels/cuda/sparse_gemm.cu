@@ -1,0 +1,38 @@
+// Prefill on sparse tensor cores (mma.sp): the activations are the sparse operand, 2:4 along K.
+#include <cutlass/gemm/device/gemm_sparse_with_visitor.h>
+
+#include "gemm.h"
+
+namespace nmsparse {
+
+template <class T, Tile TILE>
+cudaError_t sparse_gemm_of(Gemm const& args, cudaStream_t stream) {
+    using E = typename Element<T>::type;
+    using Shape = ShapeOf<TILE>;
+    using Epilogue = Epilogue<E, Shape>;
+    using Kernel = cutlass::gemm::device::SparseGemmWithVisitor<
+        E, Row, E, Row, E, Row, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, typename Shape::Block,
+        typename Shape::Warp, cutlass::gemm::GemmShape<16, 8, 32>, typename Epilogue::Tree,
+        cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<>, Shape::STAGES, 8, 8, cutlass::arch::OpMultiplyAdd, 1>;
+    using Metadata = typename Kernel::ElementE;
+    typename Kernel::Arguments const arguments(
+        {args.padded, args.n, args.k}, {static_cast<E const*>(args.a), args.k / 2}, {static_cast<E const*>(args.w), args.n},
+        {reinterpret_cast<Metadata*>(const_cast<uint32_t*>(args.metadata)), Kernel::LayoutE::packed({args.padded, args.k / 16})},
+        Epilogue::arguments(args));
+    cutlass::Status const status = Kernel::can_implement(arguments);
+    return status_of(status == cutlass::Status::kSuccess ? Kernel()(arguments, nullptr, stream) : status);
+}
+
+template <class T>
+cudaError_t sparse_gemm(Tile tile, Gemm const& args, cudaStream_t stream) {
+    switch (tile) {
+        case Tile::WIDE: return sparse_gemm_of<T, Tile::WIDE>(args, stream);
+        case Tile::TALL: return sparse_gemm_of<T, Tile::TALL>(args, stream);
+        case Tile::SMALL: return sparse_gemm_of<T, Tile::SMALL>(args, stream);
+        default: return cudaErrorInvalidValue;
+    }
+}
+
+template cudaError_t sparse_gemm<NMSPARSE_TYPE>(Tile, Gemm const&, cudaStream_t);
+
+}  // namespace nmsparse

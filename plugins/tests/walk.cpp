@@ -1,0 +1,80 @@
+// Stands in for kernels.cu and the GEMMs of CUTLASS where there is no GPU: the kernels' own source, its grid walked by
+// loops, and products by their definition. Of the sparse one the values and metadata are read by CUTLASS's own code.
+#include <algorithm>
+#include <memory>
+#include <vector>
+
+#include "../kernels/cuda/launch.h"
+
+extern "C" void pack_uncompressed(uint16_t* values, uint16_t const* metadata, uint16_t* pruned, int padded, int k);
+
+namespace nmsparse {
+
+namespace {
+
+template <class Kernel, int PHASE = 0>
+void walk_block(typename Kernel::Args const& args, typename Kernel::Shared& shared, Place place) {
+    for (place.thread = 0; place.thread < Kernel::THREADS; ++place.thread)
+        Kernel::template phase<PHASE>(args, shared, place);
+    if constexpr (PHASE + 1 < Kernel::PHASES) walk_block<Kernel, PHASE + 1>(args, shared, place);
+}
+
+template <class T>
+void multiply(T const* a, Gemm const& args) {
+    auto const* w = static_cast<T const*>(args.w);
+    for (int row = 0; row < args.tokens; ++row)
+        for (int column = 0; column < args.n; ++column) {
+            float sum = 0;
+            for (int i = 0; i < args.k; ++i)
+                sum += widen(a[int64_t(row) * args.k + i]) * widen(w[int64_t(i) * args.n + column]);
+            if (args.nu != nullptr) sum *= args.nu[row];
+            if (args.eta != nullptr && args.row_sum != nullptr) sum += args.eta[row] * args.row_sum[column];
+            if (args.bias != nullptr) sum += args.bias[column];
+            narrow(sum, static_cast<T*>(args.y)[int64_t(row) * args.n + column]);
+        }
+}
+
+}  // namespace
+
+template <class Kernel>
+cudaError_t launch(typename Kernel::Args const& args, cudaStream_t) {
+    // One block's memory for all, never cleared: as on a GPU, a block finds what another left.
+    auto const shared = std::make_unique<typename Kernel::Shared>();
+    for (int y = 0; y < Kernel::blocks_y(args); ++y)
+        for (int x = 0; x < Kernel::blocks_x(args); ++x) walk_block<Kernel>(args, *shared, {x, y, 0});
+    return cudaSuccess;
+}
+
+template <class T>
+cudaError_t sparse_gemm(Tile, Gemm const& args, cudaStream_t) {
+    std::vector<uint16_t> values(size_t(args.padded) * args.k / 2), pruned(size_t(args.padded) * args.k);
+    std::copy_n(static_cast<uint16_t const*>(args.a), values.size(), values.data());
+    pack_uncompressed(values.data(), reinterpret_cast<uint16_t const*>(args.metadata), pruned.data(), args.padded, args.k);
+    multiply(reinterpret_cast<T const*>(pruned.data()), args);
+    return cudaSuccess;
+}
+
+template <class T>
+cudaError_t dense_gemm(Tile, Gemm const& args, cudaStream_t) {
+    multiply(static_cast<T const*>(args.a), args);
+    return cudaSuccess;
+}
+
+#define INSTANCE(...) template cudaError_t launch<__VA_ARGS__>(__VA_ARGS__::Args const&, cudaStream_t)
+INSTANCE(Pack<__half>);
+INSTANCE(Pack<__nv_bfloat16>);
+INSTANCE(Select<__half>);
+INSTANCE(Select<__nv_bfloat16>);
+INSTANCE(TokenShift<__half>);
+INSTANCE(TokenShift<__nv_bfloat16>);
+INSTANCE(TokenScale);
+INSTANCE(Gemv<__half>);
+INSTANCE(Gemv<__nv_bfloat16>);
+INSTANCE(GemvSum<__half>);
+INSTANCE(GemvSum<__nv_bfloat16>);
+template cudaError_t sparse_gemm<__half>(Tile, Gemm const&, cudaStream_t);
+template cudaError_t sparse_gemm<__nv_bfloat16>(Tile, Gemm const&, cudaStream_t);
+template cudaError_t dense_gemm<__half>(Tile, Gemm const&, cudaStream_t);
+template cudaError_t dense_gemm<__nv_bfloat16>(Tile, Gemm const&, cudaStream_t);
+
+}  // namespace nmsparse

@@ -1,0 +1,61 @@
+"""`nmsparse inspect`: what each layer of OUT costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+from conftest import PLAIN, make_tiny
+
+from converter import convert
+from converter.recipe import Recipe
+
+
+def test_every_layer_and_what_a_token_costs(
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]], tmp_path: Path
+) -> None:
+    recipe: Recipe = PLAIN.replace(
+        {
+            "patterns": {"*.q_proj": "1:4", "*.k_proj": "dense"},
+            "dtype": "float16",
+            "mitigation": "r_sparse",
+            "rank": 4,
+            "calibration.source": "python",
+        }
+    )
+    out = convert(str(make_tiny(tmp_path / "model")), tmp_path / "out", recipe)
+    found = nmsparse("inspect", out, "--json")
+    assert found.returncode == 0, found.stderr
+    layers = {layer["name"]: layer for layer in json.loads(found.stdout)}
+    assert len(layers) == 18, "k_proj is dense: no op, no row"
+    # 64 channels to 64, 16-bit weights, one of four used; the factors are [64, 4] and [4, 64].
+    assert layers["model.layers.1.self_attn.q_proj"] == {
+        "name": "model.layers.1.self_attn.q_proj",
+        "in_features": 64,
+        "out_features": 64,
+        "keep": 1,
+        "group": 4,
+        "bytes": 8192,
+        "sparse_bytes": 2048 + 1024,
+        "products": 4096,
+        "sparse_products": 1024 + 512,
+    }
+    down = layers["model.layers.2.mlp.down_proj"]
+    assert (down["in_features"], down["out_features"], down["keep"], down["group"]) == (96, 64, 8, 16)
+    table = nmsparse("inspect", out)
+    assert table.returncode == 0, table.stderr
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.stdout.splitlines() if "│" in line]
+    assert ["q_proj", "3", "64 x 64", "1:4", "38%", "0.0", "0.0"] in rows
+    assert ["all", "18", "", "1:4 to", "58%", "0.2", "0.1"] in rows, rows
+
+
+def test_what_is_no_exported_model(
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]], tiny: Path, tmp_path: Path
+) -> None:
+    assert nmsparse("inspect", tmp_path).returncode == 15
+    calibrated = tmp_path / "calibrated"
+    assert nmsparse("calibrate", tiny, calibrated, "--pattern", "8:16", "--mitigation", "none").returncode == 0
+    found = nmsparse("inspect", calibrated)
+    assert (found.returncode, "must hold model.onnx, got none" in found.stderr) == (15, True), found.stderr

@@ -1,0 +1,342 @@
+"""The CUDA kernels, walked by a CPU, against the reference: `make test` builds them for both."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import c_bool, c_int, c_void_p
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from converter.sparsity.linear import SHIFT_MODES, Params, SparseLinear, bake, prune, token_scale, token_shift
+
+DTYPES = [torch.float16, torch.bfloat16]
+TOKENS, PLACES = 32, 1024  # of a block of Pack; of Select
+
+
+def _args(pointers: Sequence[str], numbers: Sequence[str], flags: Sequence[str] = ()) -> type[ctypes.Structure]:
+    fields = [(n, c_void_p) for n in pointers] + [(n, c_int) for n in numbers] + [(n, c_bool) for n in flags]
+    return type("Args", (ctypes.Structure,), {"_fields_": fields})
+
+
+COMMON = ("x", "channel_scale", "shift", "eta", "permutation")
+ARGS = {
+    "pack": _args((*COMMON, "values", "metadata", "nu"), ("tokens", "padded", "k", "keep")),
+    "select": _args((*COMMON, "rows", "values", "pruned", "z", "kept"), ("tokens", "k", "keep", "group")),
+    "token_shift": _args(("x", "eta"), ("tokens", "k"), ("median",)),
+    "token_scale": _args(("z", "kept", "nu"), ("tokens", "parts")),
+    "gemv": _args(("rows", "values", "w", "partial"), ("tokens", "length", "n", "splits")),
+    "layer": _args((), ("k", "n", "keep", "group", "shift_mode", "variance", "gemv_tokens", "sparse_tokens")),
+    "tensors": _args(("x", "w", "bias", "channel_scale", "shift", "row_sum", "permutation", "y"), ()),
+    "gemv_sum": _args(("partial", "nu", "eta", "row_sum", "bias", "y"), ("tokens", "n", "splits")),
+}
+
+
+@pytest.fixture(scope="module")
+def native(plugins: Path) -> Any:
+    """Call a kernel by its name and dtype, with tensors where it has pointers."""
+    library = ctypes.CDLL(str(plugins / "libnmsparse_host.so"))
+
+    def run(kernel: str, dtype: torch.dtype | None = None, **arguments: Tensor | int | None) -> None:
+        name = kernel if dtype is None else f"{kernel}_{str(dtype).removeprefix('torch.')}"
+        for tensor in arguments.values():
+            assert not isinstance(tensor, Tensor) or tensor.is_contiguous()
+        given = {n: a.data_ptr() if isinstance(a, Tensor) else a for n, a in arguments.items()}
+        assert set(given) <= {field for field, *_ in ARGS[kernel]._fields_}
+        getattr(library, name)(ctypes.byref(ARGS[kernel](**given)))
+
+    def uncompress(values: Tensor, metadata: Tensor, k: int) -> Tensor:
+        pruned = torch.empty(len(values), k, dtype=values.dtype)
+        pointers = (c_void_p(t.data_ptr()) for t in (values, metadata, pruned))
+        library.pack_uncompressed(*pointers, len(values), k)
+        return pruned
+
+    library.layer_workspace.restype = ctypes.c_size_t
+
+    def layer(dtype: torch.dtype, tokens: int, shape: dict[str, int], tensors: dict[str, Tensor | None]) -> int:
+        """Run a layer as the plugin does and return its path; the workspace is as large as it asks for 40 tokens."""
+        described = ARGS["layer"](**shape)
+        workspace = torch.full((library.layer_workspace(ctypes.byref(described), 40),), 0x55, dtype=torch.uint8)
+        pointers = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
+        call = getattr(library, f"layer_{str(dtype).removeprefix('torch.')}")
+        given = ctypes.byref(described), ctypes.byref(ARGS["tensors"](**pointers)), tokens
+        assert call(*given, c_void_p(workspace.data_ptr())) == 0
+        path: int = library.layer_path(ctypes.byref(described), tokens)
+        return path
+
+    return SimpleNamespace(run=run, uncompress=uncompress, layer=layer)
+
+
+def awkward(tokens: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """Return activations `[tokens, k]` in which there are ties, zeros of both signs, Inf and NaN, and rows of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(tokens, k, generator=generator).to(dtype)
+    x[torch.rand(tokens, k, generator=generator) < 0.3] = 0.5
+    x[torch.rand(tokens, k, generator=generator) < 0.2] = -0.5
+    x[torch.rand(tokens, k, generator=generator) < 0.1] = 0.0
+    x[torch.rand(tokens, k, generator=generator) < 0.05] = -0.0
+    if tokens > 3:
+        x[1] = 0
+        x[2, ::5] = torch.inf
+        x[2, 1::7] = -torch.inf
+        x[3, 2::6] = torch.nan
+    return x
+
+
+def the_params(keep: int, group: int, k: int, shift_mode: str, permuted: bool, variance: bool = True) -> Params:
+    generator = torch.Generator().manual_seed(k + keep)
+    return Params(
+        keep,
+        group,
+        shift_mode=shift_mode,
+        variance=variance,
+        channel_scale=torch.rand(k, generator=generator).round(decimals=1) + 0.5,
+        shift=torch.randn(k, generator=generator) if shift_mode == "static" else None,
+        permutation=torch.randperm(k, generator=generator) if permuted else None,
+    )
+
+
+def given_to_kernel(x: Tensor, params: Params) -> dict[str, Tensor | None]:
+    per_token = params.shift_mode in {"token_mean", "token_median"}
+    eta = token_shift(x.float(), params.shift_mode, params.shift) if per_token else None
+    return {
+        "x": x,
+        "channel_scale": params.channel_scale,
+        "shift": params.shift,
+        "eta": eta,
+        "permutation": None if params.permutation is None else params.permutation.int(),
+    }
+
+
+def in_places(of_channels: Tensor, params: Params) -> Tensor:
+    return of_channels if params.permutation is None else of_channels[:, params.permutation]
+
+
+def assert_same_bits(found: Tensor, expected: Tensor) -> None:
+    """NaN equals NaN, and zeros are equal whatever their sign: a dropped channel is +0, a kept one may be -0."""
+    assert torch.equal(found.nan_to_num(123.0), expected.nan_to_num(123.0))
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("keep", [1, 2])
+@pytest.mark.parametrize("shift_mode", ["none", "static", "token_mean"])
+@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize(("tokens", "k"), [(1, 64), (33, 96), (64, 1088)])
+def test_pack_is_the_pruned_input(
+    native: Any, dtype: torch.dtype, keep: int, shift_mode: str, permuted: bool, tokens: int, k: int
+) -> None:
+    x, params = awkward(tokens, k, dtype), the_params(keep, 4, k, shift_mode, permuted)
+    padded = -(-tokens // TOKENS) * TOKENS
+    values = torch.full((padded, k // 2), 7, dtype=dtype)
+    metadata = torch.full((k // 32, padded), -1, dtype=torch.int32)
+    nu = torch.full((padded,), 7.0)
+    kernel = given_to_kernel(x, params)
+    native.run(
+        "pack", dtype, **kernel, values=values, metadata=metadata, nu=nu, tokens=tokens, padded=padded, k=k, keep=keep
+    )
+    z, zs, _ = prune(x.float(), params)
+    expected = in_places(zs, params).to(dtype)
+    assert_same_bits(native.uncompress(values, metadata, k)[:tokens], expected)
+    assert not native.uncompress(values, metadata, k)[tokens:].any()
+    torch.testing.assert_close(nu[:tokens], token_scale(z, zs)[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
+    low, high = metadata.view(torch.int16).int() & 3, metadata.view(torch.int16).int() >> 2 & 3
+    assert (low < high).all(), "mma.sp wants the two places of a group rising"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("keep", "group"), [(8, 16), (2, 4), (5, 16), (1, 2), (16, 32), (3, 100), (200, 600)])
+@pytest.mark.parametrize("shift_mode", ["none", "static", "token_median"])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_select_lists_and_prunes_as_the_reference(
+    native: Any, dtype: torch.dtype, keep: int, group: int, shift_mode: str, permuted: bool
+) -> None:
+    tokens, k = 5, 2400 if 2400 % group == 0 else 2048
+    x, params = awkward(tokens, k, dtype), the_params(keep, group, k, shift_mode, permuted)
+    length, parts = k // group * keep, -(-k // (PLACES // group * group))
+    rows, values = torch.full((tokens, length), -1, dtype=torch.int32), torch.full((tokens, length), 7.0)
+    pruned = torch.full((tokens, k), 7, dtype=dtype)
+    moments = torch.empty(2, tokens, parts, 3)
+    nu = torch.empty(tokens)
+    kernel = given_to_kernel(x, params)
+    native.run(
+        "select",
+        dtype,
+        **kernel,
+        rows=rows,
+        values=values,
+        pruned=pruned,
+        z=moments[0],
+        kept=moments[1],
+        tokens=tokens,
+        k=k,
+        keep=keep,
+        group=group,
+    )
+    native.run("token_scale", z=moments[0], kept=moments[1], nu=nu, tokens=tokens, parts=parts)
+    z, zs, _ = prune(x.float(), params)
+    expected = in_places(zs, params).to(dtype)
+    assert_same_bits(pruned, expected)
+    assert (rows.diff() > 0).all()
+    listed = torch.zeros(tokens, k).scatter(1, rows.long(), values)
+    assert_same_bits(listed, expected.float())
+    torch.testing.assert_close(nu, token_scale(z, zs)[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [1, 2, 7, 64, 1000])
+def test_token_shift_is_the_mean_and_the_lower_median(native: Any, dtype: torch.dtype, k: int) -> None:
+    x = torch.randn(6, k, generator=torch.Generator().manual_seed(k)).to(dtype)
+    x[1] = 0.25
+    x[2] = -torch.arange(k)
+    x[3, 0] = torch.nan
+    x[4, : (k + 1) // 2] = torch.inf
+    eta = torch.empty(6)
+    native.run("token_shift", dtype, x=x, eta=eta, tokens=6, k=k, median=True)
+    assert_same_bits(eta, x.float().median(-1).values)
+    native.run("token_shift", dtype, x=x, eta=eta, tokens=6, k=k, median=False)
+    torch.testing.assert_close(eta, x.float().mean(-1), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@settings(deadline=None, max_examples=60)
+@given(data=st.data())
+def test_token_median_of_any_bits(native: Any, data: st.DataObject) -> None:
+    dtype = data.draw(st.sampled_from(DTYPES))
+    bits = data.draw(st.lists(st.integers(-(2**15), 2**15 - 1), min_size=1, max_size=40))
+    x = torch.tensor(bits, dtype=torch.int16).view(dtype)[None]
+    eta = torch.empty(1)
+    native.run("token_shift", dtype, x=x, eta=eta, tokens=1, k=len(bits), median=True)
+    assert_same_bits(eta, x.float().median(-1).values)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("tokens", "k", "n"), [(1, 576, 1536), (3, 1536, 576), (8, 64, 8), (2, 96, 264)])
+@pytest.mark.parametrize("splits", [1, 3])
+@pytest.mark.parametrize("shift_mode", ["none", "token_median"])
+def test_decode_is_the_layer(
+    native: Any, dtype: torch.dtype, tokens: int, k: int, n: int, splits: int, shift_mode: str
+) -> None:
+    generator = torch.Generator().manual_seed(k)
+    params = the_params(8, 16, k, shift_mode, permuted=True)
+    weight, bias = torch.randn(n, k, generator=generator).to(dtype), torch.randn(n, generator=generator)
+    x = (torch.randn(tokens, k, generator=generator) + 0.3).to(dtype)
+    baked = bake(weight.float(), bias, params)
+    length, parts = k // 2, -(-k // PLACES)
+    rows, values = torch.empty(tokens, length, dtype=torch.int32), torch.empty(tokens, length)
+    moments, nu, eta = torch.empty(2, tokens, parts, 3), torch.empty(tokens), torch.empty(tokens)
+    kernel = given_to_kernel(x, params)
+    if shift_mode == "token_median":
+        native.run("token_shift", dtype, x=x, eta=eta, tokens=tokens, k=k, median=True)
+        kernel["eta"] = eta
+    native.run(
+        "select",
+        dtype,
+        **kernel,
+        rows=rows,
+        values=values,
+        z=moments[0],
+        kept=moments[1],
+        tokens=tokens,
+        k=k,
+        keep=8,
+        group=16,
+    )
+    native.run("token_scale", z=moments[0], kept=moments[1], nu=nu, tokens=tokens, parts=parts)
+    w = baked.weight[params.permutation].to(dtype).contiguous()  # the rows of W in the order of the places
+    partial, y = torch.full((tokens, splits, n), torch.nan), torch.empty(tokens, n, dtype=dtype)
+    native.run(
+        "gemv", dtype, rows=rows, values=values, w=w, partial=partial, tokens=tokens, length=length, n=n, splits=splits
+    )
+    native.run(
+        "gemv_sum",
+        dtype,
+        partial=partial,
+        nu=nu,
+        eta=kernel["eta"],
+        row_sum=baked.row_sum,
+        bias=baked.bias,
+        y=y,
+        tokens=tokens,
+        n=n,
+        splits=splits,
+    )
+    # In float64, but with the pruned input as T has it: that is what the kernel multiplies.
+    z, zs, shift = prune(x.float(), params)
+    expected = (zs.to(dtype).double() @ weight.double().t()) * token_scale(z, zs).double() + bias
+    expected += 0 if shift_mode == "none" else shift.double() * baked.row_sum.double()
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, rtol=step, atol=step * k**0.5 / 16)
+    close = {"rtol": 8 * step, "atol": step * k**0.5}
+    torch.testing.assert_close(y.float(), SparseLinear(baked)(x.float()[None])[0], **close)
+
+
+GEMV, SPARSE, DENSE = range(3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (8, 16)])
+@pytest.mark.parametrize("shift_mode", ["none", "static", "token_mean", "token_median"])
+@pytest.mark.parametrize(("variance", "permuted", "biased"), [(True, True, True), (False, False, False)])
+@pytest.mark.parametrize(
+    ("tokens", "fast"), [(1, GEMV), (4, GEMV), (5, DENSE), (31, DENSE), (32, SPARSE), (40, SPARSE)]
+)
+def test_layer_is_the_reference_on_every_path(
+    native: Any,
+    dtype: torch.dtype,
+    keep: int,
+    group: int,
+    shift_mode: str,
+    variance: bool,
+    permuted: bool,
+    biased: bool,
+    tokens: int,
+    fast: int,
+) -> None:
+    k, n = 192, 40
+    params = the_params(keep, group, k, shift_mode, permuted, variance)
+    generator = torch.Generator().manual_seed(tokens)
+    weight = torch.randn(n, k, generator=generator).to(dtype)
+    bias = torch.randn(n, generator=generator) if biased else None
+    x = (torch.randn(tokens, k, generator=generator) + 0.3).to(dtype)
+    baked = bake(weight.float(), bias, params)
+    w = baked.weight.to(dtype)
+    y = torch.full((tokens, n), torch.nan, dtype=dtype)
+    tensors = {
+        "x": x,
+        "w": (w if params.permutation is None else w[params.permutation]).contiguous(),
+        "bias": baked.bias,
+        "channel_scale": baked.channel_scale,
+        "shift": baked.shift,
+        "row_sum": baked.row_sum,
+        "permutation": None if params.permutation is None else params.permutation.int(),
+        "y": y,
+    }
+    shape = {"k": k, "n": n, "keep": keep, "group": group, "shift_mode": SHIFT_MODES.index(shift_mode)}
+    shape |= {"variance": int(variance), "gemv_tokens": 4, "sparse_tokens": 32}
+    assert native.layer(dtype, tokens, shape, tensors) == (DENSE if (fast, group) == (SPARSE, 16) else fast)
+    step = torch.finfo(dtype).eps
+    expected = SparseLinear(baked)(x.float()[None])[0]
+    torch.testing.assert_close(y.float(), expected, rtol=8 * step, atol=step * k**0.5)
+
+
+def test_gemv_never_reads_a_dropped_row(native: Any) -> None:
+    k, n = 64, 16
+    x, params = torch.randn(1, k).half(), Params(2, 4)
+    rows, values = torch.empty(1, k // 2, dtype=torch.int32), torch.empty(1, k // 2)
+    native.run(
+        "select", torch.float16, **given_to_kernel(x, params), rows=rows, values=values, tokens=1, k=k, keep=2, group=4
+    )
+    w = torch.full((k, n), torch.nan, dtype=torch.float16)
+    w[rows[0].long()] = 1
+    partial = torch.empty(1, 1, n)
+    native.run(
+        "gemv", torch.float16, rows=rows, values=values, w=w, partial=partial, tokens=1, length=k // 2, n=n, splits=1
+    )
+    torch.testing.assert_close(partial[0, 0], values.sum().expand(n))

@@ -1,0 +1,130 @@
+"""The TensorRT plugin as far as it is proved without a GPU: what is compiled, and how it loads and answers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import WITH_RTX
+from resources import TABLE, TOOLS, Row, rows
+
+from converter.graph.op import DOMAIN, INPUTS, OP, VERSION
+from converter.sparsity.linear import SHIFT_MODES, VARIANCE_FLOOR
+
+SPEC = (TABLE.parent / "op_spec.h").read_text()
+SMS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+
+
+@pytest.fixture(scope="module")
+def library(plugins: Path) -> Path:
+    return plugins / "libnmsparse_tensorrt.so"
+
+
+def test_op_spec_is_the_op() -> None:
+    def names(array: str) -> tuple[str, ...]:
+        found = re.search(rf"{array}\[\] = {{(.*?)}};", SPEC, re.DOTALL)
+        assert found is not None
+        return tuple(re.findall(r'"(\w+)"', found[1]))
+
+    def enum(name: str) -> tuple[str, ...]:
+        found = re.search(rf"enum class {name} : int32_t {{(.*?)}};", SPEC, re.DOTALL)
+        assert found is not None
+        return tuple(re.findall(r"\w+", found[1]))[:-1]
+
+    assert names("INPUT_NAMES") == INPUTS
+    assert enum("Input") == tuple(name.upper() for name in INPUTS)
+    assert names("SHIFT_MODE_NAMES") == SHIFT_MODES
+    assert enum("ShiftMode") == tuple(name.upper() for name in SHIFT_MODES)
+    assert f'DOMAIN_NAME = "{DOMAIN}"' in SPEC
+    assert f'OP_NAME = "{OP}"' in SPEC
+    assert f'OP_VERSION = "{VERSION}"' in SPEC
+    found = re.search(r"VARIANCE_FLOOR = (\S+)F;", SPEC)
+    assert found is not None
+    assert float(found[1]) == VARIANCE_FLOOR
+
+
+def test_every_method_of_the_plugin(plugins: Path) -> None:
+    """With the address and undefined-behaviour sanitizers; the program says which check failed."""
+    run = subprocess.run([plugins / "plugin_test"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_kernels_take_no_more_than_the_table_says(library: Path) -> None:
+    """`python plugins/resources.py build/plugins/libnmsparse_tensorrt.so` prints the table anew."""
+    with TABLE.open() as file:
+        table = {(row["kernel"], row["sm"]): row for row in csv.DictReader(file)}
+    found = {(row.kernel, row.sm): row for row in rows(library)}
+    assert set(found) == set(table)
+    assert {sm for _, sm in found} == set(SMS)
+    worse = [
+        f"{row.kernel} on {row.sm}: {what} {getattr(row, what)}, {table[key][what]} in the table"
+        for key, row in found.items()
+        for what in Row._fields[2:]
+        if getattr(row, what) > int(table[key][what])
+    ]
+    assert not worse
+    assert all(row.stack == 0 for row in found.values()), "no kernel spills"
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_sparse_gemm_is_sparse_tensor_core_instructions(library: Path, sm: str) -> None:
+    sass = subprocess.run(
+        [TOOLS / "cuobjdump", "--dump-sass", "--gpu-architecture", sm, library],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    functions = re.split(r"\n\s*Function : ", sass)[1:]
+    sparse = [text for text in functions if "SparseGemm" in text.splitlines()[0]]
+    dense = [text for text in functions if "DefaultGemmWithVisitor" in text.splitlines()[0]]
+    assert len(sparse) == len(dense) == 6  # three tiles in two dtypes
+    assert all("HMMA.SP.16832.F32" in text for text in sparse)
+    assert all("HMMA.16816.F32" in text and "HMMA.SP" not in text for text in dense)
+    assert not any(re.search(r"\b(LDL|STL)\b", text) for text in functions), "no local memory"
+
+
+LOAD = """
+import json, sys
+import numpy, tensorrt_rtx_bindings as trt
+said = []
+class Log(trt.ILogger):
+    def log(self, severity, message):
+        said.append(message)
+logger = Log.__new__(Log)
+trt.ILogger.__init__(logger)
+trt.init_libnvinfer_plugins(logger, "") if hasattr(trt, "init_libnvinfer_plugins") else None
+registry = trt.get_plugin_registry()
+assert registry.load_library(sys.argv[1]) is not None
+creator = registry.get_creator("SparseLinear", "1", "nmsparse")
+def create(**fields):
+    def field(name, value):
+        return trt.PluginField(name, numpy.array([value], dtype=numpy.int32), trt.PluginFieldType.INT32)
+    given = [field(*item) for item in fields.items()]
+    plugin = creator.create_plugin("a", trt.PluginFieldCollection(given), trt.TensorRTPhase.BUILD)
+    return plugin is not None
+good = dict(keep=2, group=4, shift_mode=0, variance=1, inputs=3, gemv_tokens=8, sparse_tokens=1024)
+print(json.dumps({
+    "listed": sum(c.name == "SparseLinear" for c in registry.all_creators),
+    "fields": [f.name for f in creator.field_names],
+    "good": create(**good),
+    "bad keep": create(**{**good, "keep": 5}),
+    "bad field": create(**{**good, "prune_n": 2}),
+    "said": said,
+}))
+"""
+
+
+@WITH_RTX
+def test_tensorrt_rtx_loads_the_library(library: Path) -> None:
+    """In a process of its own: the ONNX parser of TensorRT-RTX ends the process that meets a plugin of the graph."""
+    run = subprocess.run([sys.executable, "-c", LOAD, library], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    found = json.loads(run.stdout.splitlines()[-1])
+    assert found["listed"] == 1
+    assert found["fields"] == ["keep", "group", "shift_mode", "variance", "inputs", "gemv_tokens", "sparse_tokens"]
+    assert (found["good"], found["bad keep"], found["bad field"]) == (True, False, False)
