@@ -158,39 +158,71 @@ def validate(
 def build(
     out: Path,
     *,
-    runtime: Literal["tensorrt-rtx"] = "tensorrt-rtx",
-    target: str,
+    runtime: Literal["tensorrt-rtx", "tensorrt"] = "tensorrt-rtx",
+    target: str | None = None,
     profile: list[str] | None = None,
     workspace_mib: int | None = None,
+    gemv_tokens: int | None = None,
+    sparse_tokens: int | None = None,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
-    """Build an engine of OUT, on a machine that needs no GPU, for the GPUs of --target.
+    """Build an engine of OUT, on a machine that needs no GPU; of tensorrt the graph, and the script that builds it.
 
     Parameters
     ----------
     runtime
-        TensorRT-RTX knows no plugins: its engine computes the sparse model by dense GEMMs.
+        TensorRT-RTX knows no plugins: its engine computes the sparse model by dense GEMMs. TensorRT runs our plugin,
+        but builds only where a GPU is: the graph with plugin nodes is written, and a script to run there.
     target
-        Compute capabilities by commas, such as sm_89,sm_120: one engine for all.
+        With tensorrt-rtx: compute capabilities by commas, such as sm_89,sm_120: one engine for all.
     profile
         Shapes to tune for, such as batch=1,tokens=1:128:512,past=0:256:1023 (MIN:OPT:MAX); may be repeated. By
         default one for decoding and one for prefill, of one sequence of up to 2048 tokens.
     workspace_mib
-        The most scratch memory of a layer on the GPU, in MiB; as TensorRT-RTX has it by default.
+        With tensorrt-rtx: the most scratch memory of a layer on the GPU, in MiB; by default its own choice.
+    gemv_tokens
+        With tensorrt: calls of up to so many tokens read only the weights that they use; 8 by default.
+    sparse_tokens
+        With tensorrt: calls of so many tokens or more use sparse tensor cores where the pattern is 2:4 or 1:4; 1024 by
+        default, 0 for never.
     """
-    from converter.pipeline import build as stage
+    from converter.errors import BuildError
 
-    workspace = None if workspace_mib is None else workspace_mib << 20
-    about = stage(out, target.split(","), profile or [], workspace, Stages())
+    given = {"--target": target, "--workspace-mib": workspace_mib}
+    given |= {"--gemv-tokens": gemv_tokens, "--sparse-tokens": sparse_tokens}
+    own = {"tensorrt-rtx": ("--target", "--workspace-mib"), "tensorrt": ("--gemv-tokens", "--sparse-tokens")}[runtime]
+    for name, value in given.items():
+        if name not in own and value is not None:
+            raise BuildError(f"{name}: must not be given with --runtime {runtime}, got {value}. Leave it out.")
+        if name in {"--gemv-tokens", "--sparse-tokens"} and isinstance(value, int) and value < 0:
+            raise BuildError(f"{name}: must be 0 or more, got {value}.")
+    if runtime == "tensorrt":
+        from converter.graph.plugin import GEMV_TOKENS, SPARSE_TOKENS
+        from converter.pipeline import build_tensorrt
+
+        few = GEMV_TOKENS if gemv_tokens is None else gemv_tokens
+        many = SPARSE_TOKENS if sparse_tokens is None else sparse_tokens
+        about = build_tensorrt(out, profile or [], few, many, Stages())
+        said = f"{about['graph']['plugins']} plugin nodes; run build.sh where TensorRT and a GPU are"
+    else:
+        from converter.pipeline import build as stage
+
+        if target is None:
+            raise BuildError("--target: must be given with --runtime tensorrt-rtx, such as sm_89. Say which GPUs.")
+        workspace = None if workspace_mib is None else workspace_mib << 20
+        about = stage(out, target.split(","), profile or [], workspace, Stages())
+        engine = about["engine"]
+        said = (
+            f"{runtime} {engine['version']} for {', '.join(engine['targets'])}: {engine['bytes'] / 1e9:.2f} GB\n"
+            "its GEMMs are dense: this runtime has no plugins, it computes what the sparse model means"
+        )
     if json_output:
         print(json.dumps(about, indent=2))
         return
-    engine = about["engine"]
     console = Console()
-    console.print(f"{runtime} {engine['version']} for {', '.join(engine['targets'])}: {engine['bytes'] / 1e9:.2f} GB")
-    for text in engine["profiles"]:
+    for text in about["graph" if runtime == "tensorrt" else "engine"]["profiles"]:
         console.print(f"profile {text}")
-    console.print("its GEMMs are dense: this runtime has no plugins, it computes what the sparse model means")
+    console.print(said)
 
 
 @app.command

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,20 +48,24 @@ from converter.errors import CheckpointError, OutputError
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
 from converter.graph.costs import LayerCost, layer_costs
-from converter.graph.export import MODEL
+from converter.graph.export import DATA, MODEL
 from converter.graph.export import export as write_graph
+from converter.graph.op import DOMAIN, OP
+from converter.graph.plugin import to_plugin
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
 from converter.runtimes.onnxruntime import load_onnx
-from converter.runtimes.tensorrt_rtx import Profile, capabilities, default_profiles
+from converter.runtimes.profile import Profile, default_profiles
+from converter.runtimes.tensorrt import ENGINE, script
 from converter.runtimes.tensorrt_rtx import build as build_engine
+from converter.runtimes.tensorrt_rtx import capabilities
 from converter.sparsity.linear import Params
 from converter.stages import Stages
 from converter.tensor_file import write_whole
 
 VALIDATION_TOKENS = 128
 TEXT = "python"
-ENGINES, ENGINE = "engines", "model.engine"
+ENGINES, SCRIPT = "engines", "build.sh"
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -170,8 +175,7 @@ def build(
     wanted, shapes = capabilities(targets), [Profile.parse(text) for text in profiles]
     with stages.stage("check"):
         check_files(folder)
-        if not shapes:
-            shapes = [*default_profiles(json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"])]
+        shapes = shapes or _default_profiles(folder)
     weights = sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
     with staged(folder / ENGINES / f"tensorrt-rtx-{'+'.join(wanted)}", weights) as place:
         with stages.stage("build", "steps") as advance:
@@ -180,6 +184,38 @@ def build(
         about = {"engine": found, "model_sha256": model, "stages": [asdict(cost) for cost in stages.costs]}
         write_manifest(place, about)
     return about
+
+
+def build_tensorrt(
+    folder: Path, profiles: Sequence[str], gemv_tokens: int, sparse_tokens: int, stages: Stages
+) -> dict[str, Any]:
+    """Write the graph of OUT with plugin nodes, and the script that builds its engine on a GPU; return its manifest."""
+    shapes = [Profile.parse(text) for text in profiles]
+    with stages.stage("check"):
+        check_files(folder)
+        shapes = shapes or _default_profiles(folder)
+    weights = sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
+    with staged(folder / ENGINES / "tensorrt", weights) as place:
+        with stages.stage("lower"):
+            graph = ir.load(folder / MODEL)
+            to_plugin(graph, gemv_tokens, sparse_tokens)
+            ir.save(graph, place / MODEL, external_data=DATA)
+        inputs = onnx.load(place / MODEL, load_external_data=False).graph.input
+        (place / SCRIPT).write_text(script(inputs, shapes), "utf-8")
+        about = {
+            "runtime": "tensorrt",
+            "profiles": [str(profile) for profile in shapes],
+            "plugins": sum((node.domain, node.op_type) == (DOMAIN, OP) for node in graph.graph),
+            "gemv_tokens": gemv_tokens,
+            "sparse_tokens": sparse_tokens,
+        }
+        found = {"graph": about, "model_sha256": manifest(folder)["files"][MODEL]["sha256"]}
+        write_manifest(place, found | {"stages": [asdict(cost) for cost in stages.costs]})
+    return found
+
+
+def _default_profiles(folder: Path) -> list[Profile]:
+    return [*default_profiles(json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"])]
 
 
 def inspect(folder: Path) -> list[LayerCost]:

@@ -99,6 +99,14 @@ def smol(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def half(smol: Path) -> Path:
+    """The same model in float16."""
+    out = smol.with_name("half")
+    subprocess.run([sys.executable, "-m", "converter", "export", smol, out, "--dtype", "float16"], check=True)
+    return out
+
+
+@pytest.fixture(scope="session")
 def plugins() -> Path:
     """The folder of the native libraries, which `make test` builds."""
     path = os.environ.get("NMSPARSE_TEST_PLUGINS")

@@ -20,7 +20,7 @@ from converter.graph.op import Form
 from converter.graph.widen import widen
 from converter.pipeline import build
 from converter.runtimes.onnxruntime import session
-from converter.runtimes.tensorrt_rtx import Profile, default_profiles
+from converter.runtimes.profile import Profile, default_profiles
 from converter.stages import Stages
 
 SHORT = ["batch=1,tokens=1:8:64,past=0:16:63"]

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
-from ctypes import c_bool, c_int, c_void_p
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from native import DENSE, GEMV, SPARSE, Native
 from torch import Tensor
 
 from converter.sparsity.linear import SHIFT_MODES, Params, SparseLinear, bake, prune, token_scale, token_shift
@@ -21,57 +17,9 @@ DTYPES = [torch.float16, torch.bfloat16]
 TOKENS, PLACES = 32, 1024  # of a block of Pack; of Select
 
 
-def _args(pointers: Sequence[str], numbers: Sequence[str], flags: Sequence[str] = ()) -> type[ctypes.Structure]:
-    fields = [(n, c_void_p) for n in pointers] + [(n, c_int) for n in numbers] + [(n, c_bool) for n in flags]
-    return type("Args", (ctypes.Structure,), {"_fields_": fields})
-
-
-COMMON = ("x", "channel_scale", "shift", "eta", "permutation")
-ARGS = {
-    "pack": _args((*COMMON, "values", "metadata", "nu"), ("tokens", "padded", "k", "keep")),
-    "select": _args((*COMMON, "rows", "values", "pruned", "z", "kept"), ("tokens", "k", "keep", "group")),
-    "token_shift": _args(("x", "eta"), ("tokens", "k"), ("median",)),
-    "token_scale": _args(("z", "kept", "nu"), ("tokens", "parts")),
-    "gemv": _args(("rows", "values", "w", "partial"), ("tokens", "length", "n", "splits")),
-    "layer": _args((), ("k", "n", "keep", "group", "shift_mode", "variance", "gemv_tokens", "sparse_tokens")),
-    "tensors": _args(("x", "w", "bias", "channel_scale", "shift", "row_sum", "permutation", "y"), ()),
-    "gemv_sum": _args(("partial", "nu", "eta", "row_sum", "bias", "y"), ("tokens", "n", "splits")),
-}
-
-
 @pytest.fixture(scope="module")
-def native(plugins: Path) -> Any:
-    """Call a kernel by its name and dtype, with tensors where it has pointers."""
-    library = ctypes.CDLL(str(plugins / "libnmsparse_host.so"))
-
-    def run(kernel: str, dtype: torch.dtype | None = None, **arguments: Tensor | int | None) -> None:
-        name = kernel if dtype is None else f"{kernel}_{str(dtype).removeprefix('torch.')}"
-        for tensor in arguments.values():
-            assert not isinstance(tensor, Tensor) or tensor.is_contiguous()
-        given = {n: a.data_ptr() if isinstance(a, Tensor) else a for n, a in arguments.items()}
-        assert set(given) <= {field for field, *_ in ARGS[kernel]._fields_}
-        getattr(library, name)(ctypes.byref(ARGS[kernel](**given)))
-
-    def uncompress(values: Tensor, metadata: Tensor, k: int) -> Tensor:
-        pruned = torch.empty(len(values), k, dtype=values.dtype)
-        pointers = (c_void_p(t.data_ptr()) for t in (values, metadata, pruned))
-        library.pack_uncompressed(*pointers, len(values), k)
-        return pruned
-
-    library.layer_workspace.restype = ctypes.c_size_t
-
-    def layer(dtype: torch.dtype, tokens: int, shape: dict[str, int], tensors: dict[str, Tensor | None]) -> int:
-        """Run a layer as the plugin does and return its path; the workspace is as large as it asks for 40 tokens."""
-        described = ARGS["layer"](**shape)
-        workspace = torch.full((library.layer_workspace(ctypes.byref(described), 40),), 0x55, dtype=torch.uint8)
-        pointers = {name: t.data_ptr() for name, t in tensors.items() if t is not None}
-        call = getattr(library, f"layer_{str(dtype).removeprefix('torch.')}")
-        given = ctypes.byref(described), ctypes.byref(ARGS["tensors"](**pointers)), tokens
-        assert call(*given, c_void_p(workspace.data_ptr())) == 0
-        path: int = library.layer_path(ctypes.byref(described), tokens)
-        return path
-
-    return SimpleNamespace(run=run, uncompress=uncompress, layer=layer)
+def native(plugins: Path) -> Native:
+    return Native(plugins / "libnmsparse_host.so")
 
 
 def awkward(tokens: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -131,7 +79,7 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize(("tokens", "k"), [(1, 64), (33, 96), (64, 1088)])
 def test_pack_is_the_pruned_input(
-    native: Any, dtype: torch.dtype, keep: int, shift_mode: str, permuted: bool, tokens: int, k: int
+    native: Native, dtype: torch.dtype, keep: int, shift_mode: str, permuted: bool, tokens: int, k: int
 ) -> None:
     x, params = awkward(tokens, k, dtype), the_params(keep, 4, k, shift_mode, permuted)
     padded = -(-tokens // TOKENS) * TOKENS
@@ -156,7 +104,7 @@ def test_pack_is_the_pruned_input(
 @pytest.mark.parametrize("shift_mode", ["none", "static", "token_median"])
 @pytest.mark.parametrize("permuted", [False, True])
 def test_select_lists_and_prunes_as_the_reference(
-    native: Any, dtype: torch.dtype, keep: int, group: int, shift_mode: str, permuted: bool
+    native: Native, dtype: torch.dtype, keep: int, group: int, shift_mode: str, permuted: bool
 ) -> None:
     tokens, k = 5, 2400 if 2400 % group == 0 else 2048
     x, params = awkward(tokens, k, dtype), the_params(keep, group, k, shift_mode, permuted)
@@ -192,7 +140,7 @@ def test_select_lists_and_prunes_as_the_reference(
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 2, 7, 64, 1000])
-def test_token_shift_is_the_mean_and_the_lower_median(native: Any, dtype: torch.dtype, k: int) -> None:
+def test_token_shift_is_the_mean_and_the_lower_median(native: Native, dtype: torch.dtype, k: int) -> None:
     x = torch.randn(6, k, generator=torch.Generator().manual_seed(k)).to(dtype)
     x[1] = 0.25
     x[2] = -torch.arange(k)
@@ -207,7 +155,7 @@ def test_token_shift_is_the_mean_and_the_lower_median(native: Any, dtype: torch.
 
 @settings(deadline=None, max_examples=60)
 @given(data=st.data())
-def test_token_median_of_any_bits(native: Any, data: st.DataObject) -> None:
+def test_token_median_of_any_bits(native: Native, data: st.DataObject) -> None:
     dtype = data.draw(st.sampled_from(DTYPES))
     bits = data.draw(st.lists(st.integers(-(2**15), 2**15 - 1), min_size=1, max_size=40))
     x = torch.tensor(bits, dtype=torch.int16).view(dtype)[None]
@@ -221,7 +169,7 @@ def test_token_median_of_any_bits(native: Any, data: st.DataObject) -> None:
 @pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("shift_mode", ["none", "token_median"])
 def test_decode_is_the_layer(
-    native: Any, dtype: torch.dtype, tokens: int, k: int, n: int, splits: int, shift_mode: str
+    native: Native, dtype: torch.dtype, tokens: int, k: int, n: int, splits: int, shift_mode: str
 ) -> None:
     generator = torch.Generator().manual_seed(k)
     params = the_params(8, 16, k, shift_mode, permuted=True)
@@ -277,9 +225,6 @@ def test_decode_is_the_layer(
     torch.testing.assert_close(y.float(), SparseLinear(baked)(x.float()[None])[0], **close)
 
 
-GEMV, SPARSE, DENSE = range(3)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (8, 16)])
 @pytest.mark.parametrize("shift_mode", ["none", "static", "token_mean", "token_median"])
@@ -288,7 +233,7 @@ GEMV, SPARSE, DENSE = range(3)
     ("tokens", "fast"), [(1, GEMV), (4, GEMV), (5, DENSE), (31, DENSE), (32, SPARSE), (40, SPARSE)]
 )
 def test_layer_is_the_reference_on_every_path(
-    native: Any,
+    native: Native,
     dtype: torch.dtype,
     keep: int,
     group: int,
@@ -320,13 +265,13 @@ def test_layer_is_the_reference_on_every_path(
     }
     shape = {"k": k, "n": n, "keep": keep, "group": group, "shift_mode": SHIFT_MODES.index(shift_mode)}
     shape |= {"variance": int(variance), "gemv_tokens": 4, "sparse_tokens": 32}
-    assert native.layer(dtype, tokens, shape, tensors) == (DENSE if (fast, group) == (SPARSE, 16) else fast)
+    assert native.layer(shape, tensors) == (DENSE if (fast, group) == (SPARSE, 16) else fast)
     step = torch.finfo(dtype).eps
     expected = SparseLinear(baked)(x.float()[None])[0]
     torch.testing.assert_close(y.float(), expected, rtol=8 * step, atol=step * k**0.5)
 
 
-def test_gemv_never_reads_a_dropped_row(native: Any) -> None:
+def test_gemv_never_reads_a_dropped_row(native: Native) -> None:
     k, n = 64, 16
     x, params = torch.randn(1, k).half(), Params(2, 4)
     rows, values = torch.empty(1, k // 2, dtype=torch.int32), torch.empty(1, k // 2)

@@ -113,6 +113,7 @@ print(json.dumps({
     "fields": [f.name for f in creator.field_names],
     "good": create(**good),
     "bad keep": create(**{**good, "keep": 5}),
+    "nodes": [create(**fields) for fields in json.loads(sys.argv[2])],
     "bad field": create(**{**good, "prune_n": 2}),
     "said": said,
 }))
@@ -122,7 +123,7 @@ print(json.dumps({
 @WITH_RTX
 def test_tensorrt_rtx_loads_the_library(library: Path) -> None:
     """In a process of its own: the ONNX parser of TensorRT-RTX ends the process that meets a plugin of the graph."""
-    run = subprocess.run([sys.executable, "-c", LOAD, library], capture_output=True, text=True, check=False)
+    run = subprocess.run([sys.executable, "-c", LOAD, library, "[]"], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout.splitlines()[-1])
     assert found["listed"] == 1

@@ -6,10 +6,8 @@ computes what the sparse model means, but its GEMMs are dense.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,77 +16,9 @@ import onnx
 from converter.errors import BuildError, listing
 from converter.graph.export import MODEL
 from converter.graph.lower import lower
+from converter.runtimes.profile import Profile
 
 INSTALL = "Install nmsparse[tensorrt-rtx] (Linux, x86-64)."
-AXES = ("batch", "tokens", "past")
-DIMS = dict(zip(("batch_size", "sequence_length", "past_sequence_length"), AXES, strict=True))
-TOTAL = "past_sequence_length + sequence_length"
-LONGEST = 2048  # tokens of a default profile
-Range = tuple[int, int, int]  # at least, tuned for, at most
-
-
-@dataclass(frozen=True)
-class Profile:
-    """The shapes that an engine takes: sequences, new tokens of each, and tokens in its cache before them."""
-
-    batch: Range
-    tokens: Range
-    past: Range
-
-    @classmethod
-    def parse(cls, text: str) -> Profile:
-        """Return the profile of a text such as `batch=1,tokens=1:128:512,past=0:256:1023`.
-
-        Raises:
-            BuildError: when an axis is missing, unknown or no range.
-        """
-        found: dict[str, Range] = {}
-        for part in text.split(","):
-            match = re.fullmatch(r"\s*(\w+)=(\d+)(?::(\d+):(\d+))?\s*", part)
-            if match is None or match[1] not in AXES:
-                raise BuildError(
-                    f"--profile: each part must be one of {', '.join(AXES)} with =N or =MIN:OPT:MAX, got {part!r}."
-                )
-            low = int(match[2])
-            middle, high = (low, low) if match[3] is None else (int(match[3]), int(match[4]))
-            if not (0 if match[1] == "past" else 1) <= low <= middle <= high:
-                raise BuildError(
-                    f"--profile: {match[1]} must have MIN <= OPT <= MAX from {int(match[1] != 'past')}, got {part!r}."
-                )
-            found[match[1]] = (low, middle, high)
-        if set(found) != set(AXES):
-            raise BuildError(f"--profile: must have {', '.join(AXES)}, got {listing(found)}.")
-        return cls(**found)
-
-    def __str__(self) -> str:
-        """Return the text that `parse` reads back."""
-        return ",".join(f"{axis}={':'.join(str(n) for n in getattr(self, axis))}" for axis in AXES)
-
-    def shapes(self, value: onnx.ValueInfoProto) -> list[tuple[int, ...]]:
-        """Return the least, the tuned and the largest shape of an input of the model."""
-
-        def size(dim: onnx.TensorShapeProto.Dimension, at: int) -> int:
-            if not dim.dim_param:
-                return dim.dim_value
-            if dim.dim_param == TOTAL:
-                return self.tokens[at] + self.past[at]
-            length: int = getattr(self, DIMS[dim.dim_param])[at]
-            return length
-
-        return [tuple(size(dim, at) for dim in value.type.tensor_type.shape.dim) for at in range(3)]
-
-
-def default_profiles(context: int) -> tuple[Profile, Profile]:
-    """Return one profile for decoding and one for prefill, of a sequence of `context` tokens but no more than 2048.
-
-    More takes minutes and gigabytes to build, and scratch memory on the GPU: who needs it gives a profile.
-    """
-    context = min(context, LONGEST)
-    half = context // 2
-    return (
-        Profile((1, 1, 1), (1, 1, 1), (0, half, context - 1)),
-        Profile((1, 1, 1), (1, half, context), (0, 0, context - 1)),
-    )
 
 
 def capabilities(targets: Sequence[str]) -> dict[str, Any]:

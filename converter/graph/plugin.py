@@ -1,0 +1,88 @@
+"""The graph for TensorRT with our plugin: each `SparseLinear` as the node that the plugin's creator reads."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from converter.errors import BuildError
+from converter.graph.op import DOMAIN, INPUTS, OP, VERSION
+from converter.sparsity.linear import SHIFT_MODES
+
+# Where the paths of the plugin meet, in tokens of a call. From published figures, not measured by us: decoding is
+# bound by memory, and 2:4 tensor cores broke about even below some 1000 tokens on an H100 (pytorch/ao pull 2012).
+GEMV_TOKENS, SPARSE_TOKENS = 8, 1024
+LARGEST_GROUP = 1024
+UNKNOWN = {"residual_in": "mitigation r_sparse", "sparse": "phases prefill or decode"}
+
+
+def to_plugin(model: ir.Model, gemv_tokens: int, sparse_tokens: int) -> None:
+    """Make plugin nodes of the op's nodes in place, and remove the function that stands for the op.
+
+    Up to `gemv_tokens` tokens a node reads only the weights that they keep; from `sparse_tokens` on it runs on sparse
+    tensor cores where its pattern is 2:4 or 1:4; 0 is never. A node has the inputs that there are, with `inputs` to say
+    which. The rows of its W are in the order of its permutation, which is 32-bit.
+
+    Raises:
+        BuildError: naming the first node that the plugin has no kernel for.
+    """
+    for node in model.graph:
+        if (node.domain, node.op_type) != (DOMAIN, OP):
+            continue
+        given = {name: value for name, value in zip(INPUTS, node.inputs, strict=False) if value is not None}
+        attributes = {name: attribute.value for name, attribute in node.attributes.items()}
+        _check(given, attributes["group"])
+        if "permutation" in given:
+            _arrange(given["W"], given["permutation"])
+        fields = {
+            "keep": attributes["keep"],
+            "group": attributes["group"],
+            "shift_mode": SHIFT_MODES.index(attributes["shift_mode"]),
+            "variance": attributes["variance"],
+            "inputs": sum(1 << INPUTS.index(name) for name in given),
+            "gemv_tokens": gemv_tokens,
+            "sparse_tokens": sparse_tokens,
+            "plugin_namespace": DOMAIN,
+            "plugin_version": str(VERSION),
+        }
+        node.attributes.clear()
+        node.attributes.update((a.name, a) for a in ir.convenience.convert_attributes(fields))
+        for index, value in enumerate(given.values()):
+            node.replace_input_with(index, value)
+        node.resize_inputs(len(given))
+    model.functions.pop((DOMAIN, OP, ""), None)
+
+
+def _check(given: dict[str, ir.Value], group: int) -> None:
+    weight = given["W"]
+    assert weight.name is not None
+    assert weight.const_value is not None
+    where, dtype = weight.name.removesuffix(".weight"), weight.const_value.dtype.name.lower()
+    if dtype == "float":
+        raise BuildError(
+            f"{where}: dtype must be float16 or bfloat16 for the TensorRT plugin, got float32. "
+            "Export the model again with --dtype."
+        )
+    for name, source in UNKNOWN.items():
+        if name in given:
+            raise BuildError(f"{where}: the TensorRT plugin has no kernel for {source}. Convert the model without it.")
+    if group > LARGEST_GROUP:
+        raise BuildError(
+            f"{where}: group must be at most {LARGEST_GROUP} for the TensorRT plugin, got {group}. Choose an N:M."
+        )
+    shape = list(weight.const_value.shape.numpy())
+    if any(size % 8 for size in shape):
+        raise BuildError(
+            f"{where}: channels must be divisible by 8 for the TensorRT plugin, got {shape}. Add the layer to --ignore."
+        )
+
+
+def _arrange(weight: ir.Value, permutation: ir.Value) -> None:
+    """Put the rows of W into the order in which a kernel meets them, and make the permutation 32-bit."""
+    assert weight.const_value is not None
+    assert permutation.const_value is not None
+    assert len(weight.uses()) == len(permutation.uses()) == 1, "W and permutation are a layer's own"
+    order = permutation.const_value.numpy()
+    weight.const_value = ir.tensor(weight.const_value.numpy()[order], name=weight.name)
+    permutation.const_value = ir.tensor(order.astype(np.int32), name=permutation.name)
+    permutation.dtype = ir.DataType.INT32
