@@ -308,7 +308,7 @@ int main() {
     creators_are_listed();
     bad_fields_are_refused();
     shapes_and_formats();
-    for (int const tokens : {2, 4, 6, 32, 34, TOKENS}) {  // both sides of each threshold
+    for (int const tokens : {2, 4, 6, 32, 34, TOKENS, 130}) {  // both sides of each threshold
         runs<__half>(DataType::kHALF, tokens);
         runs<__nv_bfloat16>(DataType::kBF16, tokens);
     }
