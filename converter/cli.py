@@ -253,6 +253,29 @@ def inspect(out: Path, *, json_output: Annotated[bool, Parameter(name="--json")]
 
 
 @app.command
+def doctor(*, plugin: Path | None = None, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
+    """Say what works on this machine, what does not, and what to do about it.
+
+    Parameters
+    ----------
+    plugin
+        The library of the TensorRT plugin; by default build/plugins/libnmsparse_tensorrt.so.
+    """
+    from converter.doctor import examine
+
+    findings = examine(plugin)
+    if json_output:
+        print(json.dumps([asdict(finding) for finding in findings], indent=2))
+        return
+    table = Table("part", "works", "found", "what to do")
+    for finding in findings:
+        table.add_row(
+            finding.part, "yes" if finding.works else "no", finding.found, "" if finding.works else finding.advice
+        )
+    Console().print(table)
+
+
+@app.command
 def generate(
     model: str,
     prompt: str,

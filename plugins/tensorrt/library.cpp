@@ -1,4 +1,6 @@
 // What TensorRT finds in the library: the creator of the plugin, and where it hands its logger over.
+#include <NvInferVersion.h>
+
 #include <atomic>
 #include <string>
 
@@ -62,4 +64,14 @@ EXPORTED nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& count) {
     static nvinfer1::IPluginCreatorInterface* const creators[] = {&creator};
     count = 1;
     return creators;
+}
+
+// What the library was made for, for `nmsparse doctor`.
+EXPORTED char const* nmsparseBuild() {
+    static std::string const text = std::string(nmsparse::OP_NAME) + " version " + nmsparse::OP_VERSION +
+                                    ", compute capabilities " NMSPARSE_SM ", TensorRT headers " +
+                                    std::to_string(NV_TENSORRT_MAJOR) + "." + std::to_string(NV_TENSORRT_MINOR) +
+                                    ", CUDA " + std::to_string(CUDART_VERSION / 1000) + "." +
+                                    std::to_string(CUDART_VERSION % 1000 / 10);
+    return text.c_str();
 }

@@ -1,0 +1,100 @@
+"""What of nmsparse works on this machine, and what to do about the rest."""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+
+from converter.delivery.bundle import versions
+from converter.errors import ConverterError
+from converter.runtimes.tensorrt_rtx import INSTALL, capabilities
+
+LIBRARY = Path("build/plugins/libnmsparse_tensorrt.so")
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One part: whether it is there, what was found, and what to do where it is not."""
+
+    part: str
+    works: bool
+    found: str
+    advice: str = ""
+
+
+def examine(library: Path | None) -> list[Finding]:
+    """Return a finding for each part; `library` is that of the TensorRT plugin, by default where make puts it.
+
+    Nothing here is needed to convert, validate and generate but what the package itself depends on.
+    """
+    return [*_machine(), *_compilers(), _tensorrt_rtx(), _tensorrt(), _gpu(), _plugin(library or LIBRARY), _cpu_op()]
+
+
+def _machine() -> Iterator[Finding]:
+    memory, disk = psutil.virtual_memory(), shutil.disk_usage(Path.cwd())
+    packages = ", ".join(f"{name} {number}" for name, number in versions().items())
+    yield Finding("packages", True, f"Python {platform.python_version()}, {packages}")
+    yield Finding("memory", True, f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free")
+    yield Finding("disk", True, f"{disk.free / 1e9:.1f} GB free here")
+
+
+def _compilers() -> Iterator[Finding]:
+    found = shutil.which("c++")
+    advice = "Only for make plugins: install g++ (Debian: apt-get install g++)."
+    yield Finding("C++ compiler", found is not None, found or "none", advice)
+
+
+def _tensorrt_rtx() -> Finding:
+    try:
+        capabilities([])
+    except ConverterError:
+        return Finding("TensorRT-RTX", False, "not installed", f"For nmsparse build: {INSTALL}")
+    return Finding("TensorRT-RTX", True, f"{version('tensorrt-rtx-cu13-bindings')}; builds engines without a GPU")
+
+
+def _tensorrt() -> Finding:
+    try:
+        return Finding("TensorRT", True, version("tensorrt"))
+    except PackageNotFoundError:
+        advice = "For the plugin, on a machine with a GPU: install TensorRT 10.7 or newer, from NVIDIA."
+        return Finding("TensorRT", False, "not installed", advice)
+
+
+def _gpu() -> Finding:
+    query = "--query-gpu=name,compute_cap,driver_version,memory.total"
+    advice = "None is needed to convert, validate or build for TensorRT-RTX; engines run on one."
+    try:
+        run = subprocess.run(
+            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=True, timeout=30
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        return Finding("GPU", False, f"none that nvidia-smi tells of ({type(error).__name__})", advice)
+    return Finding("GPU", True, "; ".join(run.stdout.strip().splitlines()))
+
+
+def _plugin(library: Path) -> Finding:
+    if not library.is_file():
+        return Finding("TensorRT plugin", False, f"none at {library}", "Run make plugins, or give --plugin PATH.")
+    try:
+        build: Callable[[], bytes] = ctypes.CDLL(str(library.resolve())).nmsparseBuild
+    except (OSError, AttributeError) as error:
+        return Finding("TensorRT plugin", False, f"{library}: {error}", "Build it again: make plugins.")
+    build.restype = ctypes.c_char_p  # type: ignore[attr-defined]
+    return Finding("TensorRT plugin", True, build().decode())
+
+
+def _cpu_op() -> Finding:
+    return Finding(
+        "ONNX Runtime op",
+        False,
+        "no native kernel exists yet",
+        "None is needed: the ONNX function body serves, slower.",
+    )
