@@ -60,18 +60,8 @@ cudaError_t dense_gemm(Tile, Gemm const& args, cudaStream_t) {
     return cudaSuccess;
 }
 
-#define INSTANCE(...) template cudaError_t launch<__VA_ARGS__>(__VA_ARGS__::Args const&, cudaStream_t)
-INSTANCE(Pack<__half>);
-INSTANCE(Pack<__nv_bfloat16>);
-INSTANCE(Select<__half>);
-INSTANCE(Select<__nv_bfloat16>);
-INSTANCE(TokenShift<__half>);
-INSTANCE(TokenShift<__nv_bfloat16>);
-INSTANCE(TokenScale);
-INSTANCE(Gemv<__half>);
-INSTANCE(Gemv<__nv_bfloat16>);
-INSTANCE(GemvSum<__half>);
-INSTANCE(GemvSum<__nv_bfloat16>);
+#define INSTANCE(...) template cudaError_t launch<__VA_ARGS__>(__VA_ARGS__::Args const&, cudaStream_t);
+NMSPARSE_KERNELS(INSTANCE)
 template cudaError_t sparse_gemm<__half>(Tile, Gemm const&, cudaStream_t);
 template cudaError_t sparse_gemm<__nv_bfloat16>(Tile, Gemm const&, cudaStream_t);
 template cudaError_t dense_gemm<__half>(Tile, Gemm const&, cudaStream_t);

@@ -27,17 +27,7 @@ cudaError_t launch(typename Kernel::Args const& args, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
-#define INSTANCE(...) template cudaError_t launch<__VA_ARGS__>(__VA_ARGS__::Args const&, cudaStream_t)
-INSTANCE(Pack<__half>);
-INSTANCE(Pack<__nv_bfloat16>);
-INSTANCE(Select<__half>);
-INSTANCE(Select<__nv_bfloat16>);
-INSTANCE(TokenShift<__half>);
-INSTANCE(TokenShift<__nv_bfloat16>);
-INSTANCE(TokenScale);
-INSTANCE(Gemv<__half>);
-INSTANCE(Gemv<__nv_bfloat16>);
-INSTANCE(GemvSum<__half>);
-INSTANCE(GemvSum<__nv_bfloat16>);
+#define INSTANCE(...) template cudaError_t launch<__VA_ARGS__>(__VA_ARGS__::Args const&, cudaStream_t);
+NMSPARSE_KERNELS(INSTANCE)
 
 }  // namespace nmsparse

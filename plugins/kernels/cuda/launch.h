@@ -10,9 +10,23 @@
 
 namespace nmsparse {
 
-// Runs one of the kernels above; those for __half and __nv_bfloat16 are in kernels.cu.
+// Runs one of the kernels below; kernels.cu has them for a GPU.
 template <class Kernel>
 cudaError_t launch(typename Kernel::Args const& args, cudaStream_t stream);
+
+// Writes DEFINE(kernel) for each.
+#define NMSPARSE_KERNELS(DEFINE) \
+    DEFINE(Pack<__half>)         \
+    DEFINE(Pack<__nv_bfloat16>)  \
+    DEFINE(Select<__half>)       \
+    DEFINE(Select<__nv_bfloat16>) \
+    DEFINE(TokenShift<__half>)   \
+    DEFINE(TokenShift<__nv_bfloat16>) \
+    DEFINE(TokenScale)           \
+    DEFINE(Gemv<__half>)         \
+    DEFINE(Gemv<__nv_bfloat16>)  \
+    DEFINE(GemvSum<__half>)      \
+    DEFINE(GemvSum<__nv_bfloat16>)
 
 // y[tokens, n] = nu * (a w) + eta * row_sum + bias in 16 bits, summed in float32. `a` is what Pack writes, with
 // `metadata`, or what Select writes as `pruned`, without.

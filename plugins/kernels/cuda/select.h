@@ -21,7 +21,7 @@ struct Select {
         int32_t* rows;               // [tokens, k / group * keep] or null: the kept places, rising
         float* values;               // [tokens, k / group * keep]: z there, as T has it
         T* pruned;                   // [tokens, k] or null
-        Moments* z;                  // [tokens, blocks_x] or null
+        Moments* z;                  // [tokens, blocks_y] or null
         Moments* kept;               // likewise
         int tokens, k, keep, group;  // group is at most PLACES
     };
@@ -33,15 +33,15 @@ struct Select {
     };
 
     NMSPARSE_DEVICE static int places(Args const& args) { return PLACES / args.group * args.group; }
-    NMSPARSE_DEVICE static int blocks_x(Args const& args) { return (args.k + places(args) - 1) / places(args); }
-    static int blocks_y(Args const& args) { return args.tokens; }
+    static int blocks_x(Args const& args) { return args.tokens; }  // y has room for 65,535 only
+    NMSPARSE_DEVICE static int blocks_y(Args const& args) { return (args.k + places(args) - 1) / places(args); }
 
     template <int PHASE>
     NMSPARSE_DEVICE static void phase(Args const& args, Shared& shared, Place place) {
-        int const first = place.block_x * places(args);
+        int const token = place.block_x, first = place.block_y * places(args);
         int const count = args.k - first < places(args) ? args.k - first : places(args);
         if constexpr (PHASE == 0) {
-            for (int i = place.thread; i < count; i += THREADS) load(args, shared, place.block_y, first, i);
+            for (int i = place.thread; i < count; i += THREADS) load(args, shared, token, first, i);
         } else if constexpr (PHASE == 1) {
             for (int i = place.thread; i < count; i += THREADS) {
                 int const begin = i / args.group * args.group;
@@ -51,7 +51,7 @@ struct Select {
                 shared.keep[i] = rank < args.keep;
             }
         } else if constexpr (PHASE == 2) {
-            for (int i = place.thread; i < count; i += THREADS) write(args, shared, place.block_y, first, i);
+            for (int i = place.thread; i < count; i += THREADS) write(args, shared, token, first, i);
             if (args.z != nullptr) moments(shared, place.thread, count);
         } else if (args.z != nullptr) {
             // 256 moments to 16, and these to one; always in the same order.
@@ -62,7 +62,7 @@ struct Select {
                 shared.of_kept[place.thread].add(shared.of_kept[place.thread + i * STRIDE]);
             }
             if (PHASE == 4) {
-                int64_t const at = int64_t(place.block_y) * blocks_x(args) + place.block_x;
+                int64_t const at = int64_t(token) * blocks_y(args) + place.block_y;
                 args.z[at] = shared.of_z[0];
                 args.kept[at] = shared.of_kept[0];
             }
