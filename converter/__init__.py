@@ -1,6 +1,18 @@
 """nmsparse: post-training N:M activation sparsity for Hugging Face language models, to ONNX."""
 
-from converter.pipeline import convert, load
-from converter.recipe import Recipe
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from converter.pipeline import convert, load
+    from converter.recipe import Recipe
 
 __all__ = ["Recipe", "convert", "load"]
+
+
+def __getattr__(name: str) -> Any:
+    """Return what is asked for, imported only now: the imports take seconds, and `nmsparse --help` needs none."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from converter import pipeline, recipe
+
+    return getattr(recipe if name == "Recipe" else pipeline, name)

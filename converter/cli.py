@@ -93,12 +93,12 @@ def convert(
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Convert MODEL (a Hub id, a folder with safetensors, or a GGUF file) to the folder OUT."""
-    from converter.pipeline import run
-
     recipe = (options or RecipeOptions()).effective()
     if dry_run:
         _show_plan(model, model_revision, recipe, json_output)
         return
+    from converter.pipeline import run
+
     report = run(model, out, recipe, model_revision, Stages())
     _show_report(out, report, json_output)
 
@@ -108,9 +108,10 @@ def calibrate(
     model: str, out: Path, options: RecipeOptions | None = None, *, model_revision: str | None = None
 ) -> None:
     """Fit the recipe to MODEL and write calibration and recipe to the folder OUT, for `nmsparse export`."""
+    recipe = (options or RecipeOptions()).effective()
     from converter.pipeline import calibrate as stage
 
-    stage(model, out, (options or RecipeOptions()).effective(), model_revision, Stages())
+    stage(model, out, recipe, model_revision, Stages())
     print(out)
 
 

@@ -39,6 +39,22 @@ WITH_RTX = pytest.mark.skipif(
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 
 
+# The tests run in as many processes as `make test` says; those that need the converted real model in one of them.
+def pytest_configure() -> None:
+    """Give each process a core of its own: PyTorch and ONNX Runtime are many times slower where they share one."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
+    if worker and hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker) % len(cores)]})
+        torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if "smol" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("real model"))
+
+
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
