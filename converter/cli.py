@@ -182,7 +182,7 @@ def build(
     workspace_mib
         With tensorrt-rtx: the most scratch memory of a layer on the GPU, in MiB; by default its own choice.
     gemv_tokens
-        With tensorrt: calls of up to so many tokens read only the weights that they use; 8 by default.
+        With tensorrt: calls of up to so many tokens read only the weights that they use; 1 by default.
     sparse_tokens
         With tensorrt: calls of so many tokens or more use sparse tensor cores where the pattern is 2:4 or 1:4; 1024 by
         default, 0 for never.

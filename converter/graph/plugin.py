@@ -9,9 +9,10 @@ from converter.errors import BuildError
 from converter.graph.op import DOMAIN, INPUTS, OP, VERSION
 from converter.sparsity.linear import SHIFT_MODES
 
-# Where the paths of the plugin meet, in tokens of a call. From published figures, not measured by us: decoding is
-# bound by memory, and 2:4 tensor cores broke about even below some 1000 tokens on an H100 (pytorch/ao pull 2012).
-GEMV_TOKENS, SPARSE_TOKENS = 8, 1024
+# Where the paths of the plugin meet, in tokens of a call; not measured by us. Each token reads its own rows of W:
+# published kernels do so for one (TEAL, arXiv 2408.14690), and benchmarks/gpu_model.py predicts that two gain nothing.
+# 2:4 tensor cores broke about even at some 1000 tokens on an H100 (arXiv 2603.05232).
+GEMV_TOKENS, SPARSE_TOKENS = 1, 1024
 LARGEST_GROUP = 1024
 UNKNOWN = {"residual_in": "mitigation r_sparse", "sparse": "phases prefill or decode"}
 
