@@ -36,7 +36,7 @@ $(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed
 
 test: check plugins $(GGUF) $(CLIENTS)/installed
 	env NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python \
-	$$(test -e $(PLUGINS)/built && echo NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS)) $(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$$(test -e $(PLUGINS)/built && echo NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS)) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from native import Native
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -39,7 +40,6 @@ WITH_RTX = pytest.mark.skipif(
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 
 
-# The tests run in as many processes as `make test` says; those that need the converted real model in one of them.
 def pytest_configure() -> None:
     """Give each process a core of its own: PyTorch and ONNX Runtime are many times slower where they share one."""
     worker = os.environ.get("PYTEST_XDIST_WORKER", "").removeprefix("gw")
@@ -50,9 +50,8 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "smol" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("real model"))
+    """Begin with the real model, which takes longest: one process has it while the others take file after file."""
+    items.sort(key=lambda item: "smol" not in getattr(item, "fixturenames", ()))
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
@@ -129,6 +128,12 @@ def plugins() -> Path:
     if not path:
         pytest.skip("the native libraries are not here: run `make test`, which builds them")
     return Path(path)
+
+
+@pytest.fixture(scope="session")
+def native(plugins: Path) -> Native:
+    """The CUDA kernels, walked by a CPU."""
+    return Native(plugins / "libnmsparse_host.so")
 
 
 @pytest.fixture(scope="session")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,11 +13,6 @@ from converter.sparsity.linear import SHIFT_MODES, Params, SparseLinear, bake, p
 
 DTYPES = [torch.float16, torch.bfloat16]
 TOKENS, PLACES = 32, 1024  # of a block of Pack; of Select
-
-
-@pytest.fixture(scope="module")
-def native(plugins: Path) -> Native:
-    return Native(plugins / "libnmsparse_host.so")
 
 
 def awkward(tokens: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:

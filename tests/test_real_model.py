@@ -14,6 +14,9 @@ import onnx
 import pytest
 import torch
 from conftest import WITH_RTX
+from native import DENSE, GEMV, Native
+from test_plugin import LOAD
+from test_tensorrt import assert_plugins_are_the_layers, nodes
 
 from converter import load
 from converter.checkpoint import Checkpoint
@@ -189,3 +192,21 @@ def test_left_padded_batch_of_the_graph_run_dense(smol: Path) -> None:
         for row, seen in zip(ids, mask, strict=True)
     ]
     assert generated(model, ids, mask) == singles
+
+
+@WITH_RTX
+def test_every_plugin_node_is_its_layer(
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]], native: Native, plugins: Path, half: Path
+) -> None:
+    assert nmsparse("build", half, "--runtime", "tensorrt", "--gemv-tokens", 1).returncode == 0
+    assert assert_plugins_are_the_layers(native, half, 1) == [GEMV] * 210
+    assert assert_plugins_are_the_layers(native, half, 2) == [DENSE] * 210
+    # What TensorRT's ONNX parser hands over, as the library's creator takes it in TensorRT-RTX's registry.
+    fields = [
+        {name: a.value for name, a in node.attributes.items() if not name.startswith("plugin_")}
+        for node in nodes(half / "engines" / "tensorrt" / "model.onnx")
+    ]
+    command = [sys.executable, "-c", LOAD, plugins / "libnmsparse_tensorrt.so", json.dumps(fields)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    assert json.loads(run.stdout.splitlines()[-1])["nodes"] == [True] * 210

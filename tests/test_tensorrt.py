@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import subprocess
@@ -14,9 +13,8 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from conftest import PLAIN, WITH_RTX, make_tiny
+from conftest import PLAIN, make_tiny
 from native import DENSE, GEMV, SPARSE, Native
-from test_plugin import LOAD
 from torch import Tensor
 
 from converter import convert
@@ -26,11 +24,6 @@ from converter.sparsity.linear import Baked, SparseLinear
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TEXT = {"calibration.source": "python", "calibration.tokens": 2048}
 SHORT = ("--profile", "batch=1,tokens=1:8:64,past=0:16:63")
-
-
-@pytest.fixture(scope="module")
-def native(plugins: Path) -> Native:
-    return Native(plugins / "libnmsparse_host.so")
 
 
 def tensor(value: ir.Value) -> Tensor:
@@ -90,23 +83,6 @@ def test_every_plugin_node_is_its_layer(
     sparse = {SPARSE, DENSE} if group == 4 else {DENSE}
     for tokens, paths in {2: {GEMV}, 3: {DENSE}, 9: sparse}.items():
         assert set(assert_plugins_are_the_layers(native, out, tokens)) == paths
-
-
-@WITH_RTX
-@pytest.mark.slow
-def test_every_layer_of_the_real_model(nmsparse: Command, native: Native, plugins: Path, half: Path) -> None:
-    assert nmsparse("build", half, "--runtime", "tensorrt", "--gemv-tokens", 1).returncode == 0
-    assert assert_plugins_are_the_layers(native, half, 1) == [GEMV] * 210
-    assert assert_plugins_are_the_layers(native, half, 2) == [DENSE] * 210
-    # What TensorRT's ONNX parser hands over, as the library's creator takes it in TensorRT-RTX's registry.
-    fields = [
-        {name: a.value for name, a in node.attributes.items() if not name.startswith("plugin_")}
-        for node in nodes(half / "engines" / "tensorrt" / "model.onnx")
-    ]
-    command = [sys.executable, "-c", LOAD, plugins / "libnmsparse_tensorrt.so", json.dumps(fields)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    assert json.loads(run.stdout.splitlines()[-1])["nodes"] == [True] * 210
 
 
 def test_what_the_plugin_has_no_kernel_for(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
