@@ -19,7 +19,7 @@ PLUGINS := build/plugins
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test check style plugins bench accuracy clean
+.PHONY: demo test test-gpu check style plugins bench accuracy clean
 
 demo: $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -60,6 +60,11 @@ else
 plugins:
 	@echo "The plugins are not built: they need a C++ compiler, on Linux on x86-64. Their tests are skipped."
 endif
+
+# On a machine with a GPU: the tests of the kernels and the layers on it, then their times beside PyTorch's.
+test-gpu: plugins
+	env NMSPARSE_TEST_DEVICE=cuda NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS) $(BIN)/python -m pytest tests/test_kernels.py tests/test_tensorrt.py
+	$(BIN)/python benchmarks/gpu.py $(PLUGINS)/libnmsparse_tensorrt.so --json build/gpu.json
 
 bench: $(GGUF) $(VENV)/installed $(CLIENTS)/installed $(BUILDER)/installed
 	$(BIN)/python benchmarks/convert.py $(GGUF) --optimum $(CLIENTS)/bin/optimum-cli --builder $(BUILDER)/bin/python --exporter

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,7 +22,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TORCH_LOGS", "-all")
 
-from converter.errors import ConverterError
+from converter.errors import BuildError, ConverterError
 from converter.recipe import Recipe, from_yaml, parse_set
 from converter.sparsity.linear import Phases
 from converter.stages import Stages
@@ -37,6 +38,7 @@ app = App(
     suppress_keyboard_interrupt=False,
 )
 USAGE, INTERRUPTED = 2, 130
+PLUGIN = Path("build/plugins/libnmsparse_tensorrt.so")
 
 
 @Parameter(name="*")
@@ -135,17 +137,38 @@ def validate(
     *,
     text: str | None = None,
     model: str | None = None,
+    runtime: Literal["onnxruntime", "tensorrt-rtx", "tensorrt"] = "onnxruntime",
+    target: str | None = None,
+    plugin: Path | None = None,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
-    """Compare OUT in ONNX Runtime with its checkpoint in PyTorch; exit code 14 when they differ too much.
+    """Compare OUT in ONNX Runtime with its checkpoint in PyTorch, or an engine of it with ONNX Runtime.
+
+    Exit code 14 when they differ too much; 17 when an engine could not run, because no GPU is here.
 
     Parameters
     ----------
     text
-        The text to compare on: a file, hub:NAME, or python (default).
+        The text to compare on: a file, hub:NAME, or python (default). Of an engine it is fixed when it is built.
     model
         Where the checkpoint is now, when it has moved.
+    runtime
+        What runs OUT: ONNX Runtime, or an engine that `nmsparse build` wrote.
+    target
+        With tensorrt-rtx: the compute capabilities of the engine, where OUT has several.
+    plugin
+        With tensorrt: the plugin's library.
     """
+    ours = {"--text": text, "--model": model}
+    theirs = {"--target": target} if runtime == "tensorrt-rtx" else {"--plugin": plugin}
+    every = {**ours, "--target": target, "--plugin": plugin}
+    _refuse_others(runtime, every, ours if runtime == "onnxruntime" else theirs)
+    if runtime != "onnxruntime":
+        from converter.build import validate_engine
+
+        about = validate_engine(out, runtime, target, plugin, Stages())
+        print(json.dumps(about, indent=2) if json_output else f"{runtime} agrees with ONNX Runtime")
+        return
     from converter.pipeline import validate as stage
 
     parity = stage(out, model, text, Stages())
@@ -163,55 +186,63 @@ def build(
     target: str | None = None,
     profile: list[str] | None = None,
     workspace_mib: int | None = None,
-    gemv_tokens: int | None = None,
-    sparse_tokens: int | None = None,
+    dispatch: Path | None = None,
+    plugin: Path | None = None,
+    version_compatible: bool = False,
+    hardware_compatible: bool = False,
+    embed_plugin: bool = False,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
-    """Build an engine of OUT, on a machine that needs no GPU; of tensorrt the graph, and the script that builds it.
+    """Build an engine of OUT: of TensorRT-RTX on any machine, of TensorRT with our plugin where a GPU is.
+
+    TensorRT-RTX knows no plugins: its engine computes the sparse model by dense GEMMs. For TensorRT the graph with
+    plugin nodes is written, and a script that builds it with polygraphy; with --plugin the engine, too.
 
     Parameters
     ----------
-    runtime
-        TensorRT-RTX knows no plugins: its engine computes the sparse model by dense GEMMs. TensorRT runs our plugin,
-        but builds only where a GPU is: the graph with plugin nodes is written, and a script to run there.
     target
-        With tensorrt-rtx: compute capabilities by commas, such as sm_89,sm_120: one engine for all.
+        Compute capabilities by commas, such as sm_89,sm_120. With tensorrt-rtx: one engine for all. With tensorrt: the
+        one whose rows of the dispatch table are used.
     profile
         Shapes to tune for, such as batch=1,tokens=1:128:512,past=0:256:1023 (MIN:OPT:MAX); may be repeated. By
         default one for decoding and one for prefill, of one sequence of up to 2048 tokens.
     workspace_mib
-        With tensorrt-rtx: the most scratch memory of a layer on the GPU, in MiB; by default its own choice.
-    gemv_tokens
-        With tensorrt: calls of up to so many tokens read only the weights that they use; 1 by default.
-    sparse_tokens
-        With tensorrt: calls of so many tokens or more use sparse tensor cores where the pattern is 2:4 or 1:4; 1024 by
-        default, 0 for never.
+        The most scratch memory of a layer on the GPU, in MiB; by default the runtime's own choice.
+    dispatch
+        With tensorrt: the table of paths that nmsparse bench --tune writes; by default one from published figures.
+    plugin
+        With tensorrt: the plugin's library, to build the engine here.
+    version_compatible
+        With tensorrt: for later versions of TensorRT, too.
+    hardware_compatible
+        With tensorrt: for every GPU from Ampere on.
+    embed_plugin
+        With tensorrt and --plugin: the engine carries the library in it.
     """
-    from converter.errors import BuildError
-
-    given = {"--target": target, "--workspace-mib": workspace_mib}
-    given |= {"--gemv-tokens": gemv_tokens, "--sparse-tokens": sparse_tokens}
-    own = {"tensorrt-rtx": ("--target", "--workspace-mib"), "tensorrt": ("--gemv-tokens", "--sparse-tokens")}[runtime]
-    for name, value in given.items():
-        if name not in own and value is not None:
-            raise BuildError(f"{name}: must not be given with --runtime {runtime}, got {value}. Leave it out.")
-        if name in {"--gemv-tokens", "--sparse-tokens"} and isinstance(value, int) and value < 0:
-            raise BuildError(f"{name}: must be 0 or more, got {value}.")
+    theirs = {"--dispatch": dispatch, "--plugin": plugin, "--version-compatible": version_compatible or None}
+    theirs |= {"--hardware-compatible": hardware_compatible or None, "--embed-plugin": embed_plugin or None}
+    _refuse_others(runtime, theirs, theirs if runtime == "tensorrt" else {})
+    workspace = None if workspace_mib is None else workspace_mib << 20
+    console = Console()
     if runtime == "tensorrt":
-        from converter.graph.plugin import GEMV_TOKENS, SPARSE_TOKENS
-        from converter.pipeline import build_tensorrt
+        from converter.build import build_tensorrt
+        from converter.runtimes.tensorrt import Options
 
-        few = GEMV_TOKENS if gemv_tokens is None else gemv_tokens
-        many = SPARSE_TOKENS if sparse_tokens is None else sparse_tokens
-        about = build_tensorrt(out, profile or [], few, many, Stages())
-        said = f"{about['graph']['plugins']} plugin nodes; run build.sh where TensorRT and a GPU are"
+        options = Options(
+            workspace=workspace,
+            version_compatible=version_compatible,
+            hardware_compatible=hardware_compatible,
+            embed_plugin=embed_plugin,
+        )
+        about = build_tensorrt(out, profile or [], target, dispatch, plugin, options, Stages())
+        said = f"{about['graph']['plugins']} plugin nodes; "
+        said += "run build.sh where TensorRT and a GPU are" if plugin is None else "as many plugin layers in the engine"
     else:
-        from converter.pipeline import build as stage
+        from converter.build import build_tensorrt_rtx
 
         if target is None:
             raise BuildError("--target: must be given with --runtime tensorrt-rtx, such as sm_89. Say which GPUs.")
-        workspace = None if workspace_mib is None else workspace_mib << 20
-        about = stage(out, target.split(","), profile or [], workspace, Stages())
+        about = build_tensorrt_rtx(out, target.split(","), profile or [], workspace, Stages())
         engine = about["engine"]
         said = (
             f"{runtime} {engine['version']} for {', '.join(engine['targets'])}: {engine['bytes'] / 1e9:.2f} GB\n"
@@ -220,10 +251,40 @@ def build(
     if json_output:
         print(json.dumps(about, indent=2))
         return
-    console = Console()
-    for text in about["graph" if runtime == "tensorrt" else "engine"]["profiles"]:
-        console.print(f"profile {text}")
+    for shapes in about["graph" if runtime == "tensorrt" else "engine"]["profiles"]:
+        console.print(f"profile {shapes}")
     console.print(said)
+
+
+@app.command
+def bench(
+    out: Path,
+    *,
+    tune: Path,
+    plugin: Path = PLUGIN,
+    json_output: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """Measure the layers of OUT on the GPU of this machine, beside PyTorch's dense product.
+
+    Parameters
+    ----------
+    tune
+        Where to write the table of paths for nmsparse build --dispatch.
+    plugin
+        The library of the TensorRT plugin.
+    """
+    from converter.bench import tune as stage
+
+    timings = stage(out, plugin, tune, Stages())
+    if json_output:
+        print(json.dumps([timing._asdict() for timing in timings]))
+        return
+    table = Table("in x out", "pattern", "tokens", "path", "dense time / our time")
+    for timing in timings:
+        shape, span = timing.shape, f"{min(timing.ratios):.2f} to {max(timing.ratios):.2f}"
+        row = (f"{shape.k} x {shape.n}", f"{shape.keep}:{shape.group}", str(timing.tokens))
+        table.add_row(*row, f"{timing.path} {timing.tile}", f"{timing.median():.2f} ({span})")
+    Console().print(table)
 
 
 @app.command
@@ -254,13 +315,13 @@ def inspect(out: Path, *, json_output: Annotated[bool, Parameter(name="--json")]
 
 
 @app.command
-def doctor(*, plugin: Path | None = None, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
+def doctor(*, plugin: Path = PLUGIN, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
     """Say what works on this machine, what does not, and what to do about it.
 
     Parameters
     ----------
     plugin
-        The library of the TensorRT plugin; by default build/plugins/libnmsparse_tensorrt.so.
+        The library of the TensorRT plugin.
     """
     from converter.doctor import examine
 
@@ -350,6 +411,13 @@ def perplexity(
         print(json.dumps(asdict(found)))
     else:
         print(f"perplexity {found.perplexity:.3f} on {found.tokens} tokens of {text} (context {found.context})")
+
+
+def _refuse_others(runtime: str, options: dict[str, Any], own: Iterable[str]) -> None:
+    """Refuse an option that is given but is not one of the runtime's `own`."""
+    for name, value in options.items():
+        if value is not None and name not in own:
+            raise BuildError(f"{name}: must not be given with --runtime {runtime}, got {value}. Leave it out.")
 
 
 def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bool) -> None:

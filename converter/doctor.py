@@ -17,8 +17,6 @@ from converter.delivery.bundle import versions
 from converter.errors import ConverterError
 from converter.runtimes.tensorrt_rtx import INSTALL, capabilities
 
-LIBRARY = Path("build/plugins/libnmsparse_tensorrt.so")
-
 
 @dataclass(frozen=True)
 class Finding:
@@ -30,12 +28,12 @@ class Finding:
     advice: str = ""
 
 
-def examine(library: Path | None) -> list[Finding]:
-    """Return a finding for each part; `library` is that of the TensorRT plugin, by default where make puts it.
+def examine(library: Path) -> list[Finding]:
+    """Return a finding for each part; `library` is that of the TensorRT plugin.
 
     Nothing here is needed to convert, validate and generate but what the package itself depends on.
     """
-    return [*_machine(), *_compilers(), _tensorrt_rtx(), _tensorrt(), _gpu(), _plugin(library or LIBRARY), _cpu_op()]
+    return [*_machine(), *_compilers(), _tensorrt_rtx(), _tensorrt(), gpu(), _plugin(library), _cpu_op()]
 
 
 def _machine() -> Iterator[Finding]:
@@ -68,7 +66,8 @@ def _tensorrt() -> Finding:
         return Finding("TensorRT", False, "not installed", advice)
 
 
-def _gpu() -> Finding:
+def gpu() -> Finding:
+    """Return what nvidia-smi says of the GPUs of this machine."""
     query = "--query-gpu=name,compute_cap,driver_version,memory.total"
     advice = "None is needed to convert, validate or build for TensorRT-RTX; engines run on one."
     try:

@@ -56,6 +56,12 @@ class BuildError(ConverterError):
     exit_code = 16
 
 
+class DeviceError(ConverterError):
+    """What is asked for needs a GPU, and none is here."""
+
+    exit_code = 17
+
+
 def lookup(table: Mapping[str, Value], kind: str, name: str, error: type[ConverterError]) -> Value:
     """Return `table[name]`.
 

@@ -5,9 +5,7 @@ Each stage is a plain function, and the file that it leaves is what the next one
 
 from __future__ import annotations
 
-import json
 import shutil
-from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from math import ceil
@@ -15,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import onnx
-import onnx_ir as ir
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -32,7 +29,6 @@ from converter.calibration.train import Curve
 from converter.calibration.walk import calibrate as walk
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.delivery.bundle import (
-    GENAI,
     RECIPE,
     REPORT,
     check_files,
@@ -48,24 +44,17 @@ from converter.errors import CheckpointError, OutputError
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
 from converter.graph.costs import LayerCost, layer_costs
-from converter.graph.export import DATA, MODEL
+from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
-from converter.graph.op import DOMAIN, OP
-from converter.graph.plugin import to_plugin
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
 from converter.runtimes.onnxruntime import load_onnx
-from converter.runtimes.profile import Profile, default_profiles
-from converter.runtimes.tensorrt import ENGINE, script
-from converter.runtimes.tensorrt_rtx import build as build_engine
-from converter.runtimes.tensorrt_rtx import capabilities
 from converter.sparsity.linear import Params
 from converter.stages import Stages
 from converter.tensor_file import write_whole
 
 VALIDATION_TOKENS = 128
 TEXT = "python"
-ENGINES, SCRIPT = "engines", "build.sh"
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -163,59 +152,6 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
         checkpoint = _source(folder, recipe, source)
         params = calibration_file.read(folder / calibration_file.NAME)
     return _validate(folder, checkpoint, params, recipe, text, stages)
-
-
-def build(
-    folder: Path, targets: Sequence[str], profiles: Sequence[str], workspace: int | None, stages: Stages
-) -> dict[str, Any]:
-    """Write an engine of OUT for TensorRT-RTX to a folder of OUT's `engines`; return what its manifest says.
-
-    Without `profiles` they are `default_profiles` of the model's context.
-    """
-    wanted, shapes = capabilities(targets), [Profile.parse(text) for text in profiles]
-    with stages.stage("check"):
-        check_files(folder)
-        shapes = shapes or _default_profiles(folder)
-    weights = sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
-    with staged(folder / ENGINES / f"tensorrt-rtx-{'+'.join(wanted)}", weights) as place:
-        with stages.stage("build", "steps") as advance:
-            found = build_engine(folder, wanted, shapes, workspace, place / ENGINE, advance)
-        model = manifest(folder)["files"][MODEL]["sha256"]
-        about = {"engine": found, "model_sha256": model, "stages": [asdict(cost) for cost in stages.costs]}
-        write_manifest(place, about)
-    return about
-
-
-def build_tensorrt(
-    folder: Path, profiles: Sequence[str], gemv_tokens: int, sparse_tokens: int, stages: Stages
-) -> dict[str, Any]:
-    """Write the graph of OUT with plugin nodes, and the script that builds its engine on a GPU; return its manifest."""
-    shapes = [Profile.parse(text) for text in profiles]
-    with stages.stage("check"):
-        check_files(folder)
-        shapes = shapes or _default_profiles(folder)
-    weights = sum(path.stat().st_size for path in folder.glob(f"{MODEL}*"))
-    with staged(folder / ENGINES / "tensorrt", weights) as place:
-        with stages.stage("lower"):
-            graph = ir.load(folder / MODEL)
-            to_plugin(graph, gemv_tokens, sparse_tokens)
-            ir.save(graph, place / MODEL, external_data=DATA)
-        inputs = onnx.load(place / MODEL, load_external_data=False).graph.input
-        (place / SCRIPT).write_text(script(inputs, shapes), "utf-8")
-        about = {
-            "runtime": "tensorrt",
-            "profiles": [str(profile) for profile in shapes],
-            "plugins": sum((node.domain, node.op_type) == (DOMAIN, OP) for node in graph.graph),
-            "gemv_tokens": gemv_tokens,
-            "sparse_tokens": sparse_tokens,
-        }
-        found = {"graph": about, "model_sha256": manifest(folder)["files"][MODEL]["sha256"]}
-        write_manifest(place, found | {"stages": [asdict(cost) for cost in stages.costs]})
-    return found
-
-
-def _default_profiles(folder: Path) -> list[Profile]:
-    return [*default_profiles(json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"])]
 
 
 def inspect(folder: Path) -> list[LayerCost]:

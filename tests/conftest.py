@@ -132,8 +132,11 @@ def plugins() -> Path:
 
 @pytest.fixture(scope="session")
 def native(plugins: Path) -> Native:
-    """The CUDA kernels, walked by a CPU."""
-    return Native(plugins / "libnmsparse_host.so")
+    """The CUDA kernels, walked by a CPU; `make test-gpu` runs them on a GPU."""
+    device = os.environ.get("NMSPARSE_TEST_DEVICE", "cpu")
+    if device != "cpu" and not torch.cuda.is_available():
+        pytest.exit(f"NMSPARSE_TEST_DEVICE={device}: a GPU must be here, got none", returncode=1)
+    return Native(plugins / f"libnmsparse_{'host' if device == 'cpu' else 'device'}.so", device)
 
 
 @pytest.fixture(scope="session")

@@ -1,71 +1,60 @@
-"""The CUDA kernels as a CPU walks them (plugins/tests): called by name, with tensors where they have pointers."""
+"""The CUDA kernels and their layer, by name: libnmsparse_host.so walks them on a CPU, _device.so is for a GPU."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
-from ctypes import c_bool, c_int, c_void_p
-from pathlib import Path
+from ctypes import c_void_p
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from converter.runtimes.layer import PATHS, Arguments, LayerLibrary, filled, structure
 
-def _args(pointers: Sequence[str], numbers: Sequence[str], flags: Sequence[str] = ()) -> type[ctypes.Structure]:
-    fields = [(n, c_void_p) for n in pointers] + [(n, c_int) for n in numbers] + [(n, c_bool) for n in flags]
-    return type("Args", (ctypes.Structure,), {"_fields_": fields})
-
-
+GEMV, SPARSE, DENSE = PATHS
 COMMON = ("x", "channel_scale", "shift", "eta", "permutation")
-ARGS = {
-    "pack": _args((*COMMON, "values", "metadata", "nu"), ("tokens", "padded", "k", "keep")),
-    "select": _args((*COMMON, "rows", "values", "pruned", "z", "kept"), ("tokens", "k", "keep", "group")),
-    "token_shift": _args(("x", "eta"), ("tokens", "k"), ("median",)),
-    "token_scale": _args(("z", "kept", "nu"), ("tokens", "parts")),
-    "gemv": _args(("rows", "values", "w", "partial"), ("tokens", "length", "n", "splits")),
-    "gemv_sum": _args(("partial", "nu", "eta", "row_sum", "bias", "y"), ("tokens", "n", "splits")),
-    "layer": _args((), ("k", "n", "keep", "group", "shift_mode", "variance", "gemv_tokens", "sparse_tokens")),
-    "tensors": _args(("x", "w", "bias", "channel_scale", "shift", "row_sum", "permutation", "y"), ()),
+ARGS: dict[str, Any] = {
+    "pack": structure((*COMMON, "values", "metadata", "nu"), ("tokens", "padded", "k", "keep")),
+    "select": structure((*COMMON, "rows", "values", "pruned", "z", "kept"), ("tokens", "k", "keep", "group")),
+    "token_shift": structure(("x", "eta"), ("tokens", "k"), ("median",)),
+    "token_scale": structure(("z", "kept", "nu"), ("tokens", "parts")),
+    "gemv": structure(("rows", "values", "w", "partial"), ("tokens", "length", "n", "splits")),
+    "gemv_sum": structure(("partial", "nu", "eta", "row_sum", "bias", "y"), ("tokens", "n", "splits")),
 }
-GEMV, SPARSE, DENSE = range(3)  # the paths of a layer
 
 
-class Native:
-    """The library that `make test` builds."""
-
-    def __init__(self, library: Path) -> None:
-        """Load it."""
-        self.library = ctypes.CDLL(str(library))
-        self.library.layer_workspace.restype = ctypes.c_size_t
+class Native(LayerLibrary):
+    """Takes tensors from where they are to the device, and back."""
 
     def run(self, kernel: str, dtype: torch.dtype | None = None, **arguments: Tensor | int | None) -> None:
         """Run one kernel."""
         name = kernel if dtype is None else f"{kernel}_{str(dtype).removeprefix('torch.')}"
-        getattr(self.library, name)(ctypes.byref(_pointing(kernel, arguments)))
+        there = self._on_device(arguments)
+        assert getattr(self.library, name)(ctypes.byref(filled(ARGS[kernel], there))) == 0
+        _copy_back(there, arguments)
 
     def uncompress(self, values: Tensor, metadata: Tensor, k: int) -> Tensor:
-        """Return `[padded, k]` from what Pack wrote, as CUTLASS reads it."""
+        """Return `[padded, k]` from what Pack wrote, as CUTLASS reads it, on the CPU."""
         pruned = torch.empty(len(values), k, dtype=values.dtype)
         self.library.pack_uncompressed(*(c_void_p(t.data_ptr()) for t in (values, metadata, pruned)), len(values), k)
         return pruned
 
-    def layer(self, shape: dict[str, int], tensors: dict[str, Tensor | None]) -> int:
+    def layer(self, shape: dict[str, int], tensors: dict[str, Tensor | None], tile: str = "wide") -> str:
         """Run a layer as the plugin does, into `y`, and return its path."""
-        x = tensors["x"]
-        assert x is not None
-        described, pointers = _pointing("layer", shape), _pointing("tensors", tensors)
+        there = self._on_device(tensors)
+        x = there["x"]
+        assert isinstance(x, Tensor)
         # Room for more tokens than there are, as in an engine.
-        room = self.library.layer_workspace(ctypes.byref(described), len(x) + 9)
-        workspace = torch.full((room,), 0x55, dtype=torch.uint8)
-        call = getattr(self.library, f"layer_{str(x.dtype).removeprefix('torch.')}")
-        assert call(ctypes.byref(described), ctypes.byref(pointers), len(x), c_void_p(workspace.data_ptr())) == 0
-        path: int = self.library.layer_path(ctypes.byref(described), len(x))
-        return path
+        self.enqueue(shape, there, self.workspace(shape, len(x) + 9), tile)
+        _copy_back(there, tensors)
+        return self.path(shape, len(x))
+
+    def _on_device(self, arguments: Arguments) -> dict[str, Tensor | int | None]:
+        return {name: a.to(self.device) if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
 
-def _pointing(
-    name: str, arguments: dict[str, Tensor | int | None] | dict[str, int] | dict[str, Tensor | None]
-) -> object:
-    assert set(arguments) <= {field for field, *_ in ARGS[name]._fields_}
-    assert all(a.is_contiguous() for a in arguments.values() if isinstance(a, Tensor))
-    return ARGS[name](**{n: a.data_ptr() if isinstance(a, Tensor) else a for n, a in arguments.items()})
+def _copy_back(there: Arguments, here: Arguments) -> None:
+    for name, tensor in here.items():
+        moved = there[name]
+        if isinstance(tensor, Tensor) and isinstance(moved, Tensor) and moved is not tensor:
+            tensor.copy_(moved)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,14 +14,19 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 from conftest import PLAIN, WITH_RTX, make_tiny
+from polygraphy.json import load_json
 
 from converter import convert
-from converter.errors import BuildError
+from converter.build import build_tensorrt_rtx as build
+from converter.build import validate_engine
+from converter.errors import BuildError, OutputError, ValidationError
 from converter.graph.lower import form_of, lower
 from converter.graph.op import Form
 from converter.graph.widen import widen
-from converter.pipeline import build
+from converter.runtimes import trial
+from converter.runtimes.engine import kinds
 from converter.runtimes.onnxruntime import session
 from converter.runtimes.profile import Profile, default_profiles
 from converter.stages import Stages
@@ -136,6 +144,9 @@ def test_engines_of_every_dtype(converted: Callable[..., Path], dtype: str, patt
     assert {tensor["dtype"] for tensor in engine["inputs"][3:]} == {half}
     assert engine["outputs"][0]["name"] == "logits"
     assert json.loads((folder / "manifest.json").read_text())["engine"] == engine
+    assert engine["layers"] == kinds((folder / "layers.txt").read_text())
+    name = {"float32": "float", "float16": "half", "bfloat16": "bfloat16"}[dtype]
+    assert any(kind.split() == ["gemm", name] or kind.split() == ["runtime_fusion", name] for kind in engine["layers"])
     assert (folder / "model.engine").stat().st_size == engine["bytes"] > (out / "model.onnx.data").stat().st_size / 2
 
 
@@ -157,6 +168,73 @@ def test_command(nmsparse: Callable[..., subprocess.CompletedProcess[str]], conv
     assert "Traceback" not in found.stderr
     assert [path.name for path in (out / "engines").iterdir() if "120" in path.name] == ["tensorrt-rtx-sm_80+sm_120"]
     assert not any(".." in path.name for path in (out / "engines").iterdir())
+
+
+@WITH_RTX
+def test_an_engine_that_cannot_run_here_is_looked_at(
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]], converted: Callable[..., Path], tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(converted("float16"), tmp_path / "out"))
+    shutil.rmtree(out / "engines", ignore_errors=True)
+    found = nmsparse("validate", out, "--runtime", "tensorrt-rtx")
+    assert (found.returncode, "must have one engine tensorrt-rtx-*, got none" in found.stderr) == (16, True)
+    about = build(out, ["sm_89"], [*SHORT, "batch=1,tokens=1,past=0:16:63"], None, Stages())
+    script = (out / "engines" / "tensorrt-rtx-sm_89" / "validate.sh").read_text()
+    assert [shlex.split(line) for line in script.splitlines() if line.startswith("polygraphy")] == trial.commands(2)
+    hidden = {**os.environ, "PATH": ""}  # where there is a GPU, nmsparse does not find it
+    found = nmsparse("validate", out, "--runtime", "tensorrt-rtx", env=hidden)
+    assert found.returncode == 17
+    said = " ".join(found.stderr.split())
+    assert "a GPU must be here to run it, got none" in said
+    assert all(f"{count} {kind}" in said for kind, count in about["engine"]["layers"].items())
+    build(out, ["sm_80"], SHORT, None, Stages())
+    with pytest.raises(BuildError, match="got tensorrt-rtx-sm_80, tensorrt-rtx-sm_89"):
+        validate_engine(out, "tensorrt-rtx", None, None, Stages())
+    with (out / "engines" / "tensorrt-rtx-sm_80" / "model.engine").open("r+b") as file:
+        file.write(b"other")
+    with pytest.raises(OutputError, match=r"model\.engine: must have SHA-256"):
+        validate_engine(out, "tensorrt-rtx", "sm_80", None, Stages())
+
+
+def sabotaged(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model with one channel of a group more than it says."""
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            attribute.i += attribute.name == "keep"
+    return model
+
+
+def on_onnxruntime(command: list[str]) -> list[str]:
+    """Return a command of polygraphy with another runtime."""
+    at = command.index("--trt")
+    assert command[at : at + 4] == ["--trt", "--model-type", "engine", "--optimization-profile"]
+    return [*command[:at], "--onnxrt", "--model-type", "onnx", *command[at + 5 :]]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_the_trial_tells_a_wrong_model_from_the_right_one(
+    converted: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """ONNX Runtime stands in for the engine: polygraphy's command is the same but for what runs."""
+    out = converted(dtype, mitigation="none")
+    profiles = [Profile((1, 1, 1), (1, 1, 1), (0, 16, 63)), Profile((1, 2, 2), (1, 8, 64), (0, 0, 63))]
+    trial.write(out, profiles, lambda count, tokens: torch.randint(3, 250, (count, tokens)), tmp_path)
+    shapes = [[(1, 1), (1, 64)], [(2, 64), (2, 127)]]
+    for number, (ids, mask) in enumerate(shapes):
+        feed = load_json(str(tmp_path / f"inputs-{number}.json"))[0]
+        assert (feed["input_ids"].shape, feed["attention_mask"].shape) == (ids, mask)
+        assert str(feed["past_key_values.0.key"].dtype).removeprefix("torch.") == dtype
+    if dtype == "bfloat16":
+        return  # which ONNX Runtime's CPU provider has no kernels for
+    commands = trial.commands(2)
+    monkeypatch.setattr(trial, "commands", lambda _: [on_onnxruntime(command) for command in commands])
+    model = onnx.load(out / "model.onnx")
+    for graph in (model, lower(model)):
+        onnx.save(graph, tmp_path / "model.engine")
+        trial.run(tmp_path, "tensorrt", 2, None, lambda done, total: None)
+    onnx.save(sabotaged(model), tmp_path / "model.engine")
+    with pytest.raises(ValidationError, match="profile 0: the engine must agree with ONNX Runtime"):
+        trial.run(tmp_path, "tensorrt", 2, None, lambda done, total: None)
 
 
 @WITH_RTX

@@ -57,7 +57,7 @@ def test_a_gpu_is_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch, tmp_path
     tool.write_text("#!/bin/sh\necho 'NVIDIA L4, 8.9, 570.1, 23034 MiB'\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert next(f for f in examine(None) if f.part == "GPU").found == "NVIDIA L4, 8.9, 570.1, 23034 MiB"
+    assert next(f for f in examine(Path("none")) if f.part == "GPU").found == "NVIDIA L4, 8.9, 570.1, 23034 MiB"
     tool.write_text("#!/bin/sh\nexit 9\n")
-    found = next(f for f in examine(None) if f.part == "GPU")
+    found = next(f for f in examine(Path("none")) if f.part == "GPU")
     assert (found.works, "CalledProcessError" in found.found) == (False, True)

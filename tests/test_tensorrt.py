@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -18,12 +21,22 @@ from native import DENSE, GEMV, SPARSE, Native
 from torch import Tensor
 
 from converter import convert
+from converter.errors import BuildError
 from converter.graph.op import INPUTS
+from converter.runtimes import dispatch
+from converter.runtimes.tensorrt import plugin_layers
+from converter.runtimes.tune import Shape, Timing, table
 from converter.sparsity.linear import Baked, SparseLinear
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 TEXT = {"calibration.source": "python", "calibration.tokens": 2048}
 SHORT = ("--profile", "batch=1,tokens=1:8:64,past=0:16:63")
+
+
+def meeting(folder: Path, gemv_tokens: int, sparse_tokens: int) -> Path:
+    """Write a table in which the paths of every layer meet there."""
+    dispatch.write(folder / "dispatch.csv", [dispatch.Row(*"*****", gemv_tokens, sparse_tokens, "a test")])
+    return folder / "dispatch.csv"
 
 
 def tensor(value: ir.Value) -> Tensor:
@@ -76,7 +89,7 @@ def test_every_plugin_node_is_its_layer(
 ) -> None:
     changes = {"pattern": pattern, "criterion": "wina", "mitigation": mitigation, "dtype": dtype}
     out = convert(str(make_tiny(tmp_path / "model", "qwen2")), tmp_path / "out", PLAIN.replace(changes | TEXT))
-    found = nmsparse("build", out, "--runtime", "tensorrt", *SHORT, "--gemv-tokens", 2, "--sparse-tokens", 9)
+    found = nmsparse("build", out, "--runtime", "tensorrt", *SHORT, "--dispatch", meeting(tmp_path, 2, 9))
     assert found.returncode == 0, found.stderr
     assert "21 plugin nodes" in found.stdout
     # 96 channels are no whole number of the sparse tensor cores' steps of 64.
@@ -103,9 +116,9 @@ def test_what_the_plugin_has_no_kernel_for(nmsparse: Command, tiny: Path, tmp_pa
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--runtime", "tensorrt", "--target", "sm_89"], "--target: must not be given with --runtime tensorrt"),
-        (["--target", "sm_89", "--gemv-tokens", "4"], "--gemv-tokens: must not be given with --runtime tensorrt-rtx"),
-        (["--runtime", "tensorrt", "--sparse-tokens", "-1"], "--sparse-tokens: must be 0 or more, got -1"),
+        (["--target", "sm_89", "--dispatch", "t.csv"], "--dispatch: must not be given with --runtime tensorrt-rtx"),
+        (["--target", "sm_89", "--embed-plugin"], "--embed-plugin: must not be given with --runtime tensorrt-rtx"),
+        (["--runtime", "tensorrt", "--dispatch", "t.csv"], "--dispatch: must be a table that can be read"),
         ([], "--target: must be given with --runtime tensorrt-rtx"),
     ],
 )
@@ -116,15 +129,115 @@ def test_options_of_the_other_runtime(nmsparse: Command, tmp_path: Path, options
 
 def test_the_script_has_only_options_that_polygraphy_has(tmp_path: Path, tiny: Path, nmsparse: Command) -> None:
     out = convert(str(tiny), tmp_path / "out", PLAIN.replace({"dtype": "float16"}))
-    assert nmsparse("build", out, "--runtime", "tensorrt", *SHORT, *SHORT).returncode == 0
-    script = (out / "engines" / "tensorrt" / "build.sh").read_text()
-    assert subprocess.run(["sh", "-n"], input=script, text=True, check=False).returncode == 0
-    commands = [shlex.split(line) for line in script.splitlines() if line.startswith("polygraphy ")]
-    assert [command[1] for command in commands] == ["convert", "inspect"]
+    more = ("--version-compatible", "--hardware-compatible", "--workspace-mib", "64")
+    assert nmsparse("build", out, "--runtime", "tensorrt", *SHORT, *SHORT, *more).returncode == 0
+    commands = []
+    for name in ("build.sh", "validate.sh"):
+        script = (out / "engines" / "tensorrt" / name).read_text()
+        assert subprocess.run(["sh", "-n"], input=script, text=True, check=False).returncode == 0
+        commands += [shlex.split(line) for line in script.splitlines() if line.startswith("polygraphy ")]
+    assert [command[1] for command in commands] == ["convert", "inspect", "run", "run"]
     for command in commands:
-        tool = command[1:2] if command[1] == "convert" else command[1:3]
+        tool = command[1:3] if command[1] == "inspect" else command[1:2]
         polygraphy = Path(sys.executable).with_name("polygraphy")
         usage = subprocess.run([polygraphy, *tool, "--help"], capture_output=True, text=True, check=True).stdout
         assert {word for word in command if word.startswith("--")} <= set(re.findall(r"--[\w-]+", usage))
     assert commands[0].count("--trt-min-shapes") == 2
     assert "past_key_values.2.value:[1,2,63,16]" in commands[0]
+    assert {"--version-compatible", "AMPERE_PLUS", "workspace:67108864"} <= set(commands[0])
+
+
+def test_an_engine_is_not_built_where_tensorrt_is_not(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
+    if any(found.name == "tensorrt" for found in importlib.metadata.distributions()):
+        pytest.skip("TensorRT is here")
+    out = convert(str(tiny), tmp_path / "out", PLAIN.replace({"dtype": "float16"}))
+    found = nmsparse("build", out, "--runtime", "tensorrt", *SHORT, "--plugin", "plugin.so")
+    assert found.returncode == 16
+    assert "tensorrt: must be installed, got No module named" in found.stderr
+    assert not (out / "engines" / "tensorrt").exists()
+
+
+def test_plugin_layers_are_counted_once_for_all_profiles() -> None:
+    def layer(name: str, kind: str) -> dict[str, str]:
+        return {"Name": name, "LayerType": kind}
+
+    plugins = [layer("a", "PluginV3"), layer("b", "PluginV3"), layer("a [profile 1]", "PluginV3")]
+    others = [layer("c", "gemm"), "a layer of an engine without details"]
+    assert plugin_layers(json.dumps({"Layers": [*plugins, *others]})) == 2
+
+
+def test_a_table_of_paths(tmp_path: Path) -> None:
+    layer = {"sm": "sm_90", "dtype": "float16", "pattern": "2:4", "k": "64", "n": "96"}
+    shipped = dispatch.read(None)
+    assert [(row.gemv_tokens, row.sparse_tokens) for row in shipped] == [(1, 1024)]
+    assert "not measured" in dispatch.choose(shipped, layer).source
+    rows = [
+        dispatch.Row("sm_90", "*", "*", "*", "*", 2, 0, "one key"),
+        dispatch.Row("*", "float16", "2:4", "*", "*", 3, 0, "two keys"),
+        dispatch.Row("sm_90", "float16", "2:4", "64", "96", 4, 512, "five keys, a comma"),
+        *shipped,
+    ]
+    dispatch.write(tmp_path / "t.csv", rows)
+    assert dispatch.read(tmp_path / "t.csv") == rows
+    assert dispatch.choose(rows, layer) == rows[2]
+    assert dispatch.choose(rows, layer | {"n": "128"}) == rows[1]
+    assert dispatch.choose(rows, layer | {"n": "128", "pattern": "1:4"}) == rows[0]
+    assert dispatch.choose(rows, layer | {"sm": "sm_80", "dtype": "bfloat16"}) == rows[3]
+    with pytest.raises(BuildError, match="must have a row for sm sm_80, dtype float16"):
+        dispatch.choose(rows[:1], layer | {"sm": "sm_80"})
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("sm,dtype\n", "columns must be sm, dtype, pattern"),
+        (",".join(dispatch.Row._fields) + "\n*,*,*,*,*,-1,0,x\n", "line 2: gemv_tokens must be 0 or more tokens"),
+        (
+            ",".join(dispatch.Row._fields) + "\n*,*,*,*,*,1\n",
+            "sparse_tokens must be 0 or more tokens, got None",
+        ),
+    ],
+)
+def test_no_table_of_paths(tmp_path: Path, text: str, said: str) -> None:
+    (tmp_path / "t.csv").write_text(text)
+    with pytest.raises(BuildError, match=said):
+        dispatch.read(tmp_path / "t.csv")
+
+
+@pytest.mark.parametrize(
+    ("best", "expected"),
+    [
+        ("gemv gemv dense sparse sparse", (2, 512)),
+        ("gemv dense gemv dense dense", (1, 0)),
+        ("sparse sparse dense sparse dense", (0, 0)),
+        ("dense dense dense dense sparse", (0, 1024)),
+        ("sparse sparse sparse sparse sparse", (0, 1)),
+    ],
+)
+def test_where_paths_meet(best: str, expected: tuple[int, int]) -> None:
+    found = dict(zip((1, 2, 64, 512, 1024), best.split(), strict=True))
+    assert dispatch.thresholds(dict(reversed(found.items()))) == expected
+
+
+def test_a_measurement_makes_a_table() -> None:
+    one, two = Shape(64, 96, 2, 4, "float16"), Shape(64, 96, 8, 16, "float16")
+    timings = [
+        Timing(one, 1, "gemv", "wide", [1.2, 1.3, 9.0]),
+        Timing(one, 1, "dense", "wide", [1.4, 1.0, 1.0]),
+        Timing(one, 4096, "dense", "wide", [0.8] * 3),
+        Timing(one, 4096, "sparse", "wide", [0.7, 0.7, 9.0]),
+        Timing(one, 4096, "sparse", "tall", [1.4] * 3),
+        Timing(two, 1, "dense", "wide", [0.9] * 3),
+    ]
+    assert table(timings, "sm_90", "here") == [
+        dispatch.Row("sm_90", "float16", "2:4", "64", "96", 1, 4096, "here"),
+        dispatch.Row("sm_90", "float16", "8:16", "64", "96", 0, 0, "here"),
+    ]
+
+
+def test_without_a_gpu_nothing_is_measured(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
+    out = convert(str(tiny), tmp_path / "out", PLAIN.replace({"dtype": "float16"}))
+    hidden = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    found = nmsparse("bench", out, "--tune", tmp_path / "t.csv", env=hidden)
+    assert (found.returncode, "GPU: must be here to be measured" in found.stderr) == (17, True)
+    assert not (tmp_path / "t.csv").exists()

@@ -9,11 +9,9 @@ Three comparisons, all through polygraphy:
 
 from __future__ import annotations
 
-import contextlib
-import io
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +24,12 @@ from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
 from polygraphy.common import TensorMetadata
 from polygraphy.comparator import Comparator, SimpleCompareFunc
-from polygraphy.logger import G_LOGGER
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from converter.errors import ValidationError
 from converter.evaluation.limits import LIMITS, Limits
+from converter.evaluation.quiet import quiet
 from converter.evaluation.reference import (
     Array,
     layer_inputs,
@@ -120,7 +118,7 @@ def validate(
     report = Parity(dtype, LIMITS[dtype], ids.numel())
     graph = onnx.load(folder / MODEL, load_external_data=False)
     kind = np.float16 if dtype == "float16" else np.float32
-    with torch.no_grad(), _quiet():
+    with torch.no_grad(), quiet():
         rounded = {name: round_params(layer, dtype) for name, layer in params.items()}
         round_weights(model, dtype)
         unfitted = use_fitted(model, rounded)
@@ -141,17 +139,6 @@ def validate(
         _report_sparse(report, folder, graph, model, ids, kind)
         progress(4, 4)
     return report
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    severity = G_LOGGER.module_severity
-    G_LOGGER.module_severity = G_LOGGER.CRITICAL
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        G_LOGGER.module_severity = severity
 
 
 class _TorchRunner(BaseRunner):  # type: ignore[misc]

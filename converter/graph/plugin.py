@@ -2,31 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import numpy as np
 import onnx_ir as ir
 
 from converter.errors import BuildError
 from converter.graph.op import DOMAIN, INPUTS, OP, VERSION
+from converter.runtimes.dispatch import Row, choose
 from converter.sparsity.linear import SHIFT_MODES
 
-# Where the paths of the plugin meet, in tokens of a call; not measured by us. Each token reads its own rows of W:
-# published kernels do so for one (TEAL, arXiv 2408.14690), and benchmarks/gpu_model.py predicts that two gain nothing.
-# 2:4 tensor cores broke about even at some 1000 tokens on an H100 (arXiv 2603.05232).
-GEMV_TOKENS, SPARSE_TOKENS = 1, 1024
 LARGEST_GROUP = 1024
 UNKNOWN = {"residual_in": "mitigation r_sparse", "sparse": "phases prefill or decode"}
 
 
-def to_plugin(model: ir.Model, gemv_tokens: int, sparse_tokens: int) -> None:
-    """Make plugin nodes of the op's nodes in place, and remove the function that stands for the op.
+def to_plugin(model: ir.Model, dispatch: Sequence[Row], sm: str) -> list[Row]:
+    """Make plugin nodes of the op's nodes in place, without the function that stands for the op; return the rows used.
 
-    Up to `gemv_tokens` tokens a node reads only the weights that they keep; from `sparse_tokens` on it runs on sparse
-    tensor cores where its pattern is 2:4 or 1:4; 0 is never. A node has the inputs that there are, with `inputs` to say
-    which. The rows of its W are in the order of its permutation, which is 32-bit.
+    Where the paths of a node meet is what the table `dispatch` says for a compute capability `sm`. A node has the
+    inputs that there are, with `inputs` to say which. The rows of its W are in the order of its permutation, which is
+    32-bit.
 
     Raises:
         BuildError: naming the first node that the plugin has no kernel for.
     """
+    used: list[Row] = []
     for node in model.graph:
         if (node.domain, node.op_type) != (DOMAIN, OP):
             continue
@@ -35,14 +36,16 @@ def to_plugin(model: ir.Model, gemv_tokens: int, sparse_tokens: int) -> None:
         _check(given, attributes["group"])
         if "permutation" in given:
             _arrange(given["W"], given["permutation"])
+        row = choose(dispatch, _described(given["W"], attributes, sm))
+        used.append(row)
         fields = {
             "keep": attributes["keep"],
             "group": attributes["group"],
             "shift_mode": SHIFT_MODES.index(attributes["shift_mode"]),
             "variance": attributes["variance"],
             "inputs": sum(1 << INPUTS.index(name) for name in given),
-            "gemv_tokens": gemv_tokens,
-            "sparse_tokens": sparse_tokens,
+            "gemv_tokens": row.gemv_tokens,
+            "sparse_tokens": row.sparse_tokens,
             "plugin_namespace": DOMAIN,
             "plugin_version": str(VERSION),
         }
@@ -52,6 +55,15 @@ def to_plugin(model: ir.Model, gemv_tokens: int, sparse_tokens: int) -> None:
             node.replace_input_with(index, value)
         node.resize_inputs(len(given))
     model.functions.pop((DOMAIN, OP, ""), None)
+    return list(dict.fromkeys(used))
+
+
+def _described(weight: ir.Value, attributes: Mapping[str, Any], sm: str) -> dict[str, str]:
+    """Return a node under the keys of the dispatch table."""
+    assert weight.const_value is not None
+    k, n = weight.const_value.shape.numpy()
+    dtype, pattern = weight.const_value.dtype.name.lower(), f"{attributes['keep']}:{attributes['group']}"
+    return {"sm": sm, "dtype": dtype, "pattern": pattern, "k": str(k), "n": str(n)}
 
 
 def _check(given: dict[str, ir.Value], group: int) -> None:

@@ -1,25 +1,108 @@
-"""TensorRT, which runs our plugin: the script that builds an engine where a GPU and TensorRT are."""
+"""TensorRT, which runs our plugin: engines where it and a GPU are, and the script that builds one with polygraphy.
+
+None of this has run on a GPU. What it shares with TensorRT-RTX (engine.py) builds engines in the tests.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import onnx
 
+from converter.errors import BuildError
 from converter.graph.export import MODEL
+from converter.runtimes.engine import ENGINE, Built
+from converter.runtimes.engine import build as build_engine
 from converter.runtimes.profile import Profile
 
-ENGINE = "model.engine"
+TIMING_CACHE, HARDWARE = "timing.cache", "AMPERE_PLUS"
 
 
-def script(inputs: Sequence[onnx.ValueInfoProto], profiles: Sequence[Profile]) -> str:
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What an engine may do besides: run on later TensorRTs, on other GPUs from Ampere on, or carry the plugin in it.
+
+    `workspace` bounds a layer's scratch memory on the GPU, in bytes; None leaves that to TensorRT.
+    """
+
+    workspace: int | None = None
+    version_compatible: bool = False
+    hardware_compatible: bool = False
+    embed_plugin: bool = False
+
+
+def build(
+    folder: Path,
+    library: Path,
+    profiles: Sequence[Profile],
+    options: Options,
+    cache: Path,
+    progress: Callable[[int, int], None],
+) -> Built:
+    """Return the engine of the graph with plugin nodes in `folder`; the timing cache at `cache` is used, and renewed.
+
+    Raises:
+        BuildError: when TensorRT, a GPU or the plugin's library is missing, when TensorRT cannot build the graph, or
+            when the engine has not a plugin layer for every plugin node.
+    """
+    trt = _bindings()
+    if trt.get_plugin_registry().load_library(str(library.resolve())) is None:
+        raise BuildError(f"--plugin: must be a library that TensorRT {trt.__version__} can load, got {library}.")
+    timing: list[Any] = []
+
+    def configure(config: Any) -> None:
+        timing.append(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""))
+        config.set_timing_cache(timing[0], False)
+        if options.workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+        if options.version_compatible:
+            config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+        if options.hardware_compatible:
+            config.hardware_compatibility_level = getattr(trt.HardwareCompatibilityLevel, HARDWARE)
+        if options.embed_plugin:
+            config.plugins_to_serialize = [str(library.resolve())]
+
+    graph = onnx.load(folder / MODEL, load_external_data=False)
+    built = build_engine(trt, graph, folder / MODEL, profiles, configure, progress)
+    cache.write_bytes(bytes(timing[0].serialize()))
+    runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
+    runtime.engine_host_code_allowed = True  # of our own engine: a version-compatible one brings its runtime along
+    inspector = runtime.deserialize_cuda_engine(built.plan).create_engine_inspector()
+    layers = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
+    wanted, found = sum(node.op_type == "SparseLinear" for node in graph.graph.node), plugin_layers(layers)
+    if found != wanted:
+        raise BuildError(f"{folder / MODEL}: the engine must have {wanted} plugin layers, got {found}.")
+    return Built(built.plan, built.about | {"plugin_layers": found}, layers)
+
+
+def plugin_layers(information: str) -> int:
+    """Return how many plugin layers an engine has by its inspector's JSON, which lists a layer for each profile."""
+    layers = [layer for layer in json.loads(information)["Layers"] if isinstance(layer, dict)]
+    plugins = [layer["Name"] for layer in layers if layer.get("LayerType", "").startswith("Plugin")]
+    return len({re.sub(r" \[profile \d+\]$", "", name) for name in plugins})
+
+
+def script(inputs: Sequence[onnx.ValueInfoProto], profiles: Sequence[Profile], options: Options) -> str:
     """Return a shell script that builds the engine of the graph beside it with polygraphy and lists its layers.
 
     Its argument is the plugin's library. TensorRT takes an ONNX function for a plugin that it does not find, in
     silence; the graph has none, so that a missing plugin is an error.
     """
     convert = ["polygraphy", "convert", MODEL, "--convert-to", "trt", "--output", ENGINE, "--strongly-typed"]
+    convert += ["--profiling-verbosity", "detailed"]
+    convert += ["--load-timing-cache", TIMING_CACHE, "--save-timing-cache", TIMING_CACHE]
+    if options.workspace is not None:
+        convert += ["--pool-limit", f"workspace:{options.workspace}"]
+    if options.version_compatible:
+        convert += ["--version-compatible"]
+    if options.hardware_compatible:
+        convert += ["--hardware-compatibility-level", HARDWARE]
     for profile in profiles:
         for number, bound in enumerate(("min", "opt", "max")):
             shapes = (f"{value.name}:[{','.join(map(str, profile.shapes(value)[number]))}]" for value in inputs)
@@ -28,6 +111,7 @@ def script(inputs: Sequence[onnx.ValueInfoProto], profiles: Sequence[Profile]) -
     lines = [
         "#!/bin/sh",
         "# Builds the engine where TensorRT and a GPU are: sh build.sh path/to/libnmsparse_tensorrt.so",
+        "# nmsparse build --runtime tensorrt --plugin does the same, and counts the plugin layers.",
         "set -eu",
         'plugin=$(realpath "$1")',
         'cd "$(dirname "$0")"',
@@ -35,3 +119,13 @@ def script(inputs: Sequence[onnx.ValueInfoProto], profiles: Sequence[Profile]) -
         f'{shlex.join(inspect)} --plugins "$plugin"',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _bindings() -> Any:
+    try:
+        import tensorrt
+    except ImportError as error:
+        raise BuildError(
+            f"tensorrt: must be installed, got {error}. Install TensorRT 10.7 or newer, or leave out --plugin."
+        ) from error
+    return tensorrt

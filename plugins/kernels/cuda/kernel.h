@@ -1,5 +1,5 @@
 // What a kernel is here: a struct that says what a block shares and what one thread does in each of its phases, with
-// a barrier between two phases. A GPU runs it (run.cuh); a CPU walks the same code in loops (host.cpp), so that what
+// a barrier between two phases. A GPU runs it (kernels.cu); a CPU walks the same code in loops (walk.cpp), so that what
 // is shipped is what the tests on machines without a GPU compare with the reference.
 #pragma once
 
