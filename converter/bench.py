@@ -7,10 +7,10 @@ from pathlib import Path
 import onnx
 
 from converter.delivery.bundle import manifest, versions
+from converter.graph import dispatch
 from converter.graph.costs import layer_costs
 from converter.graph.export import MODEL
 from converter.graph.lower import form_of
-from converter.runtimes import dispatch
 from converter.runtimes.layer import LayerLibrary
 from converter.runtimes.tune import ROUNDS, TOKENS, Shape, Timing, capability, measured, require_gpu, table
 from converter.stages import Stages
@@ -27,7 +27,7 @@ def tune(folder: Path, plugin: Path, to: Path, stages: Stages) -> list[Timing]:
     manifest(folder)
     device, library = require_gpu(), LayerLibrary(plugin, "cuda")
     graph = onnx.load(folder / MODEL, load_external_data=False)
-    dtype, costs = form_of(graph).dtype, layer_costs(graph)
+    dtype, costs = form_of(graph).dtype, layer_costs(graph, dispatch.read(None), dispatch.ANY)
     shapes = sorted({Shape(c.in_features, c.out_features, c.keep, c.group, dtype) for c in costs})
     found: list[Timing] = []
     with stages.stage("tune", "shapes") as advance:

@@ -17,10 +17,10 @@ from converter.checkpoint import Checkpoint
 from converter.delivery.bundle import GENAI, check_files, manifest, staged, write_manifest
 from converter.doctor import gpu
 from converter.errors import BuildError, DeviceError, listing
+from converter.graph import dispatch as dispatch_table
 from converter.graph.export import DATA, MODEL
 from converter.graph.op import DOMAIN, OP
 from converter.graph.plugin import to_plugin
-from converter.runtimes import dispatch as dispatch_table
 from converter.runtimes import tensorrt, tensorrt_rtx, trial
 from converter.runtimes.engine import ENGINE, LAYERS, Built
 from converter.runtimes.profile import Profile, default_profiles

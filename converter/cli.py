@@ -288,19 +288,32 @@ def bench(
 
 
 @app.command
-def inspect(out: Path, *, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
-    """List the sparse layers of OUT: shapes, patterns, and what one token costs dense and sparse.
+def inspect(
+    out: Path,
+    *,
+    target: str | None = None,
+    dispatch: Path | None = None,
+    json_output: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """List the sparse layers of OUT: shapes, patterns, what one token costs dense and sparse, paths on TensorRT.
 
     The sparse figures are those of a kernel that reads only the weights a token uses; the ONNX function body, which
     runs where there is no kernel, reads all. --json has every layer, else layers of one name and shape share a row.
+
+    Parameters
+    ----------
+    target
+        The compute capability whose paths are shown, such as sm_89.
+    dispatch
+        The table of paths that nmsparse bench --tune wrote; by default one from published figures.
     """
     from converter.pipeline import inspect as stage
 
-    costs = stage(out)
+    costs = stage(out, dispatch, target)
     if json_output:
         print(json.dumps([asdict(cost) for cost in costs], indent=2))
         return
-    table = Table("layers", "count", "in x out", "patterns", "weights used", "MB dense", "MB sparse")
+    table = Table("layers", "count", "in x out", "patterns", "used", "MB dense", "MB sparse", "paths by tokens")
     kinds: dict[tuple[str, int, int], list[LayerCost]] = {}
     for cost in costs:
         kinds.setdefault((cost.name.rpartition(".")[2], cost.in_features, cost.out_features), []).append(cost)
@@ -309,8 +322,9 @@ def inspect(out: Path, *, json_output: Annotated[bool, Parameter(name="--json")]
         span = " to ".join(dict.fromkeys((patterns[0][1], patterns[-1][1])))
         dense, sparse = (sum(getattr(cost, what) for cost in of_row) for what in ("bytes", "sparse_bytes"))
         used = sum(cost.sparse_products for cost in of_row) / sum(cost.products for cost in of_row)
-        shape = f"{k} x {n}" if k else ""
-        table.add_row(name, str(len(of_row)), shape, span, f"{used:.0%}", f"{dense / 1e6:.1f}", f"{sparse / 1e6:.1f}")
+        shape, paths = (f"{k} x {n}", "; ".join(sorted({cost.paths for cost in of_row}))) if k else ("", "")
+        sizes = (f"{used:.0%}", f"{dense / 1e6:.1f}", f"{sparse / 1e6:.1f}")
+        table.add_row(name, str(len(of_row)), shape, span, *sizes, paths)
     Console().print(table)
 
 

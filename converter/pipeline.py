@@ -43,6 +43,7 @@ from converter.delivery.bundle import (
 from converter.errors import CheckpointError, OutputError
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
+from converter.graph import dispatch as dispatch_table
 from converter.graph.costs import LayerCost, layer_costs
 from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
@@ -154,16 +155,20 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
     return _validate(folder, checkpoint, params, recipe, text, stages)
 
 
-def inspect(folder: Path) -> list[LayerCost]:
+def inspect(folder: Path, table: Path | None = None, target: str | None = None) -> list[LayerCost]:
     """Return what each sparse layer of OUT costs, in the graph's order; the weights are not read.
+
+    The paths are those of the dispatch `table` for the compute capability `target`.
 
     Raises:
         OutputError: when the folder holds no exported model of ours.
+        BuildError: when the table cannot be read.
     """
     manifest(folder)
     if not is_bundle(folder):
         raise OutputError(f"{folder}: must hold {MODEL}, got none. Run nmsparse export on it.")
-    return layer_costs(onnx.load(folder / MODEL, load_external_data=False))
+    rows = dispatch_table.read(table)
+    return layer_costs(onnx.load(folder / MODEL, load_external_data=False), rows, target or dispatch_table.ANY)
 
 
 def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> Fitted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 from conftest import PLAIN, make_tiny
 
 from converter import convert
+from converter.graph import dispatch
 from converter.recipe import Recipe
 
 
@@ -41,14 +43,19 @@ def test_every_layer_and_what_a_token_costs(
         "sparse_bytes": 2048 + 1024,
         "products": 4096,
         "sparse_products": 1024 + 512,
+        "paths": "gemv to 1, dense to 1023, sparse",
     }
     down = layers["model.layers.2.mlp.down_proj"]
     assert (down["in_features"], down["out_features"], down["keep"], down["group"]) == (96, 64, 8, 16)
-    table = nmsparse("inspect", out)
+    table = nmsparse("inspect", out, env={**os.environ, "COLUMNS": "160"})
     assert table.returncode == 0, table.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.stdout.splitlines() if "│" in line]
-    assert ["q_proj", "3", "64 x 64", "1:4", "38%", "0.0", "0.0"] in rows
-    assert ["all", "18", "", "1:4 to", "58%", "0.2", "0.1"] in rows, rows
+    assert ["q_proj", "3", "64 x 64", "1:4", "38%", "0.0", "0.0", "gemv to 1, dense to 1023, sparse"] in rows
+    assert ["all", "18", "", "1:4 to 8:16", "58%", "0.2", "0.1", ""] in rows, rows
+    dispatch.write(tmp_path / "t.csv", [dispatch.Row("sm_89", *"****", 4, 0, "a test"), *dispatch.read(None)])
+    for target, paths in {"sm_89": "gemv to 4, dense", "sm_90": "gemv to 1, dense to 1023, sparse"}.items():
+        found = nmsparse("inspect", out, "--target", target, "--dispatch", tmp_path / "t.csv", "--json")
+        assert json.loads(found.stdout)[0]["paths"] == paths
 
 
 def test_what_is_no_exported_model(

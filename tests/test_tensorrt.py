@@ -22,8 +22,8 @@ from torch import Tensor
 
 from converter import convert
 from converter.errors import BuildError
+from converter.graph import dispatch
 from converter.graph.op import INPUTS
-from converter.runtimes import dispatch
 from converter.runtimes.tensorrt import plugin_layers
 from converter.runtimes.tune import Shape, Timing, table
 from converter.sparsity.linear import Baked, SparseLinear
@@ -217,6 +217,24 @@ def test_no_table_of_paths(tmp_path: Path, text: str, said: str) -> None:
 def test_where_paths_meet(best: str, expected: tuple[int, int]) -> None:
     found = dict(zip((1, 2, 64, 512, 1024), best.split(), strict=True))
     assert dispatch.thresholds(dict(reversed(found.items()))) == expected
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "3:4", "8:16"])
+@pytest.mark.parametrize(("gemv", "sparse"), [(1, 1024), (0, 1), (4, 2), (2, 0), (0, 0), (2, 3)])
+@pytest.mark.parametrize("k", [64, 96])
+def test_the_paths_that_are_shown_are_those_of_the_library(
+    native: Native, pattern: str, gemv: int, sparse: int, k: int
+) -> None:
+    keep, group = map(int, pattern.split(":"))
+    row = dispatch.Row(*"*****", gemv, sparse, "a test")
+    shown = dispatch.paths(row, {"pattern": pattern, "k": str(k)}).split(", ")
+    found = {}
+    for part in shown:
+        path, _, last = part.partition(" to ")
+        found |= dict.fromkeys(range(len(found) + 1, int(last or 2000) + 1), path)
+    numbers = {"gemv_tokens": gemv, "sparse_tokens": sparse, "shift_mode": 0, "variance": 0}
+    layer = {"k": k, "n": 64, "keep": keep, "group": group, **numbers}
+    assert found == {tokens: native.path(layer, tokens) for tokens in range(1, 2001)}
 
 
 def test_a_measurement_makes_a_table() -> None:

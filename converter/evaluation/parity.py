@@ -29,7 +29,6 @@ from transformers import PreTrainedModel
 
 from converter.errors import ValidationError
 from converter.evaluation.limits import LIMITS, Limits
-from converter.evaluation.quiet import quiet
 from converter.evaluation.reference import (
     Array,
     layer_inputs,
@@ -42,6 +41,7 @@ from converter.evaluation.reference import (
 )
 from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP
+from converter.quiet import quiet
 from converter.runtimes.onnxruntime import session
 from converter.sparsity.linear import Baked, Params, Phases, install
 

@@ -9,8 +9,8 @@ import numpy as np
 import onnx_ir as ir
 
 from converter.errors import BuildError
+from converter.graph.dispatch import Row, choose
 from converter.graph.op import DOMAIN, INPUTS, OP, VERSION
-from converter.runtimes.dispatch import Row, choose
 from converter.sparsity.linear import SHIFT_MODES
 
 LARGEST_GROUP = 1024

@@ -22,9 +22,9 @@ from polygraphy.json import save_json
 from torch import Tensor
 
 from converter.errors import ValidationError
-from converter.evaluation.quiet import quiet
 from converter.graph.export import MODEL
 from converter.graph.widen import is_bfloat16
+from converter.quiet import quiet
 from converter.runtimes.engine import ENGINE
 from converter.runtimes.onnxruntime import session
 from converter.runtimes.profile import Profile

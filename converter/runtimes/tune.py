@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from converter.errors import DeviceError
-from converter.runtimes.dispatch import Row, thresholds
+from converter.graph.dispatch import Row, thresholds
 from converter.runtimes.layer import TILES, LayerLibrary
 
 CALLS, COLD_BYTES, MOST_GEMV_TOKENS = 16, 256 << 20, 64

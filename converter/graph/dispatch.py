@@ -41,7 +41,7 @@ def read(path: Path | None) -> list[Row]:
         BuildError: naming the line that is not a row.
     """
     if path is None:
-        text, where = files("converter.runtimes").joinpath("dispatch.csv").read_text("utf-8"), "dispatch.csv"
+        text, where = files("converter.graph").joinpath("dispatch.csv").read_text("utf-8"), "dispatch.csv"
     else:
         try:
             text, where = path.read_text("utf-8"), str(path)
@@ -103,3 +103,16 @@ def thresholds(best: Mapping[int, str]) -> tuple[int, int]:
             break
         sparse = tokens
     return gemv, sparse
+
+
+def paths(row: Row, layer: Mapping[str, str]) -> str:
+    """Return the paths of a layer by tokens of a call, such as `gemv to 1, dense to 1023, sparse`."""
+    keep, group = map(int, layer["pattern"].split(":"))
+    fits = group == 4 and keep <= 2 and int(layer["k"]) % 64 == 0 and row.sparse_tokens > 0
+    from_tokens = max(row.gemv_tokens + 1, row.sparse_tokens)  # the GEMV goes first where both would
+    found = [f"gemv to {row.gemv_tokens}"] if row.gemv_tokens else []
+    if not fits:
+        return ", ".join([*found, "dense"])
+    if from_tokens > row.gemv_tokens + 1:
+        found.append(f"dense to {from_tokens - 1}")
+    return ", ".join([*found, "sparse"])
