@@ -144,18 +144,36 @@ def generated(model: Any, ids: torch.Tensor, mask: torch.Tensor) -> list[list[in
     return [row[ids.shape[1] :].tolist() for row in tokens]
 
 
+@pytest.fixture(scope="module")
+def exact(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct at 2:4 in bfloat16, without calibration."""
+    folder = tmp_path_factory.mktemp("exact")
+    recipe = ["--pattern", "2:4", "--criterion", "magnitude", "--mitigation", "var", "--dtype", "bfloat16"]
+    for command in (["calibrate", gguf, folder / "fitted", *recipe], ["export", folder / "fitted", folder / "out"]):
+        subprocess.run([sys.executable, "-m", "converter", *map(str, command)], check=True)
+    return folder / "out"
+
+
 @WITH_RTX
+@pytest.mark.parametrize(("model", "dtype"), [("half", "half"), ("exact", "bfloat16")])
 def test_an_engine_for_gpus_that_are_not_here(
-    nmsparse: Callable[..., subprocess.CompletedProcess[str]], half: Path
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]], request: pytest.FixtureRequest, model: str, dtype: str
 ) -> None:
+    out: Path = request.getfixturevalue(model)
     profile = "batch=1,tokens=1:128:512,past=0:256:1023"
-    found = nmsparse("build", half, "--target", "sm_89", "--profile", profile, "--json")
+    found = nmsparse("build", out, "--target", "sm_89", "--profile", profile, "--json")
     assert found.returncode == 0, found.stderr
     about = json.loads(found.stdout)
-    weights = (half / "model.onnx.data").stat().st_size
-    assert weights < about["engine"]["bytes"] < 2 * weights
-    assert about["engine"]["profiles"] == ["batch=1:1:1,tokens=1:128:512,past=0:256:1023"]
+    engine, weights = about["engine"], (out / "model.onnx.data").stat().st_size
+    assert weights < engine["bytes"] < 2 * weights
+    assert engine["profiles"] == ["batch=1:1:1,tokens=1:128:512,past=0:256:1023"]
     assert max(stage["peak_bytes"] for stage in about["stages"]) < 4e9
+    # The compiler fuses what it can into a product; that of each of the 210 layers is in the dtype of its weight.
+    products = {
+        kind: count for kind, count in engine["layers"].items() if kind.split()[0] in {"gemm", "runtime_fusion"}
+    }
+    assert sum(products.values()) >= 210, engine["layers"]
+    assert sum(count for kind, count in products.items() if kind.split()[1] == dtype) >= 150, engine["layers"]
 
 
 def test_left_padding_changes_the_prefill_by_rounding_only(smol: Path) -> None:
