@@ -46,6 +46,10 @@ enum class Tile : int32_t { WIDE, TALL, SMALL, COUNT };
 template <class T>
 cudaError_t sparse_gemm(Tile tile, Gemm const& args, cudaStream_t stream);
 
+// The same on compute capability 9.0, where the metadata are Layout::WGMMA's.
+template <class T>
+cudaError_t sparse_gemm_sm90(Tile tile, Gemm const& args, cudaStream_t stream);
+
 template <class T>
 cudaError_t dense_gemm(Tile tile, Gemm const& args, cudaStream_t stream);
 
