@@ -14,6 +14,9 @@ namespace nmsparse {
 template <class Kernel>
 cudaError_t launch(typename Kernel::Args const& args, cudaStream_t stream);
 
+// Of the current device, 10 * major + minor; 0 where there is none.
+int compute_capability();
+
 // Writes DEFINE(kernel) for each.
 #define NMSPARSE_KERNELS(DEFINE) \
     DEFINE(Pack<__half>)         \
@@ -46,7 +49,7 @@ enum class Tile : int32_t { WIDE, TALL, SMALL, COUNT };
 template <class T>
 cudaError_t sparse_gemm(Tile tile, Gemm const& args, cudaStream_t stream);
 
-// The same on compute capability 9.0, where the metadata are Layout::WGMMA's.
+// The same with metadata in WGMMA's order, on compute capability 9.0 only.
 template <class T>
 cudaError_t sparse_gemm_sm90(Tile tile, Gemm const& args, cudaStream_t stream);
 
