@@ -18,16 +18,17 @@ def _args(pointers: Sequence[str], numbers: Sequence[str], flags: Sequence[str] 
 
 COMMON = ("x", "channel_scale", "shift", "eta", "permutation")
 ARGS = {
-    "pack": _args((*COMMON, "values", "metadata", "nu"), ("tokens", "padded", "k", "keep")),
+    "pack": _args((*COMMON, "values", "metadata", "nu"), ("tokens", "padded", "k", "keep", "order")),
     "select": _args((*COMMON, "rows", "values", "pruned", "z", "kept"), ("tokens", "k", "keep", "group")),
     "token_shift": _args(("x", "eta"), ("tokens", "k"), ("median",)),
     "token_scale": _args(("z", "kept", "nu"), ("tokens", "parts")),
     "gemv": _args(("rows", "values", "w", "partial"), ("tokens", "length", "n", "splits")),
     "gemv_sum": _args(("partial", "nu", "eta", "row_sum", "bias", "y"), ("tokens", "n", "splits")),
-    "layer": _args((), ("k", "n", "keep", "group", "shift_mode", "variance", "gemv_tokens", "sparse_tokens")),
+    "layer": _args((), ("k", "n", "keep", "group", "shift_mode", "variance", "gemv_tokens", "sparse_tokens", "sm")),
     "tensors": _args(("x", "w", "bias", "channel_scale", "shift", "row_sum", "permutation", "y"), ()),
 }
 GEMV, SPARSE, DENSE = range(3)  # the paths of a layer
+MMA, WGMMA = range(2)  # the orders of metadata
 
 
 class Native:
@@ -43,10 +44,11 @@ class Native:
         name = kernel if dtype is None else f"{kernel}_{str(dtype).removeprefix('torch.')}"
         getattr(self.library, name)(ctypes.byref(_pointing(kernel, arguments)))
 
-    def uncompress(self, values: Tensor, metadata: Tensor, k: int) -> Tensor:
+    def uncompress(self, values: Tensor, metadata: Tensor, k: int, order: int = MMA) -> Tensor:
         """Return `[padded, k]` from what Pack wrote, as CUTLASS reads it."""
         pruned = torch.empty(len(values), k, dtype=values.dtype)
-        self.library.pack_uncompressed(*(c_void_p(t.data_ptr()) for t in (values, metadata, pruned)), len(values), k)
+        read = self.library.pack_uncompressed_wgmma if order == WGMMA else self.library.pack_uncompressed
+        read(*(c_void_p(t.data_ptr()) for t in (values, metadata, pruned)), len(values), k)
         return pruned
 
     def layer(self, shape: dict[str, int], tensors: dict[str, Tensor | None]) -> int:
