@@ -35,7 +35,7 @@ struct Pack {
         float const* eta;            // [tokens] or null
         int32_t const* permutation;  // [k] or null: place -> channel; the rows of W are in the order of the places
         T* values;                   // [padded, k / 2]
-        uint32_t* metadata;
+        uint32_t* metadata;          // [k / 32, padded] words, k up to the next 128 for WGMMA
         float* nu;                   // [padded] or null
         int tokens, padded, k, keep;
         MetadataOrder order;
@@ -85,9 +85,8 @@ struct Pack {
                                         halves[2][0] | halves[3][0] << 16, halves[2][1] | halves[3][1] << 16}});
         }
         if (args.order == MetadataOrder::WGMMA) {
-            int const chunk = args.k / CHANNELS + lane, at_a_time = WGMMA_CHANNELS / CHANNELS;
-            if (chunk < (args.k + WGMMA_CHANNELS - 1) / WGMMA_CHANNELS * at_a_time)
-                store(args, place, chunk, {{0x44444444, 0x44444444, 0x44444444, 0x44444444}});
+            int const chunk = args.k / CHANNELS + lane, end = (args.k + WGMMA_CHANNELS - 1) / WGMMA_CHANNELS * WGMMA_CHANNELS;
+            if (chunk * CHANNELS < end) store(args, place, chunk, {{0x44444444, 0x44444444, 0x44444444, 0x44444444}});
         }
         if (args.nu != nullptr)
 #pragma unroll
@@ -97,18 +96,17 @@ struct Pack {
             }
     }
 
-    // The lo and hi of the tokens of rows 0 and 1, and of rows 2 and 3. Of WGMMA's, the eight warps fill 128 bytes, as of
-    // MMA's, and four lanes 16.
+    // Of a warp's rows, the lo and hi of 0 and 1, and of 2 and 3. In both orders the warps of a block fill 128 bytes.
     NMSPARSE_DEVICE static void store(Args const& args, Place place, int chunk, Words const& words) {
         int const warp = place.thread / LANES, first = place.block_x * TOKENS;
         if (args.order == MetadataOrder::MMA) {
             *reinterpret_cast<Words*>(args.metadata + int64_t(chunk) * args.padded + first + 4 * warp) = words;
-            return;
-        }
-        int64_t const block = int64_t(chunk / 4) * (args.padded / WGMMA_TOKENS) + first / WGMMA_TOKENS;
-        uint32_t* to = args.metadata + block * 256 + first % WGMMA_TOKENS / 16 * 64 + 4 * warp + chunk % 4;
+        } else {
+            // 256 words for 64 tokens: four a token, so a block of 32 tokens is at four times its first one.
+            uint32_t* to = args.metadata + (int64_t(chunk / 4) * args.padded + first + warp) * 4 + chunk % 4;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) to[32 * i] = words.at[i];
+            for (int i = 0; i < 4; ++i) to[32 * i] = words.at[i];
+        }
     }
 
     // z of 32 channels from `place` on; of a row beyond the last token, zeros.

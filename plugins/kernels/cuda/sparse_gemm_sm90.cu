@@ -1,5 +1,5 @@
-// Prefill on the sparse tensor cores of an H100 (wgmma), where mma.sp is no faster than a dense product: the activations
-// are the sparse operand, 2:4 along K, and W is read as it lies. Compiled for sm_90a only.
+// Prefill on the sparse tensor cores of an H100 (wgmma), where mma.sp does not reach the rate of a dense product: the
+// activations are the sparse operand, 2:4 along K, and W is read as it lies. Compiled for sm_90a only.
 #include <cutlass/cutlass.h>
 
 #include <cutlass/epilogue/collective/collective_builder.hpp>
@@ -21,12 +21,12 @@ using cute::Int;
 using cute::Shape;
 using Row = cutlass::layout::RowMajor;
 
-// A block's tile, the blocks that share a part of W, and how the warps take turns. Steps of 128 channels: a warp group
-// waits for its products after each.
+// A block's tile, the blocks that read a part of W together, and how two groups of warps share the work. They wait for
+// their products after each step of K, so a step is as long as it can be: 128 channels, a block of metadata.
 //
-// A step of WIDE loads as many bytes of A, which is half a matrix, as of W, and two blocks share W: the least traffic for
-// the most work, 68 KiB a step of the 227 KiB that a block may have. TALL has twice the blocks. SMALL has four times as
-// many, and while a warp group stores one tile the other computes the next: for few tokens, few columns or a short K.
+// WIDE moves the fewest bytes for a product: a step's A, which is half a matrix, is as large as its W, and three steps
+// fit in shared memory. TALL has twice the blocks. SMALL has four times as many, and one group stores its tile while the
+// other multiplies: for few tokens, few columns or a short K. Chosen by these sums; none has been timed.
 template <int M, class Cluster_, class Mainloop_, class Epilogue_>
 struct Plan {
     using Block = Shape<Int<M>, Int<128>, Int<WGMMA_CHANNELS>>;
