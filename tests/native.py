@@ -51,6 +51,11 @@ class Native:
         read(*(c_void_p(t.data_ptr()) for t in (values, metadata, pruned)), len(values), k)
         return pruned
 
+    def order(self, shape: dict[str, int]) -> int:
+        """Return the order of the metadata of such a layer's sparse path."""
+        found: int = self.library.layer_order(ctypes.byref(_pointing("layer", shape)))
+        return found
+
     def layer(self, shape: dict[str, int], tensors: dict[str, Tensor | None]) -> int:
         """Run a layer as the plugin does, into `y`, and return its path."""
         x = tensors["x"]

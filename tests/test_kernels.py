@@ -270,6 +270,7 @@ def test_layer_is_the_reference_on_every_path(
     shape = {"k": k, "n": n, "keep": keep, "group": group, "shift_mode": SHIFT_MODES.index(shift_mode)}
     shape |= {"variance": int(variance), "gemv_tokens": 4, "sparse_tokens": 32, "sm": sm}
     assert native.layer(shape, tensors) == (DENSE if (fast, group) == (SPARSE, 16) else fast)
+    assert native.order(shape) == (WGMMA if sm == 90 else MMA)
     step = torch.finfo(dtype).eps
     expected = SparseLinear(baked)(x.float()[None])[0]
     torch.testing.assert_close(y.float(), expected, rtol=8 * step, atol=step * k**0.5)

@@ -55,6 +55,11 @@ def test_every_method_of_the_plugin(plugins: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_sparse_gemm_of_an_h100_copies_whole_tensors_and_no_more(plugins: Path) -> None:
+    run = subprocess.run([plugins / "maps_test"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_kernels_take_no_more_than_the_table_says(library: Path) -> None:
     """`python plugins/resources.py build/plugins/libnmsparse_tensorrt.so` prints the table anew."""
     with TABLE.open() as file:

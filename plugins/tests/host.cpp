@@ -19,6 +19,8 @@ CALL(gemv_sum_bfloat16, GemvSum<__nv_bfloat16>)
 
 extern "C" int layer_path(Layer const* layer, int tokens) { return int(path_of(*layer, tokens)); }
 
+extern "C" int layer_order(Layer const* layer) { return int(order_of(*layer)); }
+
 extern "C" size_t layer_workspace(Layer const* layer, int tokens) { return workspace_bytes(*layer, tokens); }
 
 extern "C" int layer_float16(Layer const* layer, Tensors const* tensors, int tokens, void* workspace) {
