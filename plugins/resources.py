@@ -41,7 +41,7 @@ def name(mangled: str) -> str:
     ours = re.search(r"8nmsparse3runINS_\d+([A-Z][a-z]+(?:[A-Z][a-z]+)?)(I|E)", mangled)
     if ours is not None:
         return f"{ours[1]}<{dtype}>" if ours[2] == "I" else ours[1]
-    if wgmma := re.search(r"SparseGemmSm90I.*LNS_4TileE(\d)E", mangled):
+    if wgmma := re.search(r"SparseGemmSm90I.*4TileE(\d)E", mangled):
         return f"sparse_gemm_sm90<{dtype}, {('wide', 'tall', 'small')[int(wgmma[1])]}>"
     for substring, kernel in GEMMS.items():
         tile = re.search(r"GemmShapeILi(\d+ELi\d+E)Li", mangled)
