@@ -30,8 +30,8 @@ RESOURCES = Path(__file__).parents[1] / "plugins" / "resources.csv"
 BANDWIDTH_SHARE, PRODUCT_SHARE, LAUNCH = 0.85, 0.8, 2e-6
 # Sparse tensor cores are twice as fast on paper. Measured with cuSPARSELt on an H100, 8192 cubed: arXiv 2603.05232.
 SPARSE_RATE = 1.59
-# The share of Hopper's peak that `mma` reaches, which is all that our GEMMs use there, while a vendor's dense GEMM uses
-# wgmma: 62.9 % on average in Luo et al. 2024, arXiv 2402.13499.
+# The share of Hopper's peak that `mma` reaches, which our dense GEMM uses there, while our sparse one and a vendor's
+# dense one use wgmma: 62.9 % on average in Luo et al. 2024, arXiv 2402.13499.
 HOPPER_MMA = 0.629
 REGISTERS = 65536  # of an SM
 TILES = {
@@ -39,6 +39,7 @@ TILES = {
     "tall": (128, 64, 3, 128),
     "small": (64, 64, 4, 128),
 }  # rows, columns, stages, threads
+WGMMA_TILES = {"wide": (256, 128), "tall": (128, 128), "small": (64, 128)}  # one to an SM
 SIZE = 2  # bytes of float16
 
 
@@ -71,19 +72,22 @@ GPUS = (
 def gemm(gpu: Gpu, registers: dict[tuple[str, str], int], kind: str, t: int, k: int, n: int) -> float:
     """Return the seconds of a `sparse` or `dense` GEMM of ours with its best tile: x[t, k] by w[k, n]."""
     sparse = kind == "sparse"
+    wgmma = sparse and gpu.sm == "sm_90"
     moved = SIZE * (t * k / (2 if sparse else 1) + k * n + t * n) + (t * k / 8 if sparse else 0)
     best = float("inf")
     for tile, (rows, columns, stages, threads) in TILES.items():
         of_stage = 64 * (SIZE * rows / (2 if sparse else 1) + SIZE * columns + (rows / 8 if sparse else 0))
         used = registers[f"{kind}_gemm<float16, {tile}>", gpu.sm]
         resident = max(1, min(REGISTERS // (used * threads), int(gpu.shared // (stages * of_stage))))
+        if wgmma:
+            (rows, columns), resident = WGMMA_TILES[tile], 1
         tiles = ceil(t / rows) * ceil(n / columns)
         waves = ceil(tiles / (gpu.sms * resident))
         products = waves * gpu.sms * resident * rows * columns * k
         # A tile of which fewer share an SM is not faster for it: with one wave, only the SMs that have a tile count.
         if waves == 1:
             products = ceil(tiles / gpu.sms) * gpu.sms * rows * columns * k
-        best = min(best, gpu.seconds(moved, products, gpu.mma_share * (SPARSE_RATE if sparse else 1)))
+        best = min(best, gpu.seconds(moved, products, (1 if wgmma else gpu.mma_share) * (SPARSE_RATE if sparse else 1)))
     return best
 
 

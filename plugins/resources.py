@@ -2,12 +2,13 @@
 
     python plugins/resources.py build/plugins/libnmsparse_tensorrt.so > plugins/resources.csv
 
-`shared` is what is known when it is compiled; the GEMMs ask for theirs when they start.
+`shared` has what the GEMMs ask for when they start, which the library says itself.
 """
 
 from __future__ import annotations
 
 import csv
+import ctypes
 import re
 import subprocess
 import sys
@@ -19,6 +20,8 @@ TOOLS = Path(__file__).parents[1] / "build" / "toolchain" / "nvidia" / "cu13" / 
 TABLE = Path(__file__).with_name("resources.csv")
 GEMMS = {"SparseGemmWithEpilogueVisitor": "sparse_gemm", "DefaultGemmWithVisitor": "dense_gemm"}
 TILES = {"128ELi128E": "wide", "128ELi64E": "tall", "64ELi64E": "small"}
+TILE_NAMES = ("wide", "tall", "small")  # as launch.h numbers them
+TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 
 class Row(NamedTuple):
@@ -41,6 +44,8 @@ def name(mangled: str) -> str:
     ours = re.search(r"8nmsparse3runINS_\d+([A-Z][a-z]+(?:[A-Z][a-z]+)?)(I|E)", mangled)
     if ours is not None:
         return f"{ours[1]}<{dtype}>" if ours[2] == "I" else ours[1]
+    if wgmma := re.search(r"SparseGemmSm90I.*4TileE(\d)E", mangled):
+        return f"sparse_gemm_sm90<{dtype}, {TILE_NAMES[int(wgmma[1])]}>"
     for substring, kernel in GEMMS.items():
         tile = re.search(r"GemmShapeILi(\d+ELi\d+E)Li", mangled)
         if substring in mangled and tile is not None:
@@ -53,6 +58,7 @@ def rows(library: Path) -> Iterator[Row]:
     report = subprocess.run(
         [TOOLS / "cuobjdump", "--dump-resource-usage", library], capture_output=True, text=True, check=True
     ).stdout
+    loaded = ctypes.CDLL(str(library))
     sm = ""
     for line in report.splitlines():
         if arch := re.match(r"arch = (sm_\w+)", line):
@@ -60,7 +66,10 @@ def rows(library: Path) -> Iterator[Row]:
         elif function := re.match(r"\s*Function (\S+):$", line):
             kernel = name(function[1])
         elif usage := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
-            yield Row(kernel, sm, int(usage[1]), int(usage[2]) + int(usage[4]), int(usage[3]))
+            shared = int(usage[3])
+            if gemm := re.fullmatch(r"(\w+_gemm\w*)<(\w+), (\w+)>", kernel):
+                shared += getattr(loaded, f"{gemm[1]}_shared_{TYPES[gemm[2]]}")(TILE_NAMES.index(gemm[3]))
+            yield Row(kernel, sm, int(usage[1]), int(usage[2]) + int(usage[4]), shared)
 
 
 def main() -> None:

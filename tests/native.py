@@ -14,13 +14,14 @@ from converter.runtimes.layer import PATHS, Arguments, LayerLibrary, filled, str
 GEMV, SPARSE, DENSE = PATHS
 COMMON = ("x", "channel_scale", "shift", "eta", "permutation")
 ARGS: dict[str, Any] = {
-    "pack": structure((*COMMON, "values", "metadata", "nu"), ("tokens", "padded", "k", "keep")),
+    "pack": structure((*COMMON, "values", "metadata", "nu"), ("tokens", "padded", "k", "keep", "order")),
     "select": structure((*COMMON, "rows", "values", "pruned", "z", "kept"), ("tokens", "k", "keep", "group")),
     "token_shift": structure(("x", "eta"), ("tokens", "k"), ("median",)),
     "token_scale": structure(("z", "kept", "nu"), ("tokens", "parts")),
     "gemv": structure(("rows", "values", "w", "partial"), ("tokens", "length", "n", "splits")),
     "gemv_sum": structure(("partial", "nu", "eta", "row_sum", "bias", "y"), ("tokens", "n", "splits")),
 }
+MMA, WGMMA = range(2)  # the orders of metadata
 
 
 class Native(LayerLibrary):
@@ -33,11 +34,17 @@ class Native(LayerLibrary):
         assert getattr(self.library, name)(ctypes.byref(filled(ARGS[kernel], there))) == 0
         _copy_back(there, arguments)
 
-    def uncompress(self, values: Tensor, metadata: Tensor, k: int) -> Tensor:
+    def uncompress(self, values: Tensor, metadata: Tensor, k: int, order: int = MMA) -> Tensor:
         """Return `[padded, k]` from what Pack wrote, as CUTLASS reads it, on the CPU."""
         pruned = torch.empty(len(values), k, dtype=values.dtype)
-        self.library.pack_uncompressed(*(c_void_p(t.data_ptr()) for t in (values, metadata, pruned)), len(values), k)
+        read = self.library.pack_uncompressed_wgmma if order == WGMMA else self.library.pack_uncompressed
+        read(*(c_void_p(t.data_ptr()) for t in (values, metadata, pruned)), len(values), k)
         return pruned
+
+    def order(self, shape: dict[str, int]) -> int:
+        """Return the order of the metadata of such a layer's sparse path."""
+        found: int = self.library.layer_order(ctypes.byref(self.described(shape)))
+        return found
 
     def layer(self, shape: dict[str, int], tensors: dict[str, Tensor | None], tile: str = "wide") -> str:
         """Run a layer as the plugin does, into `y`, and return its path."""

@@ -6,13 +6,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from native import DENSE, GEMV, SPARSE, Native
+from native import DENSE, GEMV, MMA, SPARSE, WGMMA, Native
 from torch import Tensor
 
 from converter.sparsity.linear import SHIFT_MODES, Params, SparseLinear, bake, prune, token_scale, token_shift
 
 DTYPES = [torch.float16, torch.bfloat16]
-TOKENS, PLACES = 32, 1024  # of a block of Pack; of Select
+PLACES = 1024  # of a block of Select
+BLOCKS = {MMA: (32, 32), WGMMA: (64, 128)}  # tokens and channels of a block of metadata
 
 
 def awkward(tokens: int, k: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
@@ -70,26 +71,31 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("keep", [1, 2])
 @pytest.mark.parametrize("shift_mode", ["none", "static", "token_mean"])
 @pytest.mark.parametrize("permuted", [False, True])
-@pytest.mark.parametrize(("tokens", "k"), [(1, 64), (33, 96), (64, 1088)])
+@pytest.mark.parametrize(
+    ("order", "tokens", "k"),
+    [
+        *[(MMA, 1, 64), (MMA, 33, 96), (MMA, 64, 1088)],
+        *[(WGMMA, 1, 64), (WGMMA, 33, 128), (WGMMA, 65, 320), (WGMMA, 130, 1088), (WGMMA, 192, 2048)],
+    ],
+)
 def test_pack_is_the_pruned_input(
-    native: Native, dtype: torch.dtype, keep: int, shift_mode: str, permuted: bool, tokens: int, k: int
+    native: Native, dtype: torch.dtype, keep: int, shift_mode: str, permuted: bool, order: int, tokens: int, k: int
 ) -> None:
     x, params = awkward(tokens, k, dtype), the_params(keep, 4, k, shift_mode, permuted)
-    padded = -(-tokens // TOKENS) * TOKENS
+    padded, words = (-(-size // block) * block for size, block in zip((tokens, k), BLOCKS[order], strict=True))
     values = torch.full((padded, k // 2), 7, dtype=dtype)
-    metadata = torch.full((k // 32, padded), -1, dtype=torch.int32)
+    metadata = torch.full((words // 32 * padded,), -1, dtype=torch.int32)
     nu = torch.full((padded,), 7.0)
     kernel = given_to_kernel(x, params)
-    native.run(
-        "pack", dtype, **kernel, values=values, metadata=metadata, nu=nu, tokens=tokens, padded=padded, k=k, keep=keep
-    )
+    shape = {"tokens": tokens, "padded": padded, "k": k, "keep": keep, "order": order}
+    native.run("pack", dtype, **kernel, values=values, metadata=metadata, nu=nu, **shape)
     z, zs, _ = prune(x.float(), params)
     expected = in_places(zs, params).to(dtype)
-    assert_same_bits(native.uncompress(values, metadata, k)[:tokens], expected)
-    assert not native.uncompress(values, metadata, k)[tokens:].any()
+    assert_same_bits(native.uncompress(values, metadata, k, order)[:tokens], expected)
+    assert not native.uncompress(values, metadata, k, order)[tokens:].any()
     torch.testing.assert_close(nu[:tokens], token_scale(z, zs)[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
-    low, high = metadata.view(torch.int16).int() & 3, metadata.view(torch.int16).int() >> 2 & 3
-    assert (low < high).all(), "mma.sp wants the two places of a group rising"
+    groups = metadata[:, None] >> torch.arange(0, 32, 4, dtype=torch.int32)
+    assert ((groups & 3) < (groups >> 2 & 3)).all(), "mma.sp wants the two places of a group rising"
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -223,7 +229,11 @@ def test_decode_is_the_layer(
 @pytest.mark.parametrize("shift_mode", ["none", "static", "token_mean", "token_median"])
 @pytest.mark.parametrize(("variance", "permuted", "biased"), [(True, True, True), (False, False, False)])
 @pytest.mark.parametrize(
-    ("tokens", "fast"), [(1, GEMV), (4, GEMV), (5, DENSE), (31, DENSE), (32, SPARSE), (40, SPARSE)]
+    ("tokens", "fast", "sm"),
+    [
+        *[(1, GEMV, 80), (4, GEMV, 90), (5, DENSE, 80), (31, DENSE, 90)],
+        *[(32, SPARSE, 80), (40, SPARSE, 120), (32, SPARSE, 90), (70, SPARSE, 90)],
+    ],
 )
 def test_layer_is_the_reference_on_every_path(
     native: Native,
@@ -236,6 +246,7 @@ def test_layer_is_the_reference_on_every_path(
     biased: bool,
     tokens: int,
     fast: int,
+    sm: int,
 ) -> None:
     k, n = 192, 40
     params = the_params(keep, group, k, shift_mode, permuted, variance)
@@ -257,8 +268,9 @@ def test_layer_is_the_reference_on_every_path(
         "y": y,
     }
     shape = {"k": k, "n": n, "keep": keep, "group": group, "shift_mode": SHIFT_MODES.index(shift_mode)}
-    shape |= {"variance": int(variance), "gemv_tokens": 4, "sparse_tokens": 32}
+    shape |= {"variance": int(variance), "gemv_tokens": 4, "sparse_tokens": 32, "sm": sm}
     assert native.layer(shape, tensors) == (DENSE if (fast, group) == (SPARSE, 16) else fast)
+    assert native.order(shape) == (WGMMA if (native.sm or sm) == 90 else MMA)
     step = torch.finfo(dtype).eps
     expected = SparseLinear(baked)(x.float()[None])[0]
     torch.testing.assert_close(y.float(), expected, rtol=8 * step, atol=step * k**0.5)

@@ -18,6 +18,7 @@ from converter.sparsity.linear import SHIFT_MODES, VARIANCE_FLOOR
 
 SPEC = (TABLE.parent / "op_spec.h").read_text()
 SMS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_120")
+WGMMA = "sm_90a"  # what runs on compute capability 9.0 and nowhere else
 
 
 @pytest.fixture(scope="module")
@@ -54,13 +55,18 @@ def test_every_method_of_the_plugin(plugins: Path) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_sparse_gemm_of_an_h100_copies_whole_tensors_and_no_more(plugins: Path) -> None:
+    run = subprocess.run([plugins / "maps_test"], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
 def test_kernels_take_no_more_than_the_table_says(library: Path) -> None:
     """`python plugins/resources.py build/plugins/libnmsparse_tensorrt.so` prints the table anew."""
     with TABLE.open() as file:
         table = {(row["kernel"], row["sm"]): row for row in csv.DictReader(file)}
     found = {(row.kernel, row.sm): row for row in rows(library)}
     assert set(found) == set(table)
-    assert {sm for _, sm in found} == set(SMS)
+    assert {sm for _, sm in found} == {*SMS, WGMMA}
     worse = [
         f"{row.kernel} on {row.sm}: {what} {getattr(row, what)}, {table[key][what]} in the table"
         for key, row in found.items()
@@ -71,21 +77,38 @@ def test_kernels_take_no_more_than_the_table_says(library: Path) -> None:
     assert all(row.stack == 0 for row in found.values()), "no kernel spills"
 
 
-@pytest.mark.parametrize("sm", SMS)
-def test_sparse_gemm_is_sparse_tensor_core_instructions(library: Path, sm: str) -> None:
+def machine_code(library: Path, sm: str) -> list[str]:
     sass = subprocess.run(
         [TOOLS / "cuobjdump", "--dump-sass", "--gpu-architecture", sm, library],
         capture_output=True,
         text=True,
         check=True,
     ).stdout
-    functions = re.split(r"\n\s*Function : ", sass)[1:]
+    # Of sm_90 the tool prints what is for sm_90a too.
+    parts = [part for part in sass.split("\narch = ") if part.startswith(f"{sm}\n")]
+    return [function for part in parts for function in re.split(r"\n\s*Function : ", part)[1:]]
+
+
+@pytest.mark.parametrize("sm", SMS)
+def test_sparse_gemm_is_sparse_tensor_core_instructions(library: Path, sm: str) -> None:
+    functions = machine_code(library, sm)
     sparse = [text for text in functions if "SparseGemm" in text.splitlines()[0]]
     dense = [text for text in functions if "DefaultGemmWithVisitor" in text.splitlines()[0]]
     assert len(sparse) == len(dense) == 6  # three tiles in two dtypes
     assert all("HMMA.SP.16832.F32" in text for text in sparse)
     assert all("HMMA.16816.F32" in text and "HMMA.SP" not in text for text in dense)
     assert not any(re.search(r"\b(LDL|STL)\b", text) for text in functions), "no local memory"
+
+
+def test_sparse_gemm_of_an_h100_is_sparse_wgmma(library: Path) -> None:
+    functions = machine_code(library, WGMMA)
+    assert len(functions) == 6  # three tiles in two dtypes
+    assert all("SparseGemmSm90" in text.splitlines()[0] for text in functions)
+    for text in functions:
+        products = set(re.findall(r"HGMMA\S*", text))
+        assert len(products) == 1, "no dense product"
+        assert products.pop().startswith("HGMMA.SP.64x128x32.F32")
+        assert not re.search(r"\b(LDL|STL)\b", text), "no local memory"
 
 
 LOAD = """

@@ -24,7 +24,7 @@ def structure(pointers: Sequence[str], numbers: Sequence[str], flags: Sequence[s
     return type("Args", (ctypes.Structure,), {"_fields_": fields})
 
 
-LAYER = structure((), ("k", "n", "keep", "group", "shift_mode", "variance", "gemv_tokens", "sparse_tokens"))
+LAYER = structure((), ("k", "n", "keep", "group", "shift_mode", "variance", "gemv_tokens", "sparse_tokens", "sm"))
 TENSORS = structure(("x", "w", "bias", "channel_scale", "shift", "row_sum", "permutation", "y"), ())
 
 
@@ -36,7 +36,10 @@ def filled(kind: type[ctypes.Structure], arguments: Arguments) -> Any:
 
 
 class LayerLibrary:
-    """A library with the entry points of plugins/kernels/cuda/calls.cpp, and where it wants its tensors."""
+    """A library with the entry points of plugins/kernels/cuda/calls.cpp, and where it wants its tensors.
+
+    A layer runs on the GPU's own compute capability; a CPU walks that of the shape's `sm`, 0 where it has none.
+    """
 
     def __init__(self, library: Path, device: str) -> None:
         """Load it.
@@ -50,14 +53,19 @@ class LayerLibrary:
         except (OSError, AttributeError) as error:
             raise BuildError(f"{library}: must be our plugin's library, got {error}. Run make plugins.") from error
         self.device = device
+        self.sm = int("{}{}".format(*torch.cuda.get_device_capability())) if device == "cuda" else 0
+
+    def described(self, shape: Mapping[str, int]) -> Any:
+        """Return a layer's C struct."""
+        return filled(LAYER, {**shape, "sm": self.sm} if self.sm else shape)
 
     def path(self, shape: dict[str, int], tokens: int) -> str:
         """Return which of `PATHS` a layer of that shape takes."""
-        return PATHS[self.library.nmsparse_layer_path(ctypes.byref(filled(LAYER, shape)), tokens)]
+        return PATHS[self.library.nmsparse_layer_path(ctypes.byref(self.described(shape)), tokens)]
 
     def workspace(self, shape: dict[str, int], tokens: int) -> Tensor:
         """Return scratch memory for up to `tokens` tokens, with something in it."""
-        room = self.library.nmsparse_layer_workspace(ctypes.byref(filled(LAYER, shape)), tokens)
+        room = self.library.nmsparse_layer_workspace(ctypes.byref(self.described(shape)), tokens)
         return torch.full((room,), 0x55, dtype=torch.uint8, device=self.device)
 
     def enqueue(self, shape: dict[str, int], tensors: Arguments, workspace: Tensor, tile: str, stream: int = 0) -> None:
@@ -68,7 +76,7 @@ class LayerLibrary:
         """
         x = tensors["x"]
         assert isinstance(x, Tensor)
-        described, pointers = filled(LAYER, shape), filled(TENSORS, tensors)
+        described, pointers = self.described(shape), filled(TENSORS, tensors)
         tile_number, room = TILES.index(tile), c_void_p(workspace.data_ptr())
         call = getattr(self.library, f"nmsparse_layer_{str(x.dtype).removeprefix('torch.')}")
         error = call(ctypes.byref(described), ctypes.byref(pointers), len(x), tile_number, room, c_void_p(stream))

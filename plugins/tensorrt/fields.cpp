@@ -16,7 +16,7 @@ bool has(int32_t inputs, Input input) { return (inputs >> int(input) & 1) != 0; 
 std::string fault(Fields const& fields) {
     // With as few channels as there can be: how many there are is known with the shapes.
     if (fields.group < 0 || fields.group > MAX_GROUP) return "group must be 1 to 1024";
-    if (char const* found = refusal(fields.layer(8 * fields.group, 8))) return found;
+    if (char const* found = refusal(fields.layer(8 * fields.group, 8, 0))) return found;
     if (fields.variance != 0 && fields.variance != 1) return "variance must be 0 or 1";
     if (fields.inputs < 0 || fields.inputs >> int(Input::COUNT) != 0) return "inputs must be bits of the op's inputs";
     if (!has(fields.inputs, Input::X) || !has(fields.inputs, Input::W)) return "inputs must have X and W";
@@ -69,8 +69,8 @@ int Fields::index_of(Input input) const {
 
 int Fields::input_count() const { return int(std::bitset<32>(uint32_t(inputs)).count()); }
 
-Layer Fields::layer(int k, int n) const {
-    return {k, n, keep, group, ShiftMode(shift_mode), variance, gemv_tokens, sparse_tokens};
+Layer Fields::layer(int k, int n, int sm) const {
+    return {k, n, keep, group, ShiftMode(shift_mode), variance, gemv_tokens, sparse_tokens, sm};
 }
 
 std::string Fields::text() const {

@@ -31,7 +31,7 @@ struct Fields {
     int index_of(Input input) const;
     int input_count() const;
 
-    Layer layer(int k, int n) const;
+    Layer layer(int k, int n, int sm) const;
     std::string text() const;
 };
 

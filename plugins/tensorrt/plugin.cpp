@@ -96,13 +96,13 @@ public:
             if (at >= 0 && (inputs[at].max.nbDims != 1 || inputs[at].max.d[0] != wanted))
                 return refuse(std::string(INPUT_NAMES[i]) + " must be a vector of " + std::to_string(wanted));
         }
-        char const* wrong = refusal(fields_.layer(k, n));
+        char const* wrong = refusal(layer(k, n));
         return wrong == nullptr ? 0 : refuse(wrong + std::string(", got W of ") + std::to_string(k) + " x " + std::to_string(n));
     }
 
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t, DynamicPluginTensorDesc const*,
                             int32_t) const noexcept override {
-        return workspace_bytes(fields_.layer(last(inputs[0].max), last(inputs[1].max)), tokens_of(inputs[0].max));
+        return workspace_bytes(layer(last(inputs[0].max), last(inputs[1].max)), tokens_of(inputs[0].max));
     }
 
     // TensorRT numbers the tactics of a plugin from 1 on.
@@ -126,7 +126,7 @@ public:
     int32_t onShapeChange(PluginTensorDesc const* inputs, int32_t input_count, PluginTensorDesc const*,
                           int32_t output_count) noexcept override {
         if (!counted(input_count, output_count)) return REFUSED;
-        char const* wrong = refusal(fields_.layer(last(inputs[0].dims), last(inputs[1].dims)));
+        char const* wrong = refusal(layer(last(inputs[0].dims), last(inputs[1].dims)));
         return wrong == nullptr ? 0 : refuse(wrong);
     }
 
@@ -137,11 +137,11 @@ public:
         Tensors const tensors{at(Input::X),          at(Input::W),         floats(Input::BIAS), floats(Input::CHANNEL_SCALE),
                               floats(Input::SHIFT),  floats(Input::ROW_SUM),
                               static_cast<int32_t const*>(at(Input::PERMUTATION)), output[0]};
-        Layer const layer = fields_.layer(last(inputs[0].dims), last(inputs[1].dims));
+        Layer const described = layer(last(inputs[0].dims), last(inputs[1].dims));
         int const tokens = tokens_of(inputs[0].dims);
         cudaError_t const error = inputs[0].type == DataType::kHALF
-                                      ? run_layer<__half>(layer, tensors, tokens, tile_, workspace, stream)
-                                      : run_layer<__nv_bfloat16>(layer, tensors, tokens, tile_, workspace, stream);
+                                      ? run_layer<__half>(described, tensors, tokens, tile_, workspace, stream)
+                                      : run_layer<__nv_bfloat16>(described, tensors, tokens, tile_, workspace, stream);
         return error == cudaSuccess ? 0 : refuse("a kernel did not start, CUDA error " + std::to_string(int(error)));
     }
 
@@ -150,6 +150,8 @@ public:
     PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &collection_; }
 
 private:
+    Layer layer(int k, int n) const { return fields_.layer(k, n, sm_); }
+
     bool counted(int32_t inputs, int32_t outputs) const {
         if (inputs == fields_.input_count() && outputs == 1) return true;
         refuse("a node must have " + std::to_string(fields_.input_count()) + " inputs and 1 output, got " +
@@ -167,6 +169,7 @@ private:
     PluginFieldCollection collection_;
     std::string text_;
     Tile tile_ = Tile::WIDE;
+    int sm_ = compute_capability();  // of the device that TensorRT builds for, or reads the engine for
 };
 
 }  // namespace

@@ -1,5 +1,5 @@
 // What tests/native.py calls besides a layer: the kernels, one by one, as walk.cpp or a GPU runs them.
-#include "../kernels/cuda/launch.h"
+#include "../kernels/cuda/layer.h"
 
 using namespace nmsparse;
 
@@ -16,3 +16,5 @@ CALL(gemv_float16, Gemv<__half>)
 CALL(gemv_bfloat16, Gemv<__nv_bfloat16>)
 CALL(gemv_sum_float16, GemvSum<__half>)
 CALL(gemv_sum_bfloat16, GemvSum<__nv_bfloat16>)
+
+extern "C" int layer_order(Layer const* layer) { return int(order_of(*layer)); }

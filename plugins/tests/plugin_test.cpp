@@ -14,6 +14,10 @@
 using namespace nmsparse;
 using namespace nvinfer1;
 
+namespace nmsparse {
+extern int walked_sm;
+}
+
 extern "C" IPluginCreatorInterface* const* getCreators(int32_t& count);
 extern "C" void setLoggerFinder(ILoggerFinder* finder);
 
@@ -308,10 +312,12 @@ int main() {
     creators_are_listed();
     bad_fields_are_refused();
     shapes_and_formats();
-    for (int const tokens : {2, 4, 6, 32, 34, TOKENS, 130}) {  // both sides of each threshold
-        runs<__half>(DataType::kHALF, tokens);
-        runs<__nv_bfloat16>(DataType::kBF16, tokens);
-    }
+    for (int const sm : {80, 90})
+        for (int const tokens : {2, 4, 6, 32, 34, TOKENS, 130}) {  // both sides of each threshold
+            walked_sm = sm;
+            runs<__half>(DataType::kHALF, tokens);
+            runs<__nv_bfloat16>(DataType::kBF16, tokens);
+        }
     setLoggerFinder(nullptr);
     Fields wrong = good();
     wrong.keep = 0;

@@ -6,9 +6,13 @@
 
 #include "../kernels/cuda/launch.h"
 
-extern "C" void pack_uncompressed(uint16_t* values, uint16_t const* metadata, uint16_t* pruned, int padded, int k);
+using Uncompress = void(uint16_t* values, void const* metadata, uint16_t* pruned, int padded, int k);
+extern "C" Uncompress pack_uncompressed, pack_uncompressed_wgmma;
 
 namespace nmsparse {
+
+int walked_sm = 0;  // the device that is stood in for
+int compute_capability() { return walked_sm; }
 
 namespace {
 
@@ -34,6 +38,15 @@ void multiply(T const* a, Gemm const& args) {
         }
 }
 
+template <class T>
+cudaError_t multiply_packed(Uncompress& uncompress, Gemm const& args) {
+    std::vector<uint16_t> values(size_t(args.padded) * args.k / 2), pruned(size_t(args.padded) * args.k);
+    std::copy_n(static_cast<uint16_t const*>(args.a), values.size(), values.data());
+    uncompress(values.data(), args.metadata, pruned.data(), args.padded, args.k);
+    multiply(reinterpret_cast<T const*>(pruned.data()), args);
+    return cudaSuccess;
+}
+
 }  // namespace
 
 template <class Kernel>
@@ -47,11 +60,12 @@ cudaError_t launch(typename Kernel::Args const& args, cudaStream_t) {
 
 template <class T>
 cudaError_t sparse_gemm(Tile, Gemm const& args, cudaStream_t) {
-    std::vector<uint16_t> values(size_t(args.padded) * args.k / 2), pruned(size_t(args.padded) * args.k);
-    std::copy_n(static_cast<uint16_t const*>(args.a), values.size(), values.data());
-    pack_uncompressed(values.data(), reinterpret_cast<uint16_t const*>(args.metadata), pruned.data(), args.padded, args.k);
-    multiply(reinterpret_cast<T const*>(pruned.data()), args);
-    return cudaSuccess;
+    return multiply_packed<T>(pack_uncompressed, args);
+}
+
+template <class T>
+cudaError_t sparse_gemm_sm90(Tile, Gemm const& args, cudaStream_t) {
+    return multiply_packed<T>(pack_uncompressed_wgmma, args);
 }
 
 template <class T>
@@ -64,6 +78,8 @@ cudaError_t dense_gemm(Tile, Gemm const& args, cudaStream_t) {
 NMSPARSE_KERNELS(INSTANCE)
 template cudaError_t sparse_gemm<__half>(Tile, Gemm const&, cudaStream_t);
 template cudaError_t sparse_gemm<__nv_bfloat16>(Tile, Gemm const&, cudaStream_t);
+template cudaError_t sparse_gemm_sm90<__half>(Tile, Gemm const&, cudaStream_t);
+template cudaError_t sparse_gemm_sm90<__nv_bfloat16>(Tile, Gemm const&, cudaStream_t);
 template cudaError_t dense_gemm<__half>(Tile, Gemm const&, cudaStream_t);
 template cudaError_t dense_gemm<__nv_bfloat16>(Tile, Gemm const&, cudaStream_t);
 

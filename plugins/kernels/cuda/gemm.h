@@ -11,7 +11,7 @@
 #include <cutlass/epilogue/threadblock/epilogue_with_visitor_callbacks.h>
 #include <cutlass/epilogue/threadblock/fusion/visitors.hpp>
 
-#include "launch.h"
+#include "element.h"
 
 namespace nmsparse {
 
@@ -20,17 +20,6 @@ using cute::_0;
 using cute::_1;
 using cute::Stride;
 using Row = cutlass::layout::RowMajor;
-
-template <class T>
-struct Element;
-template <>
-struct Element<__half> {
-    using type = cutlass::half_t;
-};
-template <>
-struct Element<__nv_bfloat16> {
-    using type = cutlass::bfloat16_t;
-};
 
 // The shape of a block's tile, of a warp's part of it, and how many steps of K are in flight.
 template <int M, int N, int WARP_M, int WARP_N, int STAGES_>
@@ -102,11 +91,5 @@ struct Epilogue {
                 {{static_cast<E*>(args.y), {args.n, _1{}, int64_t(args.tokens) * args.n}}, args.tokens}};
     }
 };
-
-inline cudaError_t status_of(cutlass::Status status) {
-    if (status == cutlass::Status::kSuccess) return cudaSuccess;
-    cudaError_t const last = cudaGetLastError();
-    return last == cudaSuccess ? cudaErrorInvalidValue : last;
-}
 
 }  // namespace nmsparse

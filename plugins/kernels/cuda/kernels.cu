@@ -27,6 +27,14 @@ cudaError_t launch(typename Kernel::Args const& args, cudaStream_t stream) {
     return cudaGetLastError();
 }
 
+int compute_capability() {
+    int device = 0, major = 0, minor = 0;
+    if (cudaGetDevice(&device) != cudaSuccess) return 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device);
+    return 10 * major + minor;
+}
+
 #define INSTANCE(...) template cudaError_t launch<__VA_ARGS__>(__VA_ARGS__::Args const&, cudaStream_t);
 NMSPARSE_KERNELS(INSTANCE)
 

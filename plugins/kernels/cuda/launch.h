@@ -3,6 +3,8 @@
 
 #include <cuda_runtime_api.h>
 
+#include <type_traits>
+
 #include "gemv.h"
 #include "pack.h"
 #include "select.h"
@@ -13,6 +15,9 @@ namespace nmsparse {
 // Runs one of the kernels below; kernels.cu has them for a GPU.
 template <class Kernel>
 cudaError_t launch(typename Kernel::Args const& args, cudaStream_t stream);
+
+// Of the current device, 10 * major + minor; 0 where there is none.
+int compute_capability();
 
 // Writes DEFINE(kernel) for each.
 #define NMSPARSE_KERNELS(DEFINE) \
@@ -43,8 +48,23 @@ struct Gemm {
 // The tiles of tokens x columns that a block computes: tactics, of which TensorRT measures the fastest.
 enum class Tile : int32_t { WIDE, TALL, SMALL, COUNT };
 
+// Returns of(tile), with the tile as a type.
+template <class F>
+cudaError_t with_tile(Tile tile, F of) {
+    switch (tile) {
+        case Tile::WIDE: return of(std::integral_constant<Tile, Tile::WIDE>());
+        case Tile::TALL: return of(std::integral_constant<Tile, Tile::TALL>());
+        case Tile::SMALL: return of(std::integral_constant<Tile, Tile::SMALL>());
+        default: return cudaErrorInvalidValue;
+    }
+}
+
 template <class T>
 cudaError_t sparse_gemm(Tile tile, Gemm const& args, cudaStream_t stream);
+
+// The same with metadata in WGMMA's order, on compute capability 9.0 only.
+template <class T>
+cudaError_t sparse_gemm_sm90(Tile tile, Gemm const& args, cudaStream_t stream);
 
 template <class T>
 cudaError_t dense_gemm(Tile tile, Gemm const& args, cudaStream_t stream);

@@ -31,7 +31,8 @@ Buffers lay_out(Layer const& layer, int tokens, void* workspace) {
     Path const path = path_of(layer, tokens);
     auto const rows = size_t(tokens);
     int const places = MAX_GROUP / layer.group * layer.group;
-    buffers.padded = path == Path::SPARSE ? up(tokens, Pack<__half>::TOKENS) : tokens;
+    bool const wgmma = order_of(layer) == MetadataOrder::WGMMA;
+    buffers.padded = path == Path::SPARSE ? up(tokens, wgmma ? WGMMA_TOKENS : Pack<__half>::TOKENS) : tokens;
     buffers.length = layer.k / layer.group * layer.keep;
     buffers.parts = (layer.k + places - 1) / places;
     int const columns = (layer.n + Gemv<__half>::COLUMNS - 1) / Gemv<__half>::COLUMNS;
@@ -50,7 +51,7 @@ Buffers lay_out(Layer const& layer, int tokens, void* workspace) {
         take(buffers.partial, rows * buffers.splits * layer.n * sizeof(float));
     } else if (path == Path::SPARSE) {
         take(buffers.packed, size_t(buffers.padded) * layer.k / 2 * sizeof(__half));
-        take(buffers.metadata, size_t(buffers.padded) * layer.k / 32 * sizeof(uint32_t));
+        take(buffers.metadata, size_t(buffers.padded) * up(layer.k, wgmma ? WGMMA_CHANNELS : 32) / 32 * sizeof(uint32_t));
     } else {
         take(buffers.pruned, rows * layer.k * sizeof(__half));
     }
@@ -75,6 +76,8 @@ Path path_of(Layer const& layer, int tokens) {
     bool const fits = layer.group == 4 && layer.keep <= 2 && layer.k % 64 == 0;
     return fits && layer.sparse_tokens > 0 && tokens >= layer.sparse_tokens ? Path::SPARSE : Path::DENSE;
 }
+
+MetadataOrder order_of(Layer const& layer) { return layer.sm == 90 ? MetadataOrder::WGMMA : MetadataOrder::MMA; }
 
 size_t workspace_bytes(Layer const& layer, int max_tokens) {
     size_t bytes = 0;
@@ -104,7 +107,8 @@ cudaError_t run_layer(Layer const& layer, Tensors const& tensors, int tokens, Ti
     if (at.packed != nullptr)
         next([&] {
             return launch<Pack<T>>({x, tensors.channel_scale, shift, at.eta, tensors.permutation,
-                                    static_cast<T*>(at.packed), at.metadata, at.nu, tokens, at.padded, layer.k, layer.keep},
+                                    static_cast<T*>(at.packed), at.metadata, at.nu, tokens, at.padded, layer.k, layer.keep,
+                                    order_of(layer)},
                                    stream);
         });
     else
@@ -130,7 +134,11 @@ cudaError_t run_layer(Layer const& layer, Tensors const& tensors, int tokens, Ti
     }
     Gemm const gemm{at.packed != nullptr ? at.packed : at.pruned, at.metadata, tensors.w, at.nu, at.eta, tensors.row_sum,
                     tensors.bias, tensors.y, tokens, at.padded, layer.k, layer.n};
-    next([&] { return at.packed != nullptr ? sparse_gemm<T>(tile, gemm, stream) : dense_gemm<T>(tile, gemm, stream); });
+    next([&] {
+        if (at.packed == nullptr) return dense_gemm<T>(tile, gemm, stream);
+        return order_of(layer) == MetadataOrder::WGMMA ? sparse_gemm_sm90<T>(tile, gemm, stream)
+                                                       : sparse_gemm<T>(tile, gemm, stream);
+    });
     return error;
 }
 

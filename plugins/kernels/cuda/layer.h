@@ -15,6 +15,7 @@ struct Layer {
     int variance;       // 0 or 1
     int gemv_tokens;    // up to so many tokens read only the rows that they keep
     int sparse_tokens;  // from so many on go through the sparse tensor cores, where the pattern allows; 0 is never
+    int sm;             // the device's compute_capability()
 };
 
 enum class Path { GEMV, SPARSE, DENSE };
@@ -31,6 +32,9 @@ char const* refusal(Layer const& layer);
 
 // The sparse tensor cores know 2:4, which 1:4 fits into too, and steps of 64 channels.
 Path path_of(Layer const& layer, int tokens);
+
+// Of the sparse path: an H100 has wgmma, which takes any K that the path does; every other GPU has mma.sp.
+MetadataOrder order_of(Layer const& layer);
 
 // Bytes; not less for fewer tokens.
 size_t workspace_bytes(Layer const& layer, int max_tokens);

@@ -1,21 +1,28 @@
-// 2:4 for the tensor cores: from X[T, K] to the kept values, their metadata in the layout that mma.sp is loaded from,
-// and each token's scale, in one pass.
+// 2:4 for the tensor cores: from X[T, K] to the kept values, their metadata in the order that mma.sp or wgmma is loaded
+// from, and each token's scale, in one pass.
 //
 // A block has 32 tokens and 8 warps; warp w has the tokens w, w + 8, w + 16 and w + 24, because their metadata lie
 // side by side. A lane takes 32 channels of its four tokens at a time: 64 bytes of X in, 32 bytes of values and 16
 // bytes of metadata out.
 //
 // values   [padded, K / 2], the kept channels in their order. 1:4 fills up with a zero.
-// metadata [K / 32, padded] words of 32 bits. PTX wants the 2-bit places of 16 channels in 16 bits; of 32 channels a
-//          token t of its 32 owns two halves, lo and hi. With a = t % 8 and q = t / 8, row 4a + (q & ~1) holds the lo
-//          of the tokens of q & ~1 and q | 1, and the row after it their hi. (CUTLASS: reorder_meta, for ldmatrix.)
+// metadata words of 32 bits. PTX wants the 2-bit places of 16 channels in 16 bits; of 32 channels a token t owns two
+//          such halves, lo and hi. A word holds the lo, or the hi, of two tokens eight apart, t and t + 8.
+//   MMA    [K / 32, padded]. With a = t % 8 and q = t / 8 of a token of its 32, row 4a + (q & ~1) holds the lo of the
+//          tokens of q & ~1 and q | 1, and the row after it their hi. (CUTLASS: reorder_meta, for ldmatrix.)
+//   WGMMA  blocks of 64 tokens x 128 channels, K / 128 rounded up by padded / 64; in a block [4 of 16 tokens][lo, hi]
+//          [8 tokens][4 of 32 channels]. (CUTLASS: TensorEAtom of Sm90GemmSparseConfig.) Beyond K the places are 0, 1.
 //
-// padded is T up to the next 32: the rows beyond T are packed as tokens of zeros.
+// padded is T up to the next 32, or 64 for WGMMA: the rows beyond T are packed as tokens of zeros.
 #pragma once
 
 #include "../select.h"
 
 namespace nmsparse {
+
+enum class MetadataOrder : int32_t { MMA, WGMMA };
+
+constexpr int WGMMA_TOKENS = 64, WGMMA_CHANNELS = 128;  // of a block of metadata
 
 template <class T>
 struct Pack {
@@ -28,9 +35,10 @@ struct Pack {
         float const* eta;            // [tokens] or null
         int32_t const* permutation;  // [k] or null: place -> channel; the rows of W are in the order of the places
         T* values;                   // [padded, k / 2]
-        uint32_t* metadata;          // [k / 32, padded]
+        uint32_t* metadata;          // [k / 32, padded] words, k up to the next 128 for WGMMA
         float* nu;                   // [padded] or null
         int tokens, padded, k, keep;
+        MetadataOrder order;
     };
 
     struct alignas(16) Words {
@@ -73,9 +81,12 @@ struct Pack {
                     of_kept[row].add(Moments::of(kept));
                 }
             }
-            auto* to = args.metadata + int64_t(chunk) * args.padded + first + 4 * warp;
-            *reinterpret_cast<Words*>(to) = {{halves[0][0] | halves[1][0] << 16, halves[0][1] | halves[1][1] << 16,
-                                              halves[2][0] | halves[3][0] << 16, halves[2][1] | halves[3][1] << 16}};
+            store(args, place, chunk, {{halves[0][0] | halves[1][0] << 16, halves[0][1] | halves[1][1] << 16,
+                                        halves[2][0] | halves[3][0] << 16, halves[2][1] | halves[3][1] << 16}});
+        }
+        if (args.order == MetadataOrder::WGMMA) {
+            int const chunk = args.k / CHANNELS + lane, end = (args.k + WGMMA_CHANNELS - 1) / WGMMA_CHANNELS * WGMMA_CHANNELS;
+            if (chunk * CHANNELS < end) store(args, place, chunk, {{0x44444444, 0x44444444, 0x44444444, 0x44444444}});
         }
         if (args.nu != nullptr)
 #pragma unroll
@@ -83,6 +94,19 @@ struct Pack {
                 shared.z[warp + 8 * row][lane] = of_z[row];
                 shared.kept[warp + 8 * row][lane] = of_kept[row];
             }
+    }
+
+    // Of a warp's rows, the lo and hi of 0 and 1, and of 2 and 3. In both orders the warps of a block fill 128 bytes.
+    NMSPARSE_DEVICE static void store(Args const& args, Place place, int chunk, Words const& words) {
+        int const warp = place.thread / LANES, first = place.block_x * TOKENS;
+        if (args.order == MetadataOrder::MMA) {
+            *reinterpret_cast<Words*>(args.metadata + int64_t(chunk) * args.padded + first + 4 * warp) = words;
+        } else {
+            // 256 words for 64 tokens: four a token, so a block of 32 tokens is at four times its first one.
+            uint32_t* to = args.metadata + (int64_t(chunk / 4) * args.padded + first + warp) * 4 + chunk % 4;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) to[32 * i] = words.at[i];
+        }
     }
 
     // z of 32 channels from `place` on; of a row beyond the last token, zeros.

@@ -5,15 +5,17 @@
 
 namespace nmsparse {
 
+template <class T, Tile TILE, class E = typename Element<T>::type, class Shape = ShapeOf<TILE>>
+using SparseKernel = cutlass::gemm::device::SparseGemmWithVisitor<
+    E, Row, E, Row, E, Row, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, typename Shape::Block,
+    typename Shape::Warp, cutlass::gemm::GemmShape<16, 8, 32>, typename Epilogue<E, Shape>::Tree,
+    cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<>, Shape::STAGES, 8, 8, cutlass::arch::OpMultiplyAdd, 1>;
+
 template <class T, Tile TILE>
 cudaError_t sparse_gemm_of(Gemm const& args, cudaStream_t stream) {
     using E = typename Element<T>::type;
-    using Shape = ShapeOf<TILE>;
-    using Epilogue = Epilogue<E, Shape>;
-    using Kernel = cutlass::gemm::device::SparseGemmWithVisitor<
-        E, Row, E, Row, E, Row, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, typename Shape::Block,
-        typename Shape::Warp, cutlass::gemm::GemmShape<16, 8, 32>, typename Epilogue::Tree,
-        cutlass::gemm::threadblock::GemmIdentityThreadblockSwizzle<>, Shape::STAGES, 8, 8, cutlass::arch::OpMultiplyAdd, 1>;
+    using Epilogue = Epilogue<E, ShapeOf<TILE>>;
+    using Kernel = SparseKernel<T, TILE>;
     using Metadata = typename Kernel::ElementE;
     typename Kernel::Arguments const arguments(
         {args.padded, args.n, args.k}, {static_cast<E const*>(args.a), args.k / 2}, {static_cast<E const*>(args.w), args.n},
@@ -25,14 +27,10 @@ cudaError_t sparse_gemm_of(Gemm const& args, cudaStream_t stream) {
 
 template <class T>
 cudaError_t sparse_gemm(Tile tile, Gemm const& args, cudaStream_t stream) {
-    switch (tile) {
-        case Tile::WIDE: return sparse_gemm_of<T, Tile::WIDE>(args, stream);
-        case Tile::TALL: return sparse_gemm_of<T, Tile::TALL>(args, stream);
-        case Tile::SMALL: return sparse_gemm_of<T, Tile::SMALL>(args, stream);
-        default: return cudaErrorInvalidValue;
-    }
+    return with_tile(tile, [&](auto of) { return sparse_gemm_of<T, of.value>(args, stream); });
 }
 
 template cudaError_t sparse_gemm<NMSPARSE_TYPE>(Tile, Gemm const&, cudaStream_t);
+NMSPARSE_SHARED(sparse_gemm, sizeof(typename SparseKernel<NMSPARSE_TYPE, of.value>::GemmKernel::SharedStorage))
 
 }  // namespace nmsparse
