@@ -108,6 +108,8 @@ def validate_engine(
         about = manifest(place)
         if about["model_sha256"] != manifest(folder)["files"][MODEL]["sha256"]:
             raise BuildError(f"{place}: must be built of {folder / MODEL}, got another graph's. Build it again.")
+    if "engine" not in about:
+        raise BuildError(f"{place}: the engine must be of nmsparse build --plugin, got another. Run validate.sh on it.")
     engine = about["engine"]
     if not gpu().works:
         said = ", ".join(f"{count} {kind}" for kind, count in engine["layers"].items())

@@ -24,7 +24,7 @@ from converter import convert
 from converter.errors import BuildError
 from converter.graph import dispatch
 from converter.graph.op import INPUTS
-from converter.runtimes.tensorrt import plugin_layers
+from converter.runtimes.tensorrt import layer_kinds
 from converter.runtimes.tune import Shape, Timing, table
 from converter.sparsity.linear import Baked, SparseLinear
 
@@ -157,13 +157,13 @@ def test_an_engine_is_not_built_where_tensorrt_is_not(nmsparse: Command, tiny: P
     assert not (out / "engines" / "tensorrt").exists()
 
 
-def test_plugin_layers_are_counted_once_for_all_profiles() -> None:
+def test_layers_are_counted_once_for_all_profiles() -> None:
     def layer(name: str, kind: str) -> dict[str, str]:
         return {"Name": name, "LayerType": kind}
 
     plugins = [layer("a", "PluginV3"), layer("b", "PluginV3"), layer("a [profile 1]", "PluginV3")]
     others = [layer("c", "gemm"), "a layer of an engine without details"]
-    assert plugin_layers(json.dumps({"Layers": [*plugins, *others]})) == 2
+    assert layer_kinds(json.dumps({"Layers": [*plugins, *others]})) == {"PluginV3": 2, "gemm": 1}
 
 
 def test_a_table_of_paths(tmp_path: Path) -> None:

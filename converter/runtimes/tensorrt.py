@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,17 +76,19 @@ def build(
     runtime.engine_host_code_allowed = True  # of our own engine: a version-compatible one brings its runtime along
     inspector = runtime.deserialize_cuda_engine(built.plan).create_engine_inspector()
     layers = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    wanted, found = sum(node.op_type == "SparseLinear" for node in graph.graph.node), plugin_layers(layers)
+    kinds = layer_kinds(layers)
+    wanted = sum(node.op_type == "SparseLinear" for node in graph.graph.node)
+    found = sum(count for kind, count in kinds.items() if kind.startswith("Plugin"))
     if found != wanted:
         raise BuildError(f"{folder / MODEL}: the engine must have {wanted} plugin layers, got {found}.")
-    return Built(built.plan, built.about | {"plugin_layers": found}, layers)
+    return Built(built.plan, built.about | {"layers": kinds}, layers)
 
 
-def plugin_layers(information: str) -> int:
-    """Return how many plugin layers an engine has by its inspector's JSON, which lists a layer for each profile."""
+def layer_kinds(information: str) -> dict[str, int]:
+    """Return how many layers of each type an engine has by its inspector's JSON, which lists one for each profile."""
     layers = [layer for layer in json.loads(information)["Layers"] if isinstance(layer, dict)]
-    plugins = [layer["Name"] for layer in layers if layer.get("LayerType", "").startswith("Plugin")]
-    return len({re.sub(r" \[profile \d+\]$", "", name) for name in plugins})
+    names = {(re.sub(r" \[profile \d+\]$", "", layer["Name"]), layer["LayerType"]) for layer in layers}
+    return dict(Counter(kind for _, kind in sorted(names)))
 
 
 def script(inputs: Sequence[onnx.ValueInfoProto], profiles: Sequence[Profile], options: Options) -> str:
