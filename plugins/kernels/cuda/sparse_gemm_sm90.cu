@@ -102,7 +102,7 @@ cudaError_t sparse_gemm_of(Gemm const& args, cudaStream_t stream) {
 
 template <class T>
 cudaError_t sparse_gemm_sm90(Tile tile, Gemm const& args, cudaStream_t stream) {
-    return with_tile(tile, [&](auto of) { return sparse_gemm_sm90_of<T, of.value>(args, stream); });
+    return with_tile(tile, [&](auto of) { return sparse_gemm_of<T, of.value>(args, stream); });
 }
 
 template cudaError_t sparse_gemm_sm90<NMSPARSE_TYPE>(Tile, Gemm const&, cudaStream_t);
