@@ -50,6 +50,7 @@ class Node:
     """One node of the op in a session of its own, with no function body: without the kernel it cannot run."""
 
     def __init__(self, library: Path, baked: Baked, phased: bool = False, threads: int = 1) -> None:
+        """Make the session; it gets `sparse` with each call where the node is phased."""
         tensors = {name: getattr(baked, {"W": "weight"}.get(name, name), None) for name in INPUTS[1:]}
         given = {name: t.contiguous().numpy() for name, t in tensors.items() if isinstance(t, Tensor)}
         names = [n if n in {"X", *given, *(["sparse"] if phased else [])} else "" for n in INPUTS]
@@ -336,5 +337,5 @@ def test_doctor_says_which_library(library: Path, nmsparse: Any, monkeypatch: py
 
 def test_a_library_that_is_not_there_is_an_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "none.so")
-    with pytest.raises(ExportError, match="NMSPARSE_ORT_LIBRARY: must be a library, or empty for none, got 'none.so'"):
+    with pytest.raises(ExportError, match=r"NMSPARSE_ORT_LIBRARY: must be a library, or empty for none, got 'none.so'"):
         session(onnx.load(out / MODEL, load_external_data=False), out)
