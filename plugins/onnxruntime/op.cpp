@@ -187,7 +187,7 @@ private:
                 if (rank) list_thin(layer, dropped, thin, t);
             });
             bool const packed = !streams(layer, tokens);
-            int64_t const width = packed ? std::clamp<int64_t>(ceil_div(n, 8 * 128) * 128, 128, cpu::PACKED_COLUMNS)
+            int64_t const width = packed ? std::clamp<int64_t>(ceil_div(n, 4 * 128) * 128, 128, cpu::PACKED_COLUMNS)
                                          : std::clamp<int64_t>(ceil_div(n, 2 * 64) * 64, 256, cpu::STREAMED_COLUMNS);
             parallel(context, ceil_div(n, width), [&](int64_t tile) {
                 int64_t const column = tile * width, columns = std::min(width, n - column);
