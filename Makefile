@@ -16,12 +16,21 @@ CUDA := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 
 	nvidia-cuda-runtime==13.0.96 nvidia-cuda-cuobjdump==13.2.78 nvidia-cuda-nvdisasm==13.2.78 \
 	nvidia-cutlass==4.2.0.0 kernel-lens==2.0.1
 PLUGINS := build/plugins
+# The op for ONNX Runtime on CPUs. The wheel of ONNX Runtime has no headers; a Debian package has (85 kB, unpacked, not
+# installed). Give ORT_INCLUDE=FOLDER to use others, of 1.21 or newer.
+CPU_OP := build/plugins-cpu
+ORT := build/onnxruntime
+ORT_INCLUDE ?= $(ORT)/usr/include/onnxruntime
+ORT_DEB := libonnxruntime-dev=1.21.0+dfsg-1
+ORT_SHA := 14f7d959d5deacbcf1504830d4189f91fc67382b399ed9ae9d3aa9c4050ced08
+APT := apt-get -qq -o APT::Sandbox::User=root -o Dir::Etc::SourceList=/dev/null -o Dir::Etc::SourceParts=$(CURDIR)/$(ORT)/sources \
+	-o Dir::State::Lists=$(CURDIR)/$(ORT)/lists -o Dir::Cache=$(CURDIR)/$(ORT)/cache
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test test-gpu check style plugins bench accuracy clean
+.PHONY: demo test test-gpu check style plugins cpu-op bench accuracy clean
 
-demo: $(DEMO)/manifest.json
+demo: cpu-op $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
 	@$(BIN)/nmsparse perplexity $(GGUF) --tokens $(TOKENS)
 	@$(BIN)/nmsparse perplexity $(DEMO) --tokens $(TOKENS)
@@ -31,12 +40,13 @@ demo: $(DEMO)/manifest.json
 	@$(BIN)/nmsparse generate $(DEMO) "$(PROMPT)" --max-new-tokens 60
 	@echo "== the sparse model lies in $(DEMO)"
 
-$(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed
+$(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed cpu-op
 	$(BIN)/nmsparse convert $(GGUF) $(DEMO)
 
-test: check plugins $(GGUF) $(CLIENTS)/installed
+test: check plugins cpu-op $(GGUF) $(CLIENTS)/installed
 	env NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python \
-	$$(test -e $(PLUGINS)/built && echo NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS)) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$$(test -e $(PLUGINS)/built && echo NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS)) \
+	$$(test -e $(CPU_OP)/built && echo NMSPARSE_TEST_CPU_OP=$(CURDIR)/$(CPU_OP)) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
@@ -49,7 +59,7 @@ style: $(VENV)/installed
 
 # The plugin for TensorRT, compiled for every GPU it knows (minutes), and what its tests run on a CPU.
 ifeq ($(shell uname -sm; command -v c++ >/dev/null && echo c++),Linux x86_64 c++)
-plugins: $(TOOLCHAIN)/installed $(VENV)/installed
+plugins: $(TOOLCHAIN)/installed $(VENV)/installed cpu-op
 	$(BIN)/cmake -S plugins -B $(PLUGINS) -G Ninja --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	  -DCMAKE_CUDA_COMPILER=$(CURDIR)/$(TOOLCHAIN)/nvidia/cu13/bin/nvcc \
 	  -DCUTLASS_DIR=$(CURDIR)/$(TOOLCHAIN)/cutlass_library/source \
@@ -60,6 +70,29 @@ else
 plugins:
 	@echo "The plugins are not built: they need a C++ compiler, on Linux on x86-64. Their tests are skipped."
 endif
+
+# The op for ONNX Runtime on CPUs (seconds), which the package then uses by itself.
+ifeq ($(shell uname -s; command -v c++ >/dev/null && echo c++),Linux c++)
+cpu-op: $(VENV)/installed
+	@test -e $(ORT_INCLUDE)/onnxruntime_cxx_api.h || $(MAKE) --no-print-directory $(ORT)/unpacked || \
+	  echo "The op for ONNX Runtime is not built: its headers must be in $(ORT_INCLUDE), and Debian's package cannot be fetched. Give ORT_INCLUDE=FOLDER."
+	@! test -e $(ORT_INCLUDE)/onnxruntime_cxx_api.h || { \
+	  $(BIN)/cmake -S plugins/onnxruntime -B $(CPU_OP) -G Ninja --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	    -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ORT_INCLUDE)) && $(BIN)/cmake --build $(CPU_OP) && \
+	  mkdir -p converter/native && cp $(CPU_OP)/libnmsparse_onnxruntime.so converter/native/ && touch $(CPU_OP)/built; }
+else
+cpu-op:
+	@echo "The op for ONNX Runtime is not built: it needs a C++ compiler, on Linux. The function body serves, slower."
+endif
+
+$(ORT)/unpacked: Makefile
+	mkdir -p $(ORT)/sources $(ORT)/lists/partial $(ORT)/cache/archives/partial
+	printf 'Types: deb\nURIs: http://deb.debian.org/debian\nSuites: trixie\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n' > $(ORT)/sources/trixie.sources
+	$(APT) update
+	cd $(ORT) && $(APT) download $(ORT_DEB) && echo "$(ORT_SHA) $$(ls libonnxruntime-dev_*.deb)" | sha256sum --check --quiet
+	dpkg-deb -x $(ORT)/libonnxruntime-dev_*.deb $(ORT)
+	rm -rf $(ORT)/lists $(ORT)/cache
+	touch $@
 
 # On a machine with a GPU: the tests of the kernels and the layers on it, then their times beside PyTorch's.
 test-gpu: plugins

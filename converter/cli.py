@@ -470,7 +470,7 @@ def _show_report(out: Path, report: dict[str, Any], json_output: bool) -> None:
         console.print(
             "permutations: {folded} folded into the weights, {inputs} op inputs".format(**report["permutations"])
         )
-    console.print("runs as ONNX function bodies of standard ops: right everywhere, slower than dense (see README)")
+    console.print("without our kernels it runs as ONNX functions of standard ops: right everywhere, slower than dense")
     print(out)
 
 

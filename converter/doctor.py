@@ -12,9 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import psutil
+from onnxruntime import SessionOptions
 
 from converter.delivery.bundle import versions
 from converter.errors import ConverterError
+from converter.runtimes.onnxruntime import LIBRARY, library
 from converter.runtimes.tensorrt_rtx import INSTALL, capabilities
 
 
@@ -91,9 +93,12 @@ def _plugin(library: Path) -> Finding:
 
 
 def _cpu_op() -> Finding:
-    return Finding(
-        "ONNX Runtime op",
-        False,
-        "no native kernel exists yet",
-        "None is needed: the ONNX function body serves, slower.",
-    )
+    part, otherwise = "ONNX Runtime op", "None is needed: the ONNX function body serves, slower."
+    try:
+        found = library()
+        if found is None:
+            return Finding(part, False, f"none at {LIBRARY}", f"Run make cpu-op. {otherwise}")
+        SessionOptions().register_custom_ops_library(str(found.resolve()))
+    except Exception as error:  # onnxruntime's own classes derive from Exception alone
+        return Finding(part, False, str(error).splitlines()[0], "Build it again: make cpu-op.")
+    return Finding(part, True, f"{found}; for float32, in float16 and bfloat16 the ONNX function body serves, slower")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,37 @@ from converter.graph.export import MODEL
 from converter.graph.widen import is_bfloat16, widen
 
 INITIALIZERS = "session.model_external_initializers_file_folder_path"
+# Where `make cpu-op` puts the op's kernel; the variable names another, or none when it is empty.
+LIBRARY = Path(__file__).parents[1] / "native" / "libnmsparse_onnxruntime.so"
+VARIABLE = "NMSPARSE_ORT_LIBRARY"
+
+
+def library() -> Path | None:
+    """Return the library with the op's kernel for CPUs, or None where the function body has to serve.
+
+    Raises:
+        ExportError: when the variable names no file.
+    """
+    named = os.environ.get(VARIABLE)
+    if named is None:
+        return LIBRARY if LIBRARY.is_file() else None
+    if named and not Path(named).is_file():
+        raise ExportError(f"{VARIABLE}: must be a library, or empty for none, got {named!r}. Run make cpu-op.")
+    return Path(named) if named else None
+
+
+def has_kernel(model: onnx.ModelProto) -> bool:
+    """Return whether the kernel knows the model's numbers: it is for float32 alone."""
+    kinds = {value.type.tensor_type.elem_type for value in model.graph.input}
+    kinds |= {tensor.data_type for tensor in model.graph.initializer}
+    return not kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 
 def session(model: onnx.ModelProto, folder: Path, *, prepack: bool = True) -> onnxruntime.InferenceSession:
     """Return a session for a graph whose weights lie in `folder`; without `prepack` each weight is in memory once.
 
-    The CPU provider has no bfloat16 kernels: a bfloat16 graph is run in float32, on the same weights.
+    The op runs in our kernel where its `library` is built and the graph is float32; else its function body runs. The
+    CPU provider has no bfloat16 kernels: a bfloat16 graph is run in float32, on the same weights.
 
     Raises:
         ExportError: when ONNX Runtime has no kernel for the graph.
@@ -33,7 +59,10 @@ def session(model: onnx.ModelProto, folder: Path, *, prepack: bool = True) -> on
     options.add_session_config_entry(INITIALIZERS, str(folder.resolve()))
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
+    kernel = library() if has_kernel(model) else None
     try:
+        if kernel is not None:
+            options.register_custom_ops_library(str(kernel.resolve()))
         graph = (widen(model) if is_bfloat16(model) else model).SerializeToString()
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own classes derive from Exception alone

@@ -1,0 +1,234 @@
+// Which channels of a token are kept, and its shift and scale. The definition is in docs/format.md.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "layer.h"
+#include "simd.h"
+
+namespace nmsparse::cpu {
+
+namespace {
+
+constexpr int64_t COUNTED = 64;  // groups up to this size are ranked by counting, larger ones by a histogram
+
+// Integers in the order of the numbers. NaN counts as the largest, and zeros are equal.
+NMSPARSE_INLINE int32_t key(float number) {
+    float const found = (number == number ? number : std::numeric_limits<float>::infinity()) + 0.0F;
+    int32_t bits;
+    std::memcpy(&bits, &found, sizeof bits);
+    return bits ^ (bits >> 31 & 0x7fffffff);
+}
+
+float number(int32_t key) {
+    int32_t const bits = key ^ (key >> 31 & 0x7fffffff);
+    float found;
+    std::memcpy(&found, &bits, sizeof found);
+    return found;
+}
+
+NMSPARSE_CLONES
+void subtract(float const* x, float const* shift, float eta, int64_t k, float* z) {
+    if (shift != nullptr)
+        for (int64_t i = 0; i < k; ++i) z[i] = x[i] - shift[i];
+    else
+        for (int64_t i = 0; i < k; ++i) z[i] = x[i] - eta;
+}
+
+NMSPARSE_CLONES
+void score_keys(float const* z, float const* scale, int64_t k, int32_t* keys) {
+    if (scale != nullptr)
+        for (int64_t i = 0; i < k; ++i) keys[i] = key(std::fabs(z[i]) * scale[i]);
+    else
+        for (int64_t i = 0; i < k; ++i) keys[i] = key(std::fabs(z[i]));
+}
+
+// The sum of (x - centre) or of its square, over 16 lanes in runs of 64, then over the lanes: a fixed order.
+template <bool SQUARED>
+NMSPARSE_INLINE float sum_of(float const* x, int64_t count, float centre) {
+    Floats total = {};
+    int64_t i = 0;
+    while (i + LANES <= count) {
+        Floats run = {};
+        int64_t const end = std::min(count, i + 64 * LANES);
+        for (; i + LANES <= end; i += LANES) {
+            Floats const apart = at(x + i) - centre;
+            run += SQUARED ? apart * apart : apart;
+        }
+        total += run;
+    }
+    float found = 0;
+    for (int lane = 0; lane < LANES; ++lane) found += total[lane];
+    for (; i < count; ++i) found += SQUARED ? (x[i] - centre) * (x[i] - centre) : x[i] - centre;
+    return found;
+}
+
+NMSPARSE_CLONES
+float sum(float const* x, int64_t count) { return sum_of<false>(x, count, 0); }
+
+NMSPARSE_CLONES
+float squares(float const* x, int64_t count, float centre) { return sum_of<true>(x, count, centre); }
+
+float variance(float const* x, int64_t k) {
+    return squares(x, k, sum(x, k) / static_cast<float>(k)) / static_cast<float>(k - 1);
+}
+
+// The key with `rank` larger or equal ones before it. A histogram of the leading bits leaves few to sort.
+int32_t nth_largest(int32_t const* keys, int64_t count, int64_t rank, std::vector<int32_t>& few) {
+    constexpr int BITS = 11, SHIFT = 32 - BITS;
+    int32_t counts[1 << BITS] = {};
+    auto const bin = [](int32_t key) { return (static_cast<uint32_t>(key) ^ 0x80000000U) >> SHIFT; };
+    for (int64_t i = 0; i < count; ++i) ++counts[bin(keys[i])];
+    uint32_t found = (1U << BITS) - 1;
+    while (rank >= counts[found]) rank -= counts[found--];
+    few.clear();
+    for (int64_t i = 0; i < count; ++i)
+        if (bin(keys[i]) == found) few.push_back(keys[i]);
+    std::nth_element(few.begin(), few.begin() + rank, few.end(), std::greater<int32_t>());
+    return few[rank];
+}
+
+// Ranks the channels of up to 16 groups at once: how many of its group go before each one. `place` says which channel
+// is at a place of the arrangement.
+template <class Place>
+NMSPARSE_INLINE void mark_by_counting(int32_t const* keys, int64_t k, int64_t keep, int64_t group, Place place,
+                                      uint8_t* kept) {
+    Ints key[COUNTED], before[COUNTED];
+    int64_t const groups = k / group;
+    for (int64_t g = 0; g < groups; g += LANES) {
+        int const lanes = static_cast<int>(std::min<int64_t>(LANES, groups - g));
+        for (int64_t i = 0; i < group; ++i) {
+            int32_t column[LANES] = {};
+            for (int lane = 0; lane < lanes; ++lane) column[lane] = keys[place((g + lane) * group + i)];
+            std::memcpy(&key[i], column, sizeof column);
+            before[i] = Ints{} + static_cast<int32_t>(i);  // ties go to the lower place
+        }
+        for (int64_t i = 0; i < group; ++i)
+            for (int64_t j = i + 1; j < group; ++j) {
+                Ints const larger = key[j] > key[i];  // -1 where it is
+                before[i] -= larger;
+                before[j] += larger;
+            }
+        for (int64_t i = 0; i < group; ++i) {
+            int32_t column[LANES];
+            std::memcpy(column, &before[i], sizeof column);
+            for (int lane = 0; lane < lanes; ++lane) kept[place((g + lane) * group + i)] = column[lane] < keep;
+        }
+    }
+}
+
+NMSPARSE_CLONES
+void mark_small(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, uint8_t* kept) {
+    if (permutation != nullptr)
+        mark_by_counting(keys, k, keep, group, [=](int64_t i) { return permutation[i]; }, kept);
+    else
+        mark_by_counting(keys, k, keep, group, [](int64_t i) { return i; }, kept);
+}
+
+void mark_large(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, uint8_t* kept,
+                std::vector<int32_t>& arranged, std::vector<int32_t>& few) {
+    for (int64_t g = 0; g < k; g += group) {
+        arranged.clear();
+        for (int64_t i = g; i < g + group; ++i) arranged.push_back(keys[permutation == nullptr ? i : permutation[i]]);
+        int32_t const least = nth_largest(arranged.data(), group, keep - 1, few);
+        int64_t ties = keep;
+        for (int32_t const other : arranged) ties -= other > least;
+        for (int64_t i = 0; i < group; ++i) {
+            bool const tied = arranged[i] == least, keeps = arranged[i] > least || (tied && ties > 0);
+            ties -= tied && keeps;
+            kept[permutation == nullptr ? g + i : permutation[g + i]] = keeps;
+        }
+    }
+}
+
+float token_shift(Layer const& layer, float const* x, std::vector<int32_t>& keys, std::vector<int32_t>& few) {
+    if (layer.shift_mode == ShiftMode::TOKEN_MEAN) return sum(x, layer.k) / static_cast<float>(layer.k);
+    if (layer.shift_mode != ShiftMode::TOKEN_MEDIAN) return 0;
+    for (int64_t i = 0; i < layer.k; ++i) {
+        if (x[i] != x[i]) return x[i];
+        keys[i] = key(x[i]);
+    }
+    return number(nth_largest(keys.data(), layer.k, layer.k / 2, few));
+}
+
+// Lists the channels that `wanted` names, with no branch on what was kept.
+template <class Wanted, class Value>
+void list(Lists const& lists, int64_t slot, int64_t k, Wanted wanted, Value value) {
+    int32_t* const rows = lists.rows + slot * lists.capacity;
+    float* const values = lists.values + slot * lists.capacity;
+    int32_t* const ends = lists.ends + slot * lists.blocks();
+    int32_t count = 0;
+    for (int64_t b = 0, i = 0; i < k; ++b) {
+        for (int64_t const end = std::min(k, i + lists.block); i < end; ++i) {
+            rows[count] = static_cast<int32_t>(i);
+            values[count] = value(i);
+            count += wanted(i);
+        }
+        ends[b] = count;
+    }
+}
+
+struct Scratch {
+    std::vector<float> z, zs;
+    std::vector<int32_t> keys, few, arranged;
+    std::vector<uint8_t> kept;
+};
+
+void mark(Layer const& layer, float const* z, Scratch& scratch) {
+    int64_t const k = layer.k;
+    if (!layer.sparse || layer.keep == layer.group) {
+        std::fill(scratch.kept.begin(), scratch.kept.end(), uint8_t{1});
+        return;
+    }
+    int32_t* const keys = scratch.keys.data();
+    uint8_t* const kept = scratch.kept.data();
+    score_keys(z, layer.channel_scale, k, keys);
+    if (layer.group <= COUNTED)
+        mark_small(keys, k, layer.keep, layer.group, layer.permutation, kept);
+    else
+        mark_large(keys, k, layer.keep, layer.group, layer.permutation, kept, scratch.arranged, scratch.few);
+}
+
+}  // namespace
+
+int64_t block_rows(Layer const& layer) {
+    if (!layer.sparse || layer.permutation != nullptr || layer.group > COUNTED) return 64;
+    for (int64_t rows : {32, 64})
+        if (rows % layer.group == 0 && rows / layer.group * layer.keep % 8 == 0) return rows;
+    return 64;
+}
+
+Token choose(Layer const& layer, int64_t t, Chosen const& to) {
+    thread_local Scratch scratch;
+    int64_t const k = layer.k;
+    scratch.z.resize(k), scratch.keys.resize(k), scratch.kept.resize(k);
+    float const* z = layer.x + t * k;
+    Token token{token_shift(layer, z, scratch.keys, scratch.few), 1};
+    if (layer.shift_mode != ShiftMode::NONE) {
+        subtract(z, layer.shift, token.eta, k, scratch.z.data());
+        z = scratch.z.data();
+    }
+    uint8_t* const marks = scratch.kept.data();
+    mark(layer, z, scratch);
+    // z - zs is 0 where a channel is kept, but NaN of Inf and NaN.
+    auto const value = [=](int64_t i) { return z[i]; };
+    auto const left = [=](int64_t i) { return z[i] - (marks[i] ? z[i] : 0.0F); };
+    if (to.kept != nullptr) list(*to.kept, to.slot, k, [=](int64_t i) { return marks[i] != 0; }, value);
+    if (to.dropped != nullptr)
+        list(*to.dropped, to.slot, k, [=](int64_t i) { return !marks[i] || !std::isfinite(z[i]); }, left);
+    if (to.pruned != nullptr)
+        for (int64_t i = 0; i < k; ++i) to.pruned[i] = marks[i] ? z[i] : 0.0F;
+    if (to.rest != nullptr)
+        for (int64_t i = 0; i < k; ++i) to.rest[i] = left(i);
+    if (layer.variance && layer.sparse) {
+        scratch.zs.resize(k);
+        for (int64_t i = 0; i < k; ++i) scratch.zs[i] = marks[i] ? z[i] : 0.0F;
+        float const of_kept = variance(scratch.zs.data(), k);
+        token.nu = std::sqrt(variance(z, k) / (of_kept < VARIANCE_FLOOR ? VARIANCE_FLOOR : of_kept));
+    }
+    return token;
+}
+
+}  // namespace nmsparse::cpu

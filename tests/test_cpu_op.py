@@ -1,0 +1,341 @@
+"""The op's kernel for ONNX Runtime on CPUs against the reference; `make cpu-op` builds it."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx.helper
+import onnxruntime
+import pytest
+import torch
+from conftest import QUICK
+from test_kernels import assert_same_bits, awkward, the_params
+from torch import Tensor
+
+from converter.errors import ExportError
+from converter.graph.export import MODEL
+from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
+from converter.runtimes.onnxruntime import VARIABLE, session
+from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake, prune, token_scale
+
+PATTERNS = [(2, 4), (1, 4), (8, 16), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
+# On both sides of every threshold: streamed or copied (2, 3, 6, 7, 8, 9), MatMul (64), two chunks (129).
+TOKENS = [1, 2, 3, 4, 6, 7, 8, 9, 63, 64, 129]
+
+
+@pytest.fixture(scope="session")
+def cpu_op() -> Path:
+    """The folder with the library and the mutant."""
+    path = os.environ.get("NMSPARSE_TEST_CPU_OP")
+    if not path:
+        pytest.skip("the op for ONNX Runtime is not here: run `make test`, which builds it")
+    return Path(path)
+
+
+@pytest.fixture(scope="session")
+def library(cpu_op: Path) -> Path:
+    return cpu_op / "libnmsparse_onnxruntime.so"
+
+
+class Node:
+    """One node of the op in a session of its own, with no function body: without the kernel it cannot run."""
+
+    def __init__(self, library: Path, baked: Baked, phased: bool = False, threads: int = 1) -> None:
+        """Make the session; it gets `sparse` with each call where the node is phased."""
+        tensors = {name: getattr(baked, {"W": "weight"}.get(name, name), None) for name in INPUTS[1:]}
+        given = {name: t.contiguous().numpy() for name, t in tensors.items() if isinstance(t, Tensor)}
+        names = [n if n in {"X", *given, *(["sparse"] if phased else [])} else "" for n in INPUTS]
+        node = onnx.helper.make_node(
+            OP,
+            names,
+            ["Y"],
+            domain=DOMAIN,
+            keep=baked.keep,
+            group=baked.group,
+            shift_mode=baked.shift_mode,
+            variance=int(baked.variance),
+        )
+        make = onnx.helper.make_tensor_value_info
+        k, n = baked.weight.shape
+        inputs = [make("X", 1, ["batch", "tokens", k]), *([make("sparse", 9, [])] if phased else [])]
+        stored = [onnx.numpy_helper.from_array(array, name) for name, array in given.items()]
+        graph = onnx.helper.make_graph([node], "one", inputs, [make("Y", 1, ["batch", "tokens", n])], stored)
+        domains = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)]
+        model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=11)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 4
+        options.register_custom_ops_library(str(library))
+        self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+    def __call__(self, x: Tensor, **feeds: np.ndarray) -> Tensor:
+        y = self.session.run(None, {"X": x.reshape(1, *x.shape[-2:]).numpy(), **feeds})[0]
+        return torch.from_numpy(y)[0]
+
+
+def identity(params: Params, k: int) -> Baked:
+    return bake(torch.eye(k), None, params)
+
+
+def layer(params: Params, k: int, n: int, bias: bool = True, rank: int = 0, seed: int = 0) -> Baked:
+    generator = torch.Generator().manual_seed(seed)
+    if rank:
+        parts = {"residual_in": torch.randn(k, rank, generator=generator) / 8}
+        parts |= {"residual_out": torch.randn(rank, n, generator=generator) / 8}
+        params = Params(**{**vars(params), **parts})
+    weight = torch.randn(n, k, generator=generator)
+    return bake(weight, torch.randn(n, generator=generator) if bias else None, params)
+
+
+def exact(x: Tensor, baked: Baked, sparse: bool = True) -> Tensor:
+    """Return y in float64 for the mask, the shift and the scale that the reference finds in float32."""
+    z, zs, eta = prune(x, baked)
+    if not sparse:
+        zs = z
+    y = zs.double() @ baked.weight.double()
+    if baked.variance and sparse:
+        y *= token_scale(z.double(), zs.double())
+    if baked.row_sum is not None and eta is not None:
+        y += eta.double() * baked.row_sum.double()
+    if baked.residual_in is not None and baked.residual_out is not None and sparse:
+        y += (z - zs).double() @ baked.residual_in.double() @ baked.residual_out.double()
+    return y if baked.bias is None else y + baked.bias.double()
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    """Return the largest error relative to the largest value, or to 10, which few of these sums stay below."""
+    return float((found.double() - expected).abs().max() / expected.abs().max().clamp_min(10))
+
+
+@pytest.mark.parametrize(("keep", "group"), PATTERNS)
+@pytest.mark.parametrize("shift_mode", ["none", "static", "token_median"])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_masks_are_those_of_the_reference(
+    library: Path, keep: int, group: int, shift_mode: str, permuted: bool
+) -> None:
+    k = group * (480 // group)
+    params = the_params(keep, group, k, shift_mode, permuted, variance=False)
+    x = awkward(65, k, torch.float32)
+    x[2:4] = x[4:6]  # without Inf and NaN, which the identity's zeros would spread over the row
+    node = Node(library, identity(params, k))
+    _, zs, _ = prune(x, params)
+    # A per-token shift is added back, so it is taken off again before the comparison of what is kept.
+    extra = SparseLinear(identity(params, k))(x[None])[0] - zs
+    for tokens in (1, 3, 65):
+        found = node(x[:tokens])
+        if shift_mode == "none":
+            assert_same_bits(found, zs[:tokens])
+        else:
+            torch.testing.assert_close(found, zs[:tokens] + extra[:tokens], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 70])
+@pytest.mark.parametrize(("keep", "group"), [(1, 4), (2, 4), (8, 16), (15, 16), (40, 80)])
+def test_inf_and_nan_stay_visible_and_a_dropped_inf_is_gone(library: Path, tokens: int, keep: int, group: int) -> None:
+    k = 240
+    params = the_params(keep, group, k, "none", False, variance=False)
+    x = awkward(max(tokens, 5), k, torch.float32)[-tokens:] if tokens < 5 else awkward(tokens, k, torch.float32)
+    x[0, ::7], x[0, 3::11] = torch.inf, -torch.inf
+    ones = bake(torch.ones(3, k), None, params)
+    _, zs, _ = prune(x, params)
+    expected = zs.double().sum(-1, keepdim=True).expand(tokens, 3).float()
+    torch.testing.assert_close(Node(library, ones)(x), expected, equal_nan=True, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize(("keep", "group"), PATTERNS)
+@pytest.mark.parametrize("shift_mode", SHIFT_MODES)
+@pytest.mark.parametrize(("variance", "permuted", "bias"), [(True, True, True), (False, False, False)])
+def test_layer_is_the_reference_at_every_number_of_tokens(
+    library: Path, keep: int, group: int, shift_mode: str, variance: bool, permuted: bool, bias: bool
+) -> None:
+    k = group * (480 // group)
+    params = the_params(keep, group, k, shift_mode, permuted, variance)
+    for n, rank in ((200, 0), (1, 5), (1100, 70)):
+        baked = layer(params, k, n, bias, rank)
+        node = Node(library, baked)
+        for tokens in TOKENS if n == 200 else [1, 5, 64]:
+            x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)) + 0.3
+            assert error(node(x), exact(x, baked)) < 2e-6
+
+
+@pytest.mark.parametrize(("shift_mode", "rank"), list(itertools.product(SHIFT_MODES, [0, 5])))
+def test_a_dense_phase_keeps_every_channel_and_corrects_nothing(library: Path, shift_mode: str, rank: int) -> None:
+    baked = layer(the_params(2, 4, 96, shift_mode, True), 96, 40, rank=rank)
+    node = Node(library, baked, phased=True)
+    for tokens, sparse in itertools.product([1, 2, 5, 70], [False, True]):
+        x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(tokens))
+        assert error(node(x, sparse=np.array(sparse)), exact(x, baked, sparse)) < 2e-6
+
+
+def test_any_shape_of_x(library: Path) -> None:
+    baked = layer(the_params(2, 4, 64, "none", False), 64, 24)
+    node = Node(library, baked)
+    x = torch.randn(3, 5, 64)
+    together = torch.from_numpy(node.session.run(None, {"X": x.numpy()})[0])
+    assert together.shape == (3, 5, 24)
+    assert torch.equal(together.reshape(15, 24), node(x.reshape(15, 64)))
+    assert node.session.run(None, {"X": np.zeros((0, 5, 64), np.float32)})[0].shape == (0, 5, 24)
+
+
+@pytest.mark.parametrize("shift_mode", ["none", "token_mean"])
+@pytest.mark.parametrize(("keep", "group"), [(8, 16), (5, 8), (200, 800)])
+def test_same_bits_for_any_threads_and_any_split_of_the_batch(
+    library: Path, shift_mode: str, keep: int, group: int
+) -> None:
+    k = 800
+    baked = layer(the_params(keep, group, k, shift_mode, False), k, 2100, rank=9)
+    one, two, four = (Node(library, baked, threads=threads) for threads in (1, 2, 4))
+    x = torch.randn(150, k)
+    y = one(x)
+    assert torch.equal(two(x), y)
+    assert torch.equal(four(x), y)
+    for part in (1, 2, 3, 7, 75):
+        assert torch.equal(torch.cat([two(piece) for piece in x.split(part)]), y)
+
+
+@pytest.mark.parametrize("tokens", TOKENS)
+def test_a_wrong_product_is_noticed_at_every_number_of_tokens(cpu_op: Path, tokens: int) -> None:
+    baked = layer(the_params(8, 16, 480, "none", False), 480, 200)
+    x = torch.randn(tokens, 480)
+    assert error(Node(cpu_op / "libnmsparse_mutant.so", baked)(x), exact(x, baked)) > 1e-4
+
+
+def test_no_less_accurate_than_onnx_runtimes_gemm(library: Path) -> None:
+    k, n = 4096, 512
+    generator = torch.Generator().manual_seed(0)
+    params = Params(8, 16)
+    baked = bake(torch.randn(n, k, generator=generator), None, params)
+    make = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        [onnx.helper.make_node("MatMul", ["X", "W"], ["Y"])],
+        "dense",
+        [make("X", 1, ["tokens", k])],
+        [make("Y", 1, ["tokens", n])],
+        [onnx.numpy_helper.from_array(baked.weight.contiguous().numpy(), "W")],
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=11)
+    dense = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    node = Node(library, baked)
+    for tokens in (1, 8, 40):
+        x = torch.randn(tokens, k, generator=generator)
+        _, zs, _ = prune(x, params)
+        expected = exact(x, baked)
+        ours = (node(x).double() - expected).square().mean().sqrt()
+        theirs = torch.from_numpy(dense.run(None, {"X": zs.numpy()})[0]).double()
+        assert ours <= (theirs - expected).square().mean().sqrt()
+
+
+def test_one_session_in_many_threads_and_many_sessions(library: Path) -> None:
+    baked = layer(the_params(8, 16, 800, "token_median", True), 800, 700, rank=4)
+    nodes = [Node(library, baked, threads=threads) for threads in (1, 2, 3)]
+    batches = [torch.randn(tokens, 800) for tokens in (1, 2, 5, 70)]
+    expected = [nodes[0](x) for x in batches]
+
+    def work(number: int) -> bool:
+        x = batches[number % 4]
+        return torch.equal(nodes[number % 3](x), expected[number % 4])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(240)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"keep": 5}, "keep must be from 1 to group, got 5:4"),
+        ({"group": 7}, "K must be a multiple of group, got 8 and 7"),
+        ({"shift_mode": "mean"}, "shift_mode must be none, static, token_mean or token_median, got mean"),
+        ({"bias": torch.ones(3)}, r"bias must be of shape \[2\]"),
+        ({"shift_mode": "static"}, "shift must be there where shift_mode is static"),
+    ],
+)
+def test_a_wrong_node_is_refused(library: Path, changes: dict[str, Any], said: str) -> None:
+    baked = bake(torch.ones(2, 8), None, Params(2, 4))
+    with pytest.raises(Exception, match=said):
+        Node(library, Baked(**{**vars(baked), **changes}))(torch.ones(1, 8))
+
+
+@pytest.fixture(scope="module")
+def out(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cpu_op") / "out"
+    subprocess.run([sys.executable, "-m", "converter", "convert", str(tiny), str(folder), *QUICK], check=True)
+    return folder
+
+
+def ran(folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> set[str]:
+    """Return the op types that really ran, from ONNX Runtime's own profile."""
+    options = onnxruntime.SessionOptions
+
+    def profiled() -> onnxruntime.SessionOptions:
+        made = options()
+        made.enable_profiling = True
+        made.profile_file_prefix = str(tmp_path / "profile")
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(onnxruntime, "SessionOptions", profiled)
+        run = session(onnx.load(folder / MODEL, load_external_data=False), folder)
+    feeds: dict[str, np.ndarray] = {}
+    for value in run.get_inputs():
+        shape = [{"batch_size": 1, "sequence_length": 4}.get(d, d) for d in value.shape]
+        if value.name == "attention_mask":
+            shape = [1, 4]
+        shape = [d if isinstance(d, int) else 0 for d in shape]
+        feeds[value.name] = np.ones(shape, np.int64 if "int64" in value.type else np.float32)
+    run.run(None, feeds)
+    events = json.loads(Path(run.end_profiling()).read_text())
+    return {event["args"]["op_name"] for event in events if event.get("args", {}).get("op_name")}
+
+
+def test_a_session_runs_the_kernel_by_itself(
+    library: Path, out: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(library))
+    assert OP in ran(out, monkeypatch, tmp_path)
+    monkeypatch.setenv(VARIABLE, "")
+    names = ran(out, monkeypatch, tmp_path)
+    assert OP not in names
+    assert "TopK" in names
+
+
+def test_validate_passes_with_the_kernel_and_finds_the_mutant(
+    cpu_op: Path, library: Path, out: Path, nmsparse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(library))
+    done = nmsparse("validate", out)
+    assert done.returncode == 0, done.stderr
+    monkeypatch.setenv(VARIABLE, str(cpu_op / "libnmsparse_mutant.so"))
+    done = nmsparse("validate", out)
+    assert done.returncode == 14, done.stderr
+
+
+def test_float16_keeps_the_function_body(
+    library: Path, out: Path, tmp_path: Path, nmsparse: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(VARIABLE, str(library))
+    half = tmp_path / "half"
+    assert nmsparse("export", out, half, "--dtype", "float16").returncode == 0
+    session(onnx.load(half / MODEL, load_external_data=False), half)
+
+
+def test_doctor_says_which_library(library: Path, nmsparse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    for named, works, said in ((library, True, "for float32"), (Path("none.so"), False, "must be a library")):
+        monkeypatch.setenv(VARIABLE, str(named))
+        found = next(f for f in json.loads(nmsparse("doctor", "--json").stdout) if f["part"] == "ONNX Runtime op")
+        assert found["works"] == works
+        assert said in found["found"]
+
+
+def test_a_library_that_is_not_there_is_an_error(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "none.so")
+    with pytest.raises(ExportError, match=r"NMSPARSE_ORT_LIBRARY: must be a library, or empty for none, got 'none.so'"):
+        session(onnx.load(out / MODEL, load_external_data=False), out)
