@@ -79,7 +79,7 @@ cpu-op: $(VENV)/installed
 	@! test -e $(ORT_INCLUDE)/onnxruntime_cxx_api.h || { \
 	  $(BIN)/cmake -S plugins/onnxruntime -B $(CPU_OP) -G Ninja --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
 	    -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ORT_INCLUDE)) && $(BIN)/cmake --build $(CPU_OP) && \
-	  mkdir -p converter/native && cp $(CPU_OP)/libnmsparse_onnxruntime.so converter/native/ && touch $(CPU_OP)/built; }
+	  mkdir -p converter/native && cp --remove-destination $(CPU_OP)/libnmsparse_onnxruntime.so converter/native/ && touch $(CPU_OP)/built; }
 else
 cpu-op:
 	@echo "The op for ONNX Runtime is not built: it needs a C++ compiler, on Linux. The function body serves, slower."
