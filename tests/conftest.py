@@ -106,8 +106,8 @@ def smol(gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """SmolLM2-135M-Instruct converted with the default methods and budget on little text, once for all tests."""
     out = tmp_path_factory.mktemp("smol") / "out"
     command = [sys.executable, "-m", "converter", "convert", gguf, out, "--calibration", "python"]
-    command += ["--calibration-tokens", "2048"]
-    for setting in ("permute=folded", "allocation.tokens=2048", "training.tokens=4096", "training.steps=12"):
+    command += ["--calibration-tokens", "4096"]
+    for setting in ("permute=folded", "training.tokens=4096", "training.steps=12"):
         command += ["--set", setting]
     subprocess.run(list(map(str, command)), check=True)
     return out
