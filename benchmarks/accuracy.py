@@ -12,6 +12,7 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
+import json_rows
 import torch
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
@@ -27,7 +28,6 @@ from converter.plan import plan
 from converter.recipe import Recipe, parse_set
 from converter.sparsity.linear import install
 from converter.stages import Stages
-from converter.tensor_file import write_whole
 
 BASELINE = "magnitude none"
 PUBLISHED = (
@@ -159,17 +159,11 @@ def main(
                     f"{pattern} {label}: {' | '.join(_cell(found, pattern, label, place) for place in where)}",
                     flush=True,
                 )
-                if json_file is not None:
-                    text_of_file = json.dumps(list(found.values()), indent=2)
-                    write_whole(json_file, lambda path, text=text_of_file: path.write_text(text))
+                json_rows.write(json_file, found.values())
     console = Console(width=250)
     for place, losses in zip(where, dense, strict=True):
         title = f"{place}: perplexity, recovered (95 %); dense {losses.mean().exp():.2f}"
         console.print(_table(found, patterns.split(","), list(dict.fromkeys(shown)), place, title))
-
-
-def _line(name: str, value: float, unit: str, goal: float | None = None) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": unit, "goal": goal, "met": None if goal is None else value >= goal}
 
 
 def _lines(
@@ -186,12 +180,12 @@ def _lines(
     for place, d, b, of_row in zip(where, dense, base, losses, strict=True):
         low, share, high = recovered(d, b, of_row) if of_row is not b else (0.0, 0.0, 0.0)
         lines += [
-            _line(f"{row}, {place}: perplexity", of_row.mean().exp().item(), ""),
-            _line(f"{row}, {place}: recovered", share, "share", goal),
-            _line(f"{row}, {place}: recovered, low", low, "share"),
-            _line(f"{row}, {place}: recovered, high", high, "share"),
-            _line(f"{row}, {place}: calibration", spent[0], "s"),
-            _line(f"{row}, {place}: peak memory", spent[1], "bytes"),
+            json_rows.row(f"{row}, {place}: perplexity", of_row.mean().exp().item(), ""),
+            json_rows.row(f"{row}, {place}: recovered", share, "share", goal),
+            json_rows.row(f"{row}, {place}: recovered, low", low, "share"),
+            json_rows.row(f"{row}, {place}: recovered, high", high, "share"),
+            json_rows.row(f"{row}, {place}: calibration", spent[0], "s"),
+            json_rows.row(f"{row}, {place}: peak memory", spent[1], "bytes"),
         ]
     return lines
 

@@ -19,6 +19,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import json_rows
+
 from converter.checkpoint import open_checkpoint
 from converter.errors import ConverterError
 
@@ -106,22 +108,11 @@ def report(runs: dict[str, list[tuple[float, float]]], sizes: dict[str, int], pa
         spread = f"{middle:.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
         print(f"| {name} | {spread} | {seconds:.1f} | {peak / 1e9:.2f} GB | {sizes[name] / 1e9:.2f} GB |")
         if name.startswith("optimum"):
-            rows.append(
-                {"name": "export time / optimum-cli", "value": middle, "unit": "ratio", "goal": 1.0, "met": middle <= 1}
-            )
+            rows.append(json_rows.row("export time / optimum-cli", middle, "ratio", 1.0, lower=True))
         if name.startswith("onnxruntime-genai"):
             ratio = max(memory for _, memory in ours) / peak
-            rows.append(
-                {
-                    "name": "export memory / genai builder",
-                    "value": ratio,
-                    "unit": "ratio",
-                    "goal": 1.0,
-                    "met": ratio <= 1,
-                }
-            )
-    if path is not None:
-        path.write_text(json.dumps(rows, indent=2) + "\n")
+            rows.append(json_rows.row("export memory / genai builder", ratio, "ratio", 1.0, lower=True))
+    json_rows.write(path, rows)
 
 
 if __name__ == "__main__":

@@ -8,11 +8,11 @@ time, its median over the rounds and its range.
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import json_rows
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -21,7 +21,6 @@ from rich.table import Table
 from converter.errors import ConverterError
 from converter.runtimes.layer import LayerLibrary
 from converter.runtimes.tune import ROUNDS, TOKENS, Shape, Timing, measured, require_gpu
-from converter.tensor_file import write_whole
 
 app = App(help_format="plaintext")
 
@@ -56,11 +55,9 @@ def main(
                     cell = f"{timing.median():.2f} ({min(timing.ratios):.2f} to {max(timing.ratios):.2f})"
                     table.add_row(size, pattern, str(count), path, cell)
                     name = f"{device}, {dtype}, {size}, {pattern}, {count} tokens, {path}: dense time / our time"
-                    lines.append({"name": name, "value": timing.median(), "unit": "ratio", "goal": None, "met": None})
+                    lines.append(json_rows.row(name, timing.median(), "ratio"))
     Console(width=120).print(table)
-    if json_file is not None:
-        text = json.dumps(lines, indent=2)
-        write_whole(json_file, lambda path: path.write_text(text))
+    json_rows.write(json_file, lines)
 
 
 if __name__ == "__main__":

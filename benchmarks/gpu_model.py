@@ -10,12 +10,12 @@ A layer's path is its kernels in turn. Both the dense layer and ours are modelle
 from __future__ import annotations
 
 import csv
-import json
 from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
+import json_rows
 import onnx
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
@@ -23,7 +23,6 @@ from rich.console import Console
 from rich.table import Table
 
 from converter.graph.costs import layer_costs
-from converter.tensor_file import write_whole
 
 RESOURCES = Path(__file__).parents[1] / "plugins" / "resources.csv"
 # Assumed, the same for all: the shares of the peaks that good kernels reach, and seconds of a launch in a CUDA graph.
@@ -152,12 +151,13 @@ def main(
             cells = []
             for t in map(int, tokens.split(",")):
                 of_path = [paths(gpu, registers, t, k, n, keep, group) for k, n in shapes]
-                total = {name: sum(seconds[name] for seconds in of_path) for name in of_path[0]}
+                shared = [name for name in of_path[0] if all(name in seconds for seconds in of_path)]
+                total = {name: sum(seconds[name] for seconds in of_path) for name in shared}
                 path = min(total, key=total.__getitem__)
                 ratio = sum(vendor(gpu, t, k, n) for k, n in shapes) / total[path]
                 cells.append(f"{ratio:.2f} ({path})")
                 name = f"predicted, {of}, {gpu.name}, {pattern}, {t} tokens: dense time / our time, {path}"
-                lines.append({"name": name, "value": ratio, "unit": "ratio", "goal": None, "met": None})
+                lines.append(json_rows.row(name, ratio, "ratio"))
             table.add_row(gpu.name, *cells)
         console.print(table)
     console.print(
@@ -165,9 +165,7 @@ def main(
         "to 512 tokens (arXiv 2603.05232).\nActivations pruned and multiplied by PyTorch's CUTLASS kernel, 14336 to "
         "4096, on a GPU without a name: 0.80 to 1.24 for 1024 to 16384 tokens (authors' notebook, arXiv 2509.22166)."
     )
-    if json_file is not None:
-        text = json.dumps(lines, indent=2)
-        write_whole(json_file, lambda path: path.write_text(text))
+    json_rows.write(json_file, lines)
 
 
 if __name__ == "__main__":

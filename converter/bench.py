@@ -27,7 +27,7 @@ def tune(folder: Path, plugin: Path, to: Path, stages: Stages) -> list[Timing]:
     manifest(folder)
     device, library = require_gpu(), LayerLibrary(plugin, "cuda")
     graph = onnx.load(folder / MODEL, load_external_data=False)
-    dtype, costs = form_of(graph).dtype, layer_costs(graph, dispatch.read(None), dispatch.ANY)
+    dtype, costs = form_of(graph).dtype, layer_costs(graph)
     shapes = sorted({Shape(c.in_features, c.out_features, c.keep, c.group, dtype) for c in costs})
     found: list[Timing] = []
     with stages.stage("tune", "shapes") as advance:

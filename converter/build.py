@@ -73,7 +73,6 @@ def build_tensorrt(
         inputs = onnx.load(place / MODEL, load_external_data=False).graph.input
         (place / BUILD).write_text(tensorrt.script(inputs, shapes, options), "utf-8")
         about = {
-            "runtime": "tensorrt",
             "profiles": [str(profile) for profile in shapes],
             "plugins": sum((node.domain, node.op_type) == (DOMAIN, OP) for node in graph.graph),
             "target": target,
@@ -135,9 +134,10 @@ def _write(
     folder: Path, place: Path, runtime: str, found: dict[str, Any], shapes: Sequence[Profile], stages: Stages
 ) -> dict[str, Any]:
     """Write the trial of an engine and the manifest to `place`; return what the manifest says."""
+    tokenizer = Checkpoint(str(folder), None, folder).tokenizer()
 
     def text(count: int, tokens: int) -> Tensor:
-        return windows(TEXT, Checkpoint(str(folder), None, folder).tokenizer(), count, tokens)
+        return windows(TEXT, tokenizer, count, tokens)
 
     with stages.stage("trial"):
         trial.write(folder, shapes, text, place)

@@ -309,22 +309,25 @@ def inspect(
     """
     from converter.pipeline import inspect as stage
 
-    costs = stage(out, dispatch, target)
+    layers = stage(out, dispatch, target)
     if json_output:
-        print(json.dumps([asdict(cost) for cost in costs], indent=2))
+        print(json.dumps([asdict(cost) | {"paths": paths} for cost, paths in layers], indent=2))
         return
     table = Table("layers", "count", "in x out", "patterns", "used", "MB dense", "MB sparse", "paths by tokens")
     kinds: dict[tuple[str, int, int], list[LayerCost]] = {}
-    for cost in costs:
-        kinds.setdefault((cost.name.rpartition(".")[2], cost.in_features, cost.out_features), []).append(cost)
-    for (name, k, n), of_row in [*kinds.items(), (("all", 0, 0), costs)]:
+    paths: dict[tuple[str, int, int], set[str]] = {}
+    for cost, of_layer in layers:
+        kind = (cost.name.rpartition(".")[2], cost.in_features, cost.out_features)
+        kinds.setdefault(kind, []).append(cost)
+        paths.setdefault(kind, set()).add(of_layer)
+    for (name, k, n), of_row in [*kinds.items(), (("all", 0, 0), [cost for cost, _ in layers])]:
         patterns = sorted({(cost.keep / cost.group, f"{cost.keep}:{cost.group}") for cost in of_row})
         span = " to ".join(dict.fromkeys((patterns[0][1], patterns[-1][1])))
         dense, sparse = (sum(getattr(cost, what) for cost in of_row) for what in ("bytes", "sparse_bytes"))
         used = sum(cost.sparse_products for cost in of_row) / sum(cost.products for cost in of_row)
-        shape, paths = (f"{k} x {n}", "; ".join(sorted({cost.paths for cost in of_row}))) if k else ("", "")
+        shape = f"{k} x {n}" if k else ""
         sizes = (f"{used:.0%}", f"{dense / 1e6:.1f}", f"{sparse / 1e6:.1f}")
-        table.add_row(name, str(len(of_row)), shape, span, *sizes, paths)
+        table.add_row(name, str(len(of_row)), shape, span, *sizes, "; ".join(sorted(paths.get((name, k, n), ()))))
     Console().print(table)
 
 

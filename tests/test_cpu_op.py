@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +16,7 @@ import onnx.helper
 import onnxruntime
 import pytest
 import torch
-from conftest import QUICK
+from conftest import QUICK, from_make
 from test_kernels import assert_same_bits, awkward, the_params
 from torch import Tensor
 
@@ -35,10 +34,7 @@ TOKENS = [1, 2, 3, 4, 6, 7, 8, 9, 63, 64, 129]
 @pytest.fixture(scope="session")
 def cpu_op() -> Path:
     """The folder with the library and the mutant."""
-    path = os.environ.get("NMSPARSE_TEST_CPU_OP")
-    if not path:
-        pytest.skip("the op for ONNX Runtime is not here: run `make test`, which builds it")
-    return Path(path)
+    return from_make("NMSPARSE_TEST_CPU_OP", "the op for ONNX Runtime is")
 
 
 @pytest.fixture(scope="session")

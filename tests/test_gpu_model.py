@@ -9,6 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import PLAIN
+
+from converter import convert
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "gpu_model.py"
 
@@ -52,3 +55,13 @@ def test_every_figure_says_that_it_is_predicted(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert len(rows) == 2 * 4 * 2
     assert all(row["name"].startswith("predicted, ") and row["value"] > 0 for row in rows)
+
+
+def test_the_layers_of_a_model_of_ours(tiny: Path, tmp_path: Path) -> None:
+    out = convert(str(tiny), tmp_path / "out", PLAIN)
+    command = [sys.executable, str(SCRIPT), str(out), "--tokens", "1", "--json", str(tmp_path / "rows.json")]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert len(rows) == 2 * 4
+    assert all(row["name"].startswith("predicted, out, ") and row["value"] > 0 for row in rows)

@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from conftest import WITH_RTX
+from conftest import WITH_RTX, from_make
 from native import DENSE, GEMV, Native
 from test_plugin import LOAD
 from test_tensorrt import assert_plugins_are_the_layers, nodes
@@ -126,9 +126,7 @@ def test_generate_prints_these_tokens(
 
 @pytest.mark.parametrize("script", [OPTIMUM, GENAI], ids=["optimum", "onnxruntime-genai"])
 def test_clients_nobody_here_wrote(smol: Path, greedy: list[int], script: str) -> None:
-    python = os.environ.get("NMSPARSE_TEST_CLIENTS")
-    if not python:
-        pytest.skip("the clients' environment is not here: run `make test`, which makes it")
+    python = from_make("NMSPARSE_TEST_CLIENTS", "the clients' environment is")
     found = subprocess.run([python, "-c", script, str(smol)], capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr[-3000:]
     # onnxruntime-genai leaves out the token that ends the text, if the model has come to one.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
 import onnx.helper
 
-from converter.graph.dispatch import Row, choose, paths
 from converter.graph.op import DOMAIN, INPUTS, OP
 
 
@@ -17,8 +15,7 @@ class LayerCost:
     """One `SparseLinear`: its shape and pattern, and what one token costs, dense and sparse.
 
     `products` are multiply-adds; `sparse_products` has the two thin ones of a residual in it, `sparse_bytes` their
-    factors. Bytes are those of the weights alone: activations are small beside them for a few tokens. `paths` are those
-    of the TensorRT plugin by tokens of a call.
+    factors. Bytes are those of the weights alone: activations are small beside them for a few tokens.
     """
 
     name: str
@@ -30,17 +27,10 @@ class LayerCost:
     sparse_bytes: int
     products: int
     sparse_products: int
-    paths: str
 
 
-def layer_costs(model: onnx.ModelProto, rows: Sequence[Row], sm: str) -> list[LayerCost]:
-    """Return the costs of every `SparseLinear` of `model`, whose weights need not be loaded, in the graph's order.
-
-    The paths are those of the dispatch table `rows` for a compute capability.
-
-    Raises:
-        BuildError: when the table has no row for a layer.
-    """
+def layer_costs(model: onnx.ModelProto) -> list[LayerCost]:
+    """Return the costs of every `SparseLinear` of `model`, whose weights need not be loaded, in the graph's order."""
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     costs = []
     for node in model.graph.node:
@@ -55,8 +45,5 @@ def layer_costs(model: onnx.ModelProto, rows: Sequence[Row], sm: str) -> list[La
         thin = sum(factor.dims[0] * factor.dims[1] for factor in factors)
         kept = k // group * keep * n
         name = weight.name.removesuffix(".weight")
-        dtype = onnx.TensorProto.DataType.Name(weight.data_type).lower()
-        layer = {"sm": sm, "dtype": dtype, "pattern": f"{keep}:{group}", "k": str(k), "n": str(n)}
-        there, used = (k * n * size, (kept + thin) * size), (k * n, kept + thin)
-        costs.append(LayerCost(name, k, n, keep, group, *there, *used, paths(choose(rows, layer), layer)))
+        costs.append(LayerCost(name, k, n, keep, group, k * n * size, (kept + thin) * size, k * n, kept + thin))
     return costs

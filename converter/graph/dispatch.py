@@ -62,6 +62,16 @@ def _row(line: Mapping[str, str], where: str) -> Row:
     return Row(sm, dtype, pattern, k, n, int(line["gemv_tokens"]), int(line["sparse_tokens"]), line["source"] or "")
 
 
+def described(sm: str, dtype: str, keep: int, group: int, k: int, n: int) -> dict[str, str]:
+    """Return a layer under the `KEYS`."""
+    return dict(zip(KEYS, (sm, dtype, f"{keep}:{group}", str(k), str(n)), strict=True))
+
+
+def fits_sparse(keep: int, group: int, k: int) -> bool:
+    """Return whether the sparse tensor cores know a layer: 2:4, which 1:4 fits into, and steps of 64 channels."""
+    return group == 4 and keep <= 2 and k % 64 == 0
+
+
 def choose(rows: Sequence[Row], layer: Mapping[str, str]) -> Row:
     """Return the row that says most about a layer, described by the `KEYS`; of equals the first.
 
@@ -108,7 +118,7 @@ def thresholds(best: Mapping[int, str]) -> tuple[int, int]:
 def paths(row: Row, layer: Mapping[str, str]) -> str:
     """Return the paths of a layer by tokens of a call, such as `gemv to 1, dense to 1023, sparse`."""
     keep, group = map(int, layer["pattern"].split(":"))
-    fits = group == 4 and keep <= 2 and int(layer["k"]) % 64 == 0 and row.sparse_tokens > 0
+    fits = row.sparse_tokens > 0 and fits_sparse(keep, group, int(layer["k"]))
     from_tokens = max(row.gemv_tokens + 1, row.sparse_tokens)  # the GEMV goes first where both would
     found = [f"gemv to {row.gemv_tokens}"] if row.gemv_tokens else []
     if not fits:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from converter.errors import BuildError
-from converter.graph.dispatch import Row, choose
+from converter.graph.dispatch import Row, choose, described
 from converter.graph.op import DOMAIN, INPUTS, OP, VERSION
 from converter.sparsity.linear import SHIFT_MODES
 
@@ -36,7 +35,11 @@ def to_plugin(model: ir.Model, dispatch: Sequence[Row], sm: str) -> list[Row]:
         _check(given, attributes["group"])
         if "permutation" in given:
             _arrange(given["W"], given["permutation"])
-        row = choose(dispatch, _described(given["W"], attributes, sm))
+        weight = given["W"].const_value
+        assert weight is not None
+        k, n = weight.shape.numpy()
+        layer = described(sm, weight.dtype.name.lower(), attributes["keep"], attributes["group"], k, n)
+        row = choose(dispatch, layer)
         used.append(row)
         fields = {
             "keep": attributes["keep"],
@@ -56,14 +59,6 @@ def to_plugin(model: ir.Model, dispatch: Sequence[Row], sm: str) -> list[Row]:
         node.resize_inputs(len(given))
     model.functions.pop((DOMAIN, OP, ""), None)
     return list(dict.fromkeys(used))
-
-
-def _described(weight: ir.Value, attributes: Mapping[str, Any], sm: str) -> dict[str, str]:
-    """Return a node under the keys of the dispatch table."""
-    assert weight.const_value is not None
-    k, n = weight.const_value.shape.numpy()
-    dtype, pattern = weight.const_value.dtype.name.lower(), f"{attributes['keep']}:{attributes['group']}"
-    return {"sm": sm, "dtype": dtype, "pattern": pattern, "k": str(k), "n": str(n)}
 
 
 def _check(given: dict[str, ir.Value], group: int) -> None:

@@ -18,6 +18,7 @@ import onnx
 
 from converter.errors import BuildError
 from converter.graph.export import MODEL
+from converter.graph.op import OP
 from converter.runtimes.engine import ENGINE, Built
 from converter.runtimes.engine import build as build_engine
 from converter.runtimes.profile import Profile
@@ -77,7 +78,7 @@ def build(
     inspector = runtime.deserialize_cuda_engine(built.plan).create_engine_inspector()
     layers = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     kinds = layer_kinds(layers)
-    wanted = sum(node.op_type == "SparseLinear" for node in graph.graph.node)
+    wanted = sum(node.op_type == OP for node in graph.graph.node)
     found = sum(count for kind, count in kinds.items() if kind.startswith("Plugin"))
     if found != wanted:
         raise BuildError(f"{folder / MODEL}: the engine must have {wanted} plugin layers, got {found}.")

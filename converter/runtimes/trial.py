@@ -50,8 +50,7 @@ def write(folder: Path, profiles: Sequence[Profile], text: Callable[[int, int], 
     for number, profile in enumerate(profiles):
         batch, tokens, past = profile.batch[1], _length(profile.tokens), _length(profile.past)
         ids = text(batch, past + tokens)
-        outputs = run.run(None, _feed(run, ids[:, : max(past, 1)], None))
-        caches = outputs[1:] if past else [cache[:, :, :0] for cache in outputs[1:]]
+        caches = run.run(None, _feed(run, ids[:, :past], None))[1:] if past else None
         feed = _feed(run, ids[:, past:], caches)
         if rounded:  # the caches that ONNX Runtime takes in float32
             feed = {name: _bfloat16(array) if array.dtype == np.float32 else array for name, array in feed.items()}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from converter.errors import DeviceError
-from converter.graph.dispatch import Row, thresholds
+from converter.graph.dispatch import Row, fits_sparse, thresholds
 from converter.runtimes.layer import TILES, LayerLibrary
 
 CALLS, COLD_BYTES, MOST_GEMV_TOKENS = 16, 256 << 20, 64
@@ -68,7 +68,7 @@ def paths(shape: Shape, tokens: int) -> dict[str, dict[str, int]]:
     found = {"dense": {"gemv_tokens": 0, "sparse_tokens": 0}}
     if tokens <= MOST_GEMV_TOKENS:
         found["gemv"] = {"gemv_tokens": tokens, "sparse_tokens": 0}
-    if shape.group == 4 and shape.keep <= 2 and shape.k % 64 == 0:
+    if fits_sparse(shape.keep, shape.group, shape.k):
         found["sparse"] = {"gemv_tokens": 0, "sparse_tokens": 1}
     return found
 

@@ -3,24 +3,16 @@
 // ends, y after the last token. Prints what fails; the exit status is the number of failures.
 #include <cuda.h>
 
-#include <cstdio>
 #include <cstring>
 
 #include "../kernels/cuda/launch.h"
+#include "check.h"
 
 using namespace nmsparse;
 
 namespace {
 
-int failures = 0, maps = 0, launches = 0;
-
-#define CHECK(CONDITION)                                                \
-    do {                                                                \
-        if (!(CONDITION)) {                                             \
-            std::printf("%s:%d: %s\n", __FILE__, __LINE__, #CONDITION); \
-            ++failures;                                                 \
-        }                                                               \
-    } while (false)
+int maps = 0, launches = 0;
 
 struct Size {
     int tokens, k, n;

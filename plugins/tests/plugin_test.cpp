@@ -1,6 +1,5 @@
 // Drives every method of the plugin as TensorRT does, on a machine without a GPU: the kernels are walk.cpp's, device
 // pointers are host pointers. Prints what fails; the exit status is the number of failures.
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -10,6 +9,7 @@
 #include <vector>
 
 #include "../tensorrt/plugin.h"
+#include "check.h"
 
 using namespace nmsparse;
 using namespace nvinfer1;
@@ -22,16 +22,6 @@ extern "C" IPluginCreatorInterface* const* getCreators(int32_t& count);
 extern "C" void setLoggerFinder(ILoggerFinder* finder);
 
 namespace {
-
-int failures = 0;
-
-#define CHECK(CONDITION)                                                        \
-    do {                                                                        \
-        if (!(CONDITION)) {                                                     \
-            std::printf("%s:%d: %s\n", __FILE__, __LINE__, #CONDITION);         \
-            ++failures;                                                         \
-        }                                                                       \
-    } while (false)
 
 struct Log : ILogger, ILoggerFinder {
     std::string said;
