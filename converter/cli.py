@@ -313,7 +313,8 @@ def inspect(
     if json_output:
         print(json.dumps([asdict(cost) | {"paths": paths} for cost, paths in layers], indent=2))
         return
-    table = Table("layers", "count", "in x out", "patterns", "used", "MB dense", "MB sparse", "paths by tokens")
+    heads = ("used", "MFLOP dense", "sparse", "MB dense", "sparse")
+    table = Table("layers", "count", "in x out", "patterns", *heads, "paths by tokens")
     kinds: dict[tuple[str, int, int], list[LayerCost]] = {}
     paths: dict[tuple[str, int, int], set[str]] = {}
     for cost, of_layer in layers:
@@ -323,11 +324,15 @@ def inspect(
     for (name, k, n), of_row in [*kinds.items(), (("all", 0, 0), [cost for cost, _ in layers])]:
         patterns = sorted({(cost.keep / cost.group, f"{cost.keep}:{cost.group}") for cost in of_row})
         span = " to ".join(dict.fromkeys((patterns[0][1], patterns[-1][1])))
-        dense, sparse = (sum(getattr(cost, what) for cost in of_row) for what in ("bytes", "sparse_bytes"))
-        used = sum(cost.sparse_products for cost in of_row) / sum(cost.products for cost in of_row)
-        shape = f"{k} x {n}" if k else ""
-        sizes = (f"{used:.0%}", f"{dense / 1e6:.1f}", f"{sparse / 1e6:.1f}")
-        table.add_row(name, str(len(of_row)), shape, span, *sizes, "; ".join(sorted(paths.get((name, k, n), ()))))
+        products, sparse_products, *sizes = (
+            sum(getattr(cost, what) for cost in of_row)
+            for what in ("products", "sparse_products", "bytes", "sparse_bytes")
+        )
+        shape, used = f"{k} x {n}" if k else "", f"{sparse_products / products:.0%}"
+        figures = (f"{number / 1e6:.1f}" for number in (2 * products, 2 * sparse_products, *sizes))
+        table.add_row(
+            name, str(len(of_row)), shape, span, used, *figures, "; ".join(sorted(paths.get((name, k, n), ())))
+        )
     Console().print(table)
 
 

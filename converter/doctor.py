@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
 
 import psutil
@@ -18,6 +19,11 @@ from converter.delivery.bundle import versions
 from converter.errors import ConverterError
 from converter.runtimes.onnxruntime import LIBRARY, library
 from converter.runtimes.tensorrt_rtx import INSTALL, capabilities
+
+# What our libraries are compiled with, where make puts it.
+TOOLCHAIN = Path("build/toolchain")
+TOOLS = ("nvidia-cuda-nvcc", "nvidia-cutlass", "kernel-lens")
+ORT_HEADER = Path("build/onnxruntime/usr/include/onnxruntime/onnxruntime_c_api.h")
 
 
 @dataclass(frozen=True)
@@ -35,7 +41,17 @@ def examine(library: Path) -> list[Finding]:
 
     Nothing here is needed to convert, validate and generate but what the package itself depends on.
     """
-    return [*_machine(), *_compilers(), _tensorrt_rtx(), _tensorrt(), gpu(), _plugin(library), _cpu_op()]
+    return [
+        *_machine(),
+        _compiler(),
+        _op_headers(),
+        _plugin_sources(),
+        _tensorrt_rtx(),
+        _tensorrt(),
+        gpu(),
+        _plugin(library),
+        _cpu_op(),
+    ]
 
 
 def _machine() -> Iterator[Finding]:
@@ -46,10 +62,33 @@ def _machine() -> Iterator[Finding]:
     yield Finding("disk", True, f"{disk.free / 1e9:.1f} GB free here")
 
 
-def _compilers() -> Iterator[Finding]:
+def _compiler() -> Finding:
     found = shutil.which("c++")
-    advice = "Only for make plugins: install g++ (Debian: apt-get install g++)."
-    yield Finding("C++ compiler", found is not None, found or "none", advice)
+    advice = "Only for make cpu-op and make plugins: install g++ (Debian: apt-get install g++)."
+    return Finding("C++ compiler", found is not None, found or "none", advice)
+
+
+def _op_headers() -> Finding:
+    part, advice = "ONNX Runtime's headers", "Only to build the op: run make cpu-op, or give it ORT_INCLUDE=FOLDER."
+    try:
+        found = re.search(r"#define ORT_API_VERSION (\d+)", ORT_HEADER.read_text("utf-8"))
+    except OSError:
+        found = None
+    if found is None:
+        return Finding(part, False, f"none at {ORT_HEADER.parent}", advice)
+    return Finding(part, True, f"of 1.{found[1]}, at {ORT_HEADER.parent}")
+
+
+def _plugin_sources() -> Finding:
+    part, advice = "plugin's sources", "Only to build the plugin: run make plugins."
+    there = {found.name: found.version for found in distributions(path=[str(TOOLCHAIN)])}
+    missing = [name for name in TOOLS if name not in there]
+    if missing:
+        return Finding(part, False, f"no {', '.join(missing)} at {TOOLCHAIN}", advice)
+    compiler, cutlass, headers = (there[name] for name in TOOLS)
+    return Finding(
+        part, True, f"CUDA compiler {compiler}, CUTLASS {cutlass}, TensorRT's headers of kernel-lens {headers}"
+    )
 
 
 def _tensorrt_rtx() -> Finding:

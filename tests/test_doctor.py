@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from conftest import WITH_RTX
 
-from converter.doctor import examine
+from converter.doctor import ORT_HEADER, TOOLCHAIN, TOOLS, examine
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -40,8 +40,31 @@ def test_what_is_here_and_what_is_not(nmsparse: Command, tmp_path: Path) -> None
     assert "function body" in " ".join(table.split())
 
 
-def test_the_plugin_says_what_it_was_made_for(nmsparse: Command, plugins: Path, tmp_path: Path) -> None:
-    found = by_part(nmsparse("doctor", "--plugin", plugins / "libnmsparse_tensorrt.so", "--json"))["TensorRT plugin"]
+def test_what_the_libraries_are_compiled_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = {finding.part: finding for finding in examine(Path("none"))}
+    none = ("none at build/onnxruntime/usr/include/onnxruntime", "no nvidia-cuda-nvcc, nvidia-cutlass, kernel-lens at")
+    for part, what in zip(("ONNX Runtime's headers", "plugin's sources"), none, strict=True):
+        assert (found[part].works, found[part].found.startswith(what)) == (False, True), found[part]
+        assert "run make" in found[part].advice
+    ORT_HEADER.parent.mkdir(parents=True)
+    ORT_HEADER.write_text("#define ORT_API_VERSION 23\n")
+    for number, name in enumerate(TOOLS):
+        info = TOOLCHAIN / f"{name.replace('-', '_')}-{number}.0.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}.0\n")
+    found = {finding.part: finding for finding in examine(Path("none"))}
+    assert found["ONNX Runtime's headers"].found.startswith("of 1.23, at build")
+    assert found["plugin's sources"].found == "CUDA compiler 0.0, CUTLASS 1.0, TensorRT's headers of kernel-lens 2.0"
+
+
+def test_the_plugin_says_what_it_was_made_for(
+    nmsparse: Command, plugins: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(plugins.parents[1])
+    parts = by_part(nmsparse("doctor", "--plugin", plugins / "libnmsparse_tensorrt.so", "--json"))
+    assert parts["plugin's sources"]["works"], "make, which built the plugin, and doctor look in the same place"
+    found = parts["TensorRT plugin"]
     assert found["works"]
     assert found["found"].startswith(
         "SparseLinear version 1, compute capabilities 80 86 89 90 120, TensorRT headers 10."

@@ -50,8 +50,10 @@ def test_every_layer_and_what_a_token_costs(
     table = nmsparse("inspect", out, env={**os.environ, "COLUMNS": "160"})
     assert table.returncode == 0, table.stderr
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in table.stdout.splitlines() if "│" in line]
-    assert ["q_proj", "3", "64 x 64", "1:4", "38%", "0.0", "0.0", "gemv to 1, dense to 1023, sparse"] in rows
-    assert ["all", "18", "", "1:4 to 8:16", "58%", "0.2", "0.1", ""] in rows, rows
+    zeros, paths = ["0.0"] * 4, "gemv to 1, dense to 1023, sparse"
+    assert ["q_proj", "3", "64 x 64", "1:4", "38%", *zeros, paths] in rows
+    # 28,672 products in each of three blocks, two operations and two bytes each.
+    assert ["all", "18", "", "1:4 to 8:16", "58%", "0.2", "0.1", "0.2", "0.1", ""] in rows, rows
     dispatch.write(tmp_path / "t.csv", [dispatch.Row("sm_89", *"****", 4, 0, "a test"), *dispatch.read(None)])
     for target, paths in {"sm_89": "gemv to 4, dense", "sm_90": "gemv to 1, dense to 1023, sparse"}.items():
         found = nmsparse("inspect", out, "--target", target, "--dispatch", tmp_path / "t.csv", "--json")
