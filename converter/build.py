@@ -72,7 +72,7 @@ def build_tensorrt(
             ir.save(graph, place / MODEL, external_data=DATA)
         inputs = onnx.load(place / MODEL, load_external_data=False).graph.input
         (place / BUILD).write_text(tensorrt.script(inputs, shapes, options), "utf-8")
-        about = {
+        about: dict[str, Any] = {
             "profiles": [str(profile) for profile in shapes],
             "plugins": sum((node.domain, node.op_type) == (DOMAIN, OP) for node in graph.graph),
             "target": target,
@@ -84,7 +84,7 @@ def build_tensorrt(
             if (out / tensorrt.TIMING_CACHE).exists():
                 cache.write_bytes((out / tensorrt.TIMING_CACHE).read_bytes())
             with stages.stage("build", "steps") as advance:
-                built = tensorrt.build(place, plugin, shapes, options, cache, advance)
+                built = tensorrt.build(place, plugin, about["plugins"], shapes, options, cache, advance)
             found["engine"] = _engine(place, built) | asdict(options)
         return _write(folder, place, "tensorrt", found, shapes, stages)
 

@@ -108,16 +108,18 @@ def _tensorrt() -> Finding:
 
 
 def gpu() -> Finding:
-    """Return what nvidia-smi says of the GPUs of this machine."""
-    query = "--query-gpu=name,compute_cap,driver_version,memory.total"
+    """Return what nvidia-smi says of the GPUs of this machine, and the CUDA that their driver knows."""
     advice = "None is needed to convert, validate or build for TensorRT-RTX; engines run on one."
     try:
-        run = subprocess.run(
-            ["nvidia-smi", query, "--format=csv,noheader"], capture_output=True, text=True, check=True, timeout=30
-        )
+        gpus = _nvidia_smi("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader")
+        cuda = re.search(r"CUDA Version\s*: (\S+)", _nvidia_smi("-q", "-d", "COMPUTE"))
     except (OSError, subprocess.SubprocessError) as error:
         return Finding("GPU", False, f"none that nvidia-smi tells of ({type(error).__name__})", advice)
-    return Finding("GPU", True, "; ".join(run.stdout.strip().splitlines()))
+    return Finding("GPU", True, "; ".join([*gpus.strip().splitlines(), f"CUDA {cuda[1] if cuda else 'unknown'}"]))
+
+
+def _nvidia_smi(*options: str) -> str:
+    return subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, check=True, timeout=30).stdout
 
 
 def _plugin(library: Path) -> Finding:

@@ -18,7 +18,6 @@ import onnx
 
 from converter.errors import BuildError
 from converter.graph.export import MODEL
-from converter.graph.op import OP
 from converter.runtimes.engine import ENGINE, Built
 from converter.runtimes.engine import build as build_engine
 from converter.runtimes.profile import Profile
@@ -42,16 +41,17 @@ class Options:
 def build(
     folder: Path,
     library: Path,
+    plugins: int,
     profiles: Sequence[Profile],
     options: Options,
     cache: Path,
     progress: Callable[[int, int], None],
 ) -> Built:
-    """Return the engine of the graph with plugin nodes in `folder`; the timing cache at `cache` is used, and renewed.
+    """Return the engine of the graph with so many `plugins` in `folder`; the timing cache at `cache` is renewed.
 
     Raises:
         BuildError: when TensorRT, a GPU or the plugin's library is missing, when TensorRT cannot build the graph, or
-            when the engine has not a plugin layer for every plugin node.
+            when the engine has not as many plugin layers.
     """
     trt = _bindings()
     if trt.get_plugin_registry().load_library(str(library.resolve())) is None:
@@ -78,10 +78,9 @@ def build(
     inspector = runtime.deserialize_cuda_engine(built.plan).create_engine_inspector()
     layers = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
     kinds = layer_kinds(layers)
-    wanted = sum(node.op_type == OP for node in graph.graph.node)
     found = sum(count for kind, count in kinds.items() if kind.startswith("Plugin"))
-    if found != wanted:
-        raise BuildError(f"{folder / MODEL}: the engine must have {wanted} plugin layers, got {found}.")
+    if found != plugins:
+        raise BuildError(f"{folder / MODEL}: the engine must have {plugins} plugin layers, got {found}.")
     return Built(built.plan, built.about | {"layers": kinds}, layers)
 
 
