@@ -59,6 +59,7 @@ class RecipeOptions:
     calibration_tokens: Annotated[int | None, Parameter(help="how many tokens of it")] = None
     phases: Annotated[Phases | None, Parameter(help="when the layers are sparse (default both)")] = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    weights: Annotated[Literal["dtype", "int8", "int4"] | None, Parameter(help="how weights are stored")] = None
     targets: Annotated[str | None, Parameter(help="name patterns of the layers to make sparse, by commas")] = None
     ignore: Annotated[str | None, Parameter(help="name patterns of the layers to leave dense, by commas")] = None
     seed: int | None = None
@@ -76,6 +77,7 @@ class RecipeOptions:
             "calibration.tokens": self.calibration_tokens,
             "phases": self.phases,
             "dtype": self.dtype,
+            "weights": self.weights,
             "targets": self.targets,
             "ignore": self.ignore,
             "seed": self.seed,
@@ -123,12 +125,14 @@ def export(
     out: Path,
     *,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+    weights: Literal["dtype", "int8", "int4"] | None = None,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Write OUT from the folder that `nmsparse calibrate` (or convert) wrote."""
     from converter.pipeline import export as stage
 
-    _show_report(out, stage(calibrated, out, dtype, Stages()), json_output)
+    changes = {key: value for key, value in (("dtype", dtype), ("weights", weights)) if value is not None}
+    _show_report(out, stage(calibrated, out, changes, Stages()), json_output)
 
 
 @app.command

@@ -6,6 +6,7 @@ Each stage is a plain function, and the file that it leaves is what the next one
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from math import ceil
@@ -124,14 +125,13 @@ def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, stage
         write_manifest(folder, _about(checkpoint, found.recipe, found.plan))
 
 
-def export(calibrated: Path, out: Path, dtype: str | None, stages: Stages) -> dict[str, Any]:
-    """Write OUT from what `calibrate` (or `convert`) left in `calibrated`; return its report."""
+def export(calibrated: Path, out: Path, changes: Mapping[str, Any], stages: Stages) -> dict[str, Any]:
+    """Write OUT from what `calibrate` (or `convert`) left in `calibrated`, its recipe changed; return its report."""
     with stages.stage("checkpoint"):
         recipe = from_yaml(calibrated / RECIPE)
         recipe.require_exportable()
         checkpoint = _source(calibrated, recipe, None)
-        if dtype is not None:
-            recipe = recipe.replace({"dtype": dtype})
+        recipe = recipe.replace(changes)
         layers = plan(checkpoint.skeleton(), recipe)
         params = calibration_file.read(calibrated / calibration_file.NAME)
         about = _about(checkpoint, recipe, layers)
@@ -270,7 +270,7 @@ def _export(
         "nmsparse.source_revision": about["source"]["revision"] or about["source"]["weights_sha256"],
     }
     with stages.stage("export", "tensors") as advance:
-        write_graph(checkpoint, layers, params, recipe.dtype, recipe.phases, folder, metadata, advance)
+        write_graph(checkpoint, layers, params, recipe.storage(), recipe.phases, folder, metadata, advance)
         write_client_files(folder, checkpoint, recipe.dtype)
 
 
@@ -279,7 +279,7 @@ def _validate(
 ) -> Parity:
     with stages.stage("validate", "comparisons") as advance:
         ids = windows(text or TEXT, checkpoint.tokenizer(), 1, VALIDATION_TOKENS)
-        parity = compare(folder, checkpoint.model(), params, recipe.dtype, recipe.phases, ids, advance)
+        parity = compare(folder, checkpoint.model(), params, recipe.storage(), recipe.phases, ids, advance)
     parity.check()
     return parity
 

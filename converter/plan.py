@@ -99,6 +99,9 @@ def plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
         why = sorted({layer.reason for layer in layers}) or ["the model has no nn.Linear"]
         raise RecipeError(f"plan: at least one layer must be sparse, got none: {'; '.join(why)}.")
     _check_budget(found, recipe)
+    if (storage := recipe.storage()).bits:
+        for layer in layers:
+            storage.blocks(layer.name, layer.in_features)
     return found
 
 

@@ -22,6 +22,7 @@ from converter.sparsity.criteria import criterion
 from converter.sparsity.linear import Phases
 from converter.sparsity.mitigations import Mitigation, mitigations
 from converter.sparsity.pattern import Pattern
+from converter.sparsity.quantize import BITS, Storage
 
 DENSE = "dense"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -129,6 +130,8 @@ class Recipe(_Frozen):
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    weights: Literal["dtype", "int8", "int4"] = "dtype"
+    block: int = Field(default=32, ge=0)
     seed: int = 0
     allocation: Allocation = Allocation()
     calibration: Calibration = Calibration()
@@ -185,6 +188,8 @@ class Recipe(_Frozen):
                 f"mitigation: must be without refit with the criterion {self.criterion}, got "
                 f"{'+'.join(self.mitigation)}: refit takes tokens one by one. Leave out refit."
             )
+        if self.weights != "dtype" and self.dtype != "float32":
+            raise ValueError(f"weights must be dtype with dtype {self.dtype}, got {self.weights}")
         whole, piece = self.calibration.window, self.training.window
         if self.distils() and whole % min(piece, whole):
             raise ValueError(f"training.window must divide calibration.window ({whole}), got {piece}")
@@ -203,6 +208,10 @@ class Recipe(_Frozen):
     def torch_dtype(self) -> torch.dtype:
         """The dtype of the exported model."""
         return DTYPES[self.dtype]
+
+    def storage(self) -> Storage:
+        """Return how the exported weights are stored."""
+        return Storage(self.dtype, BITS[self.weights], self.block)
 
     def methods(self) -> list[Mitigation]:
         """Return the mitigations in the order given."""

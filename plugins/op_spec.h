@@ -21,10 +21,11 @@ enum class Input : int32_t {
     RESIDUAL_IN,
     RESIDUAL_OUT,
     SPARSE,
+    WEIGHT_SCALE,
     COUNT,
 };
-constexpr char const* INPUT_NAMES[] = {"X",       "W",           "bias",        "channel_scale", "shift",
-                                       "row_sum", "permutation", "residual_in", "residual_out",  "sparse"};
+constexpr char const* INPUT_NAMES[] = {"X",           "W",           "bias",         "channel_scale", "shift", "row_sum",
+                                       "permutation", "residual_in", "residual_out", "sparse",        "weight_scale"};
 static_assert(sizeof(INPUT_NAMES) / sizeof(*INPUT_NAMES) == static_cast<int>(Input::COUNT));
 
 enum class ShiftMode : int32_t { NONE, STATIC, TOKEN_MEAN, TOKEN_MEDIAN, COUNT };

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import onnx
 import onnx.helper
+import onnx.numpy_helper
 import torch
 from polygraphy.backend.base import BaseRunner
 from polygraphy.backend.onnxrt import OnnxrtRunner
@@ -40,10 +41,12 @@ from converter.evaluation.reference import (
     use_fitted,
 )
 from converter.graph.export import MODEL
+from converter.graph.lower import DTYPES
 from converter.graph.op import DOMAIN, INPUTS, OP
 from converter.quiet import quiet
 from converter.runtimes.onnxruntime import session
 from converter.sparsity.linear import Baked, Params, Phases, install
+from converter.sparsity.quantize import Storage
 
 IDS = "input_ids"
 
@@ -104,7 +107,7 @@ def validate(
     folder: Path,
     model: PreTrainedModel,
     params: dict[str, Params],
-    dtype: str,
+    storage: Storage,
     phases: Phases,
     ids: Tensor,
     progress: Callable[[int, int], None] = lambda done, total: None,
@@ -115,12 +118,14 @@ def validate(
 
     A bfloat16 graph is compared as ONNX Runtime's CPU provider can run it: in float32, on the bfloat16 weights.
     """
+    dtype = storage.dtype
     report = Parity(dtype, LIMITS[dtype], ids.numel())
     graph = onnx.load(folder / MODEL, load_external_data=False)
     kind = np.float16 if dtype == "float16" else np.float32
     with torch.no_grad(), quiet():
-        rounded = {name: round_params(layer, dtype) for name, layer in params.items()}
-        round_weights(model, dtype)
+        params = storage.every_layer(model, params)
+        rounded = {name: round_params(layer, storage) for name, layer in params.items()}
+        round_weights(model, storage)
         unfitted = use_fitted(model, rounded)
         feeds = model_feeds(model, ids, kind)
         _compare_dense(report, folder, graph, model, feeds)
@@ -235,6 +240,9 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
     """
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
     kind = tensors[_nodes(graph)[0].input[1]].data_type
+    integers = kind not in DTYPES
+    if integers:
+        kind = onnx.TensorProto.FLOAT
     nodes: dict[str, list[onnx.NodeProto]] = {}
     phase = _phase_nodes(graph)
     inputs, outputs, weights = [value for value in graph.graph.input if phase and value.name == IDS], [], {}
@@ -245,12 +253,12 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
         new.CopyFrom(node)
         new.input[0], new.output[0] = f"{name}.X", f"{name}.Y"
         for position, given in enumerate(node.input[1:], 1):
-            if probe and given and INPUTS[position] in {"W", "bias", "row_sum", "residual_out"}:
+            if probe and given and INPUTS[position] in {"W", "bias", "row_sum", "residual_out", "weight_scale"}:
                 dims = [*tensors[given].dims[:-1], width]
                 if INPUTS[position] == "W":
-                    stand_in, made = _identity(width, kind)
+                    stand_in, made = _identity(width, onnx.TensorProto.INT8 if integers else kind)
                 else:
-                    stand_in, made = _zeros(dims, tensors[given].data_type)
+                    stand_in, made = _filled(dims, tensors[given].data_type, float(INPUTS[position] == "weight_scale"))
                 new.input[position] = stand_in
                 nodes.setdefault(stand_in, made)
             elif given and INPUTS[position] != "sparse":
@@ -258,7 +266,7 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
         nodes[name] = [new]
         inputs.append(onnx.helper.make_tensor_value_info(f"{name}.X", kind, ["tokens", width]))
         outputs.append(onnx.helper.make_tensor_value_info(f"{name}.Y", kind, ["tokens", width if probe else size]))
-    ordered = sorted(nodes, key=lambda key: not key.startswith(("identity.", "zeros.")))
+    ordered = sorted(nodes, key=lambda key: not key.startswith(("identity.", "filled.")))
     body = onnx.helper.make_graph(
         [*phase, *(node for key in ordered for node in nodes[key])], "layers", inputs, outputs, list(weights.values())
     )
@@ -279,12 +287,13 @@ def _phase_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
     return found
 
 
-def _zeros(dims: list[int], kind: int) -> tuple[str, list[onnx.NodeProto]]:
-    """Return the name of zeros of that shape, and the nodes that make them where they are run."""
-    name, make = f"zeros.{'x'.join(map(str, dims))}.{kind}", onnx.helper.make_node
+def _filled(dims: list[int], kind: int, value: float) -> tuple[str, list[onnx.NodeProto]]:
+    """Return the name of a tensor of that shape filled with `value`, and the nodes that make it where they are run."""
+    name, make = f"filled.{'x'.join(map(str, dims))}.{kind}.{value}", onnx.helper.make_node
+    filling = onnx.numpy_helper.from_array(np.array([value], np.float32))
     return name, [
         make("Constant", [], [f"{name}.shape"], value_ints=dims),
-        make("ConstantOfShape", [f"{name}.shape"], [f"{name}.32"]),
+        make("ConstantOfShape", [f"{name}.shape"], [f"{name}.32"], value=filling),
         make("Cast", [f"{name}.32"], [name], to=kind),
     ]
 

@@ -13,15 +13,20 @@ from transformers import DynamicCache, PreTrainedModel
 
 from converter.graph.trace import cache_names
 from converter.sparsity.linear import Params, SparseLinear
+from converter.sparsity.quantize import Storage
 
 Array = np.ndarray[Any, Any]
 
 
-def round_weights(model: nn.Module, dtype: str) -> None:
+def round_weights(model: nn.Module, storage: Storage) -> None:
     """Round the weights as the export does, and go on computing in float32."""
-    if dtype != "float32":
+    if storage.dtype != "float32":
         for parameter in model.parameters():
-            parameter.data = parameter.data.to(getattr(torch, dtype)).float()
+            parameter.data = parameter.data.to(getattr(torch, storage.dtype)).float()
+    if storage.bits:
+        for module in model.modules():
+            if isinstance(module, nn.Linear):  # whose weight is no longer that of another
+                module.weight = nn.Parameter(storage.rounded(module.weight.data), requires_grad=False)
 
 
 def use_fitted(model: nn.Module, params: dict[str, Params]) -> dict[str, nn.Module]:
@@ -45,16 +50,16 @@ def use_fitted(model: nn.Module, params: dict[str, Params]) -> dict[str, nn.Modu
     return replaced
 
 
-def round_params(params: Params, dtype: str) -> Params:
+def round_params(params: Params, storage: Storage) -> Params:
     """Return the parameters with weight and low-rank residual rounded as the export does; the rest is float32."""
-    kind = getattr(torch, dtype)
+    kind = getattr(torch, storage.dtype)
 
     def rounded(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.to(kind).float()
 
     return replace(
         params,
-        weight=rounded(params.weight),
+        weight=None if params.weight is None else storage.rounded(params.weight),
         residual_in=rounded(params.residual_in),
         residual_out=rounded(params.residual_out),
     )

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import onnx
 import onnx.helper
+import onnx_ir as ir
 
 from converter.graph.op import DOMAIN, INPUTS, OP
 
@@ -15,7 +16,7 @@ class LayerCost:
     """One `SparseLinear`: its shape and pattern, and what one token costs, dense and sparse.
 
     `products` are multiply-adds; `sparse_products` has the two thin ones of a residual in it, `sparse_bytes` their
-    factors. Bytes are those of the weights alone: activations are small beside them for a few tokens.
+    factors. Bytes are those of the weights and their scales: activations are small beside them for a few tokens.
     """
 
     name: str
@@ -40,10 +41,18 @@ def layer_costs(model: onnx.ModelProto) -> list[LayerCost]:
         attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
         keep, group = attributes["keep"], attributes["group"]
         weight = stored[given["W"]]
-        (k, n), size = weight.dims, onnx.helper.tensor_dtype_to_np_dtype(weight.data_type).itemsize
+        (k, n), rows = weight.dims, weight.dims[0] // group * keep
+        row = n * _size(weight)
+        if scale := given.get("weight_scale"):
+            row += n * _size(stored[scale]) * stored[scale].dims[0] / k
         factors = [stored[given[name]] for name in ("residual_in", "residual_out") if given.get(name)]
         thin = sum(factor.dims[0] * factor.dims[1] for factor in factors)
-        kept = k // group * keep * n
+        read = rows * row + sum(factor.dims[0] * factor.dims[1] * _size(factor) for factor in factors)
         name = weight.name.removesuffix(".weight")
-        costs.append(LayerCost(name, k, n, keep, group, k * n * size, (kept + thin) * size, k * n, kept + thin))
+        costs.append(LayerCost(name, k, n, keep, group, int(k * row), int(read), k * n, rows * n + thin))
     return costs
+
+
+def _size(tensor: onnx.TensorProto) -> float:
+    """Return the bytes of a number; those of four bits have half a one."""
+    return ir.DataType(tensor.data_type).itemsize

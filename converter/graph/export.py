@@ -20,6 +20,7 @@ from converter.graph.trace import LinearNode, tied_weights, trace
 from converter.plan import Plan
 from converter.recipe import DTYPES
 from converter.sparsity.linear import Baked, Params, Phases, bake
+from converter.sparsity.quantize import Storage
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 IR_VERSION = 11
@@ -28,13 +29,14 @@ IR_DTYPES = {
     "float16": ir.DataType.FLOAT16,
     "bfloat16": ir.DataType.BFLOAT16,
 }
+FOUR_BITS = ir.DataType.INT4
 
 
 def export(
     checkpoint: Checkpoint,
     plan: Plan,
     params: dict[str, Params],
-    dtype: str,
+    storage: Storage,
     phases: Phases,
     folder: Path,
     metadata: dict[str, str],
@@ -47,20 +49,26 @@ def export(
     Raises:
         ExportError: when the model cannot be traced, or the disk is full.
     """
-    form = _form(checkpoint, params, dtype, phases)
-    biased = {name.removesuffix(".bias") for name in checkpoint.files if name.endswith(".bias")}
-    nodes = {
-        layer.name: LinearNode(layer.sparse, layer.name in biased, _rank(params.get(layer.name)))
-        for layer in plan.layers
-    }
     skeleton = checkpoint.skeleton()
-    tied = tied_weights(skeleton)
-    transposed = {name for name in nodes if f"{name}.weight" not in tied}
-    model = trace(skeleton, nodes, form, DTYPES[dtype])
+    params, tied, dtype = storage.every_layer(skeleton, params), tied_weights(skeleton), DTYPES[storage.dtype]
+    form = _form(checkpoint, params, storage, phases)
+    biased = {name.removesuffix(".bias") for name in checkpoint.files if name.endswith(".bias")}
+    # A dense layer that shares its weight keeps torch's layout.
+    nodes = {
+        layer.name: LinearNode(
+            layer.name in params,
+            layer.name in biased,
+            _rank(params.get(layer.name)),
+            storage.blocks(layer.name, layer.in_features) if storage.bits else 0,
+        )
+        for layer in plan.layers
+        if layer.name in params or f"{layer.name}.weight" not in tied
+    }
+    model = trace(skeleton, nodes, form, dtype)
     stamp(model, plan.blocks)
     if phases != "both":
         give_phase(model, phases)
-    _attach_weights(model, checkpoint, transposed, params, DTYPES[dtype])
+    _attach_weights(model, checkpoint, set(nodes), tied, params, storage)
     _attach_patterns(model, params)
     model.functions[(DOMAIN, OP, "")] = function(form)
     model.opset_imports[DOMAIN] = VERSION
@@ -85,7 +93,7 @@ def export(
         ) from error
 
 
-def _form(checkpoint: Checkpoint, params: dict[str, Params], dtype: str, phases: Phases) -> Form:
+def _form(checkpoint: Checkpoint, params: dict[str, Params], storage: Storage, phases: Phases) -> Form:
     """Return what the op has to compute in this model; a layer that lacks an input gets a neutral one."""
     assert not any(p.sequence_norm for p in params.values()), "Recipe.require_exportable has refused it"
     modes = {(p.shift_mode, p.variance) for p in params.values()}
@@ -95,7 +103,7 @@ def _form(checkpoint: Checkpoint, params: dict[str, Params], dtype: str, phases:
     has_bias = any(f"{name}.bias" in checkpoint.files for name in params)
     affine = any(p.output_shift is not None for p in params.values())
     return Form(
-        dtype=dtype,
+        dtype=storage.dtype,
         shift_mode=shift_mode,
         variance=variance,
         bias=shift_mode == "static" or affine or has_bias,
@@ -103,6 +111,7 @@ def _form(checkpoint: Checkpoint, params: dict[str, Params], dtype: str, phases:
         permutation=any(p.permutation is not None for p in params.values()),
         residual=any(p.residual_in is not None for p in params.values()),
         phased=phases != "both",
+        quantized=storage.bits > 0,
     )
 
 
@@ -118,22 +127,30 @@ def _neutral(part: str, shape: tuple[int, ...]) -> Tensor:
 
 
 def _attach_weights(
-    model: ir.Model, checkpoint: Checkpoint, transposed: set[str], params: dict[str, Params], dtype: torch.dtype
+    model: ir.Model,
+    checkpoint: Checkpoint,
+    transposed: set[str],
+    tied: dict[str, str],
+    params: dict[str, Params],
+    storage: Storage,
 ) -> None:
+    dtype = DTYPES[storage.dtype]
+
     @lru_cache(maxsize=1)
     def baked(layer: str) -> Baked:
         # Rounded before it is baked, so that bias and row sums belong to the weight that is stored.
-        fitted = params[layer].weight
-        weight = (checkpoint.read(f"{layer}.weight") if fitted is None else fitted).to(dtype).float()
+        fitted, name = params[layer].weight, f"{layer}.weight"
+        weight = storage.rounded(checkpoint.read(tied.get(name, name)) if fitted is None else fitted)
         bias = checkpoint.read(f"{layer}.bias").to(dtype).float() if f"{layer}.bias" in checkpoint.files else None
         return bake(weight, bias, params[layer])
 
     def content(name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
         layer, _, part = name.rpartition(".")
-        if layer in params:
-            tensor: Tensor | None = getattr(baked(layer), part)
-            if tensor is None:
-                tensor = _neutral(part, shape)
+        if layer in params and storage.bits and part in {"weight", "weight_scale"}:
+            tensor = storage.quantized(baked(layer).weight)[part == "weight_scale"]
+        elif layer in params:
+            own: Tensor | None = getattr(baked(layer), part)
+            tensor = _neutral(part, shape) if own is None else own
         else:
             tensor = checkpoint.read(name)
             if layer in transposed and part == "weight":
@@ -142,17 +159,22 @@ def _attach_weights(
             raise ExportError(f"{name}: must have shape {shape} in the graph, got {tuple(tensor.shape)}.")
         return tensor.to(kind).contiguous()
 
-    def lazy(name: str, shape: tuple[int, ...], kind: torch.dtype) -> TorchTensor:
-        return TorchTensor(content(name, shape, kind), name=name)
+    def lazy(name: str, shape: tuple[int, ...], kind: torch.dtype, stored: ir.DataType) -> ir.TensorProtocol:
+        tensor = content(name, shape, kind)
+        # Torch has no numbers of four bits.
+        return TorchTensor(tensor, name=name) if stored != FOUR_BITS else ir.tensor(tensor.numpy(), stored, name=name)
 
-    kinds = {value: DTYPES[key] for key, value in IR_DTYPES.items()} | {ir.DataType.INT64: torch.int64}
+    kinds = {value: DTYPES[key] for key, value in IR_DTYPES.items()}
+    kinds |= {ir.DataType.INT64: torch.int64, ir.DataType.INT8: torch.int8}
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             assert value.shape is not None
             assert value.dtype is not None
             shape, kind = value.shape.numpy(), kinds[value.dtype]
+            if value.dtype == ir.DataType.INT8 and storage.bits == 4:
+                value.type = ir.TensorType(FOUR_BITS)  # its own: copies of a block share theirs
             value.const_value = ir.LazyTensor(
-                partial(lazy, name, shape, kind), dtype=value.dtype, shape=ir.Shape(shape), name=name
+                partial(lazy, name, shape, kind, value.dtype), dtype=value.dtype, shape=ir.Shape(shape), name=name
             )
 
 

@@ -9,6 +9,7 @@ import onnx.helper
 import onnx.inliner
 import onnx_ir as ir
 
+from converter.errors import BuildError
 from converter.graph.op import ATTRIBUTES, DOMAIN, INPUTS, OP, Form, function
 
 DTYPES = {
@@ -26,7 +27,7 @@ def form_of(model: onnx.ModelProto) -> Form:
     assert set(attributes) == set(ATTRIBUTES)
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
     return Form(
-        dtype=DTYPES[weight.data_type],
+        dtype=DTYPES.get(weight.data_type, "float32"),
         shift_mode=attributes["shift_mode"].decode(),
         variance=bool(attributes["variance"]),
         bias="bias" in given,
@@ -34,6 +35,7 @@ def form_of(model: onnx.ModelProto) -> Form:
         permutation="permutation" in given,
         residual="residual_in" in given,
         phased="sparse" in given,
+        quantized="weight_scale" in given,
     )
 
 
@@ -41,10 +43,17 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model with each `SparseLinear` as standard nodes; its GEMM is in the dtype of its weight.
 
     The body that OUT holds multiplies in float32 where the dtype is bfloat16, for ONNX Runtime's CPU provider.
+
+    Raises:
+        BuildError: when the weights are integers.
     """
     lowered = onnx.ModelProto()
     lowered.CopyFrom(model)
     form = form_of(model)
+    if form.quantized:
+        raise BuildError(
+            "weights: must be dtype for TensorRT-RTX, got integers. Export the model again: --weights dtype."
+        )
     if form.dtype == "bfloat16":
         # The lines for float16 name no dtype: they cast like X.
         body = ir.serde.serialize_function(function(replace(form, dtype="float16")))

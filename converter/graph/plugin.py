@@ -13,7 +13,11 @@ from converter.graph.op import DOMAIN, INPUTS, OP, VERSION
 from converter.sparsity.linear import SHIFT_MODES
 
 LARGEST_GROUP = 1024
-UNKNOWN = {"residual_in": "mitigation r_sparse", "sparse": "phases prefill or decode"}
+UNKNOWN = {
+    "weight_scale": "weights int8 or int4",
+    "residual_in": "mitigation r_sparse",
+    "sparse": "phases prefill or decode",
+}
 
 
 def to_plugin(model: ir.Model, dispatch: Sequence[Row], sm: str) -> list[Row]:

@@ -43,6 +43,7 @@ class LinearNode:
     sparse: bool
     bias: bool
     rank: int = 0  # of the low-rank residual
+    blocks: int = 0  # of a weight of integers, each with its scale
 
 
 class TracedLinear(nn.Module):
@@ -60,9 +61,11 @@ class TracedLinear(nn.Module):
             "permutation": (linear.in_features,),
             "residual_in": (linear.in_features, node.rank),
             "residual_out": (node.rank, linear.out_features),
+            "weight_scale": (node.blocks, linear.out_features),
         }
         kinds = {"permutation": torch.int64, "residual_in": dtype, "residual_out": dtype}
-        self.weight = _placeholder((linear.in_features, linear.out_features), dtype)
+        weight = torch.int8 if node.sparse and form.quantized else dtype
+        self.weight = _placeholder((linear.in_features, linear.out_features), weight)
         if node.sparse:
             self.names = form.takes()[2:]
             for name in self.names:
@@ -219,12 +222,10 @@ def trace(model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtyp
     """
     blocks_name, blocks = find_blocks(model)
     _check_decoder(model, blocks)
-    tied = tied_weights(model)
     for layer, node in nodes.items():
-        if f"{layer}.weight" not in tied:
-            linear = model.get_submodule(layer)
-            assert isinstance(linear, nn.Linear)
-            model.set_submodule(layer, TracedLinear(linear, node, form, dtype))
+        linear = model.get_submodule(layer)
+        assert isinstance(linear, nn.Linear)
+        model.set_submodule(layer, TracedLinear(linear, node, form, dtype))
     _fill(model, dtype)
     kinds = [signature(block) for block in blocks]
     likes = [kinds.index(kind) for kind in kinds]
@@ -299,12 +300,12 @@ def _check_decoder(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
         raise ExportError(f"{type(model).__name__}: must support transformers' attention interface, got none.")
 
 
-def tied_weights(model: nn.Module) -> set[str]:
-    """Return the names of the parameters that are one tensor under several names; those keep torch's layout."""
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Return the names of the parameters that are one tensor under several names, each with the one that is stored."""
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
-    return {name for names in owners.values() if len(names) > 1 for name in names}
+    return {name: names[0] for names in owners.values() if len(names) > 1 for name in names}
 
 
 def _fill(model: nn.Module, dtype: torch.dtype) -> None:

@@ -20,7 +20,7 @@ std::string fault(Fields const& fields) {
     if (fields.variance != 0 && fields.variance != 1) return "variance must be 0 or 1";
     if (fields.inputs < 0 || fields.inputs >> int(Input::COUNT) != 0) return "inputs must be bits of the op's inputs";
     if (!has(fields.inputs, Input::X) || !has(fields.inputs, Input::W)) return "inputs must have X and W";
-    for (Input const input : {Input::RESIDUAL_IN, Input::RESIDUAL_OUT, Input::SPARSE})
+    for (Input const input : {Input::RESIDUAL_IN, Input::RESIDUAL_OUT, Input::SPARSE, Input::WEIGHT_SCALE})
         if (has(fields.inputs, input))
             return std::string("input ") + INPUT_NAMES[int(input)] + " must not be there: no kernel has it yet";
     auto const mode = ShiftMode(fields.shift_mode);

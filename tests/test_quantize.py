@@ -1,0 +1,91 @@
+"""Weights of few bits: what they stand for, in torch, in the graph and on the command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from conftest import PLAIN, make_tiny
+
+from converter import convert
+from converter.errors import BuildError, RecipeError
+from converter.graph.costs import layer_costs
+from converter.graph.lower import lower
+from converter.sparsity.quantize import Storage
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def test_the_largest_number_of_a_block_is_the_lowest_integer() -> None:
+    weight = torch.tensor([[4.0, -2.0], [-1.0, 0.0], [0.5, 0.0], [0.0, 0.0]])
+    whole, scale = Storage(bits=4, block=2).quantized(weight)
+    # Scales 4 / -8, -2 / -8, 0.5 / -8, and 0 where all are 0.
+    assert scale.tolist() == [[-0.5, 0.25], [-0.0625, 0.0]]
+    assert whole.tolist() == [[-8, -8], [2, 0], [-8, 0], [0, 0]]
+    whole, scale = Storage(bits=8, block=0).quantized(weight)
+    assert scale.tolist() == [[-0.03125, 0.015625]]
+    assert whole.tolist() == [[-128, -128], [32, 0], [-16, 0], [0, 0]]
+    # What is as large at the other end is clipped: 7 / 8 of it is left.
+    assert Storage(bits=4).rounded(torch.tensor([[-3.0, 3.0]])).tolist() == [[-3.0, 2.625]]
+
+
+@pytest.mark.parametrize(("bits", "block"), [(8, 0), (8, 32), (4, 16), (4, 64)])
+def test_rounding_is_small_and_done_once(bits: int, block: int) -> None:
+    weight = torch.randn(24, 64, generator=torch.Generator().manual_seed(0))
+    storage = Storage(bits=bits, block=block)
+    rounded = storage.rounded(weight)
+    assert torch.equal(storage.rounded(rounded), rounded)
+    largest = weight.unflatten(1, (-1, block or 64)).abs().amax(2, keepdim=True)
+    error = (rounded - weight).unflatten(1, (-1, block or 64)).abs()
+    step = largest / 2 ** (bits - 1)
+    assert (error <= step).all()
+    assert (error <= 0.500001 * step).float().mean() > 0.95
+    assert torch.equal(Storage("float16").rounded(weight), weight.half().float())
+
+
+@pytest.mark.parametrize(("weights", "bytes_"), [("int8", 1), ("int4", 0.5)])
+def test_a_model_of_integers_agrees_with_pytorch(weights: str, bytes_: float, tmp_path: Path) -> None:
+    model = make_tiny(tmp_path / "model", tie_word_embeddings=True)
+    recipe = PLAIN.replace({"weights": weights, "mitigation": "d_pts+var", "criterion": "wina", "ignore": "*.k_proj"})
+    out = convert(str(model), tmp_path / "out", recipe)
+    report = json.loads((out / "report.json").read_text())["parity"]
+    # Seven projections of three blocks, k_proj dense, and the head, all compared with PyTorch on the rounded weights.
+    assert (report["passed"], report["layers"], report["largest_layer_error"] < 2e-6) == (True, 22, True)
+    graph = onnx.load(out / "model.onnx")
+    stored = {tensor.name: tensor for tensor in graph.graph.initializer}
+    kind = {"int8": onnx.TensorProto.INT8, "int4": onnx.TensorProto.INT4}[weights]
+    assert sum(tensor.data_type == kind for tensor in stored.values()) == 22
+    assert stored["model.embed_tokens.weight"].data_type == onnx.TensorProto.FLOAT, "the head has its own copy"
+    costs = {cost.name: cost for cost in layer_costs(graph)}
+    down, key = costs["model.layers.0.mlp.down_proj"], costs["model.layers.0.self_attn.k_proj"]
+    scales = 4 * 96 * 64 // 32
+    assert (down.bytes, down.sparse_bytes) == (96 * 64 * bytes_ + scales, (96 * 64 * bytes_ + scales) / 2)
+    assert (key.keep, key.group, key.sparse_bytes) == (1, 1, key.bytes)
+    with pytest.raises(BuildError, match="--weights dtype"):
+        lower(graph)
+
+
+def test_on_the_command_line(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
+    calibrated, out = tmp_path / "calibrated", tmp_path / "out"
+    assert nmsparse("calibrate", tiny, calibrated, "--pattern", "8:16", "--mitigation", "none").returncode == 0
+    found = nmsparse("export", calibrated, out, "--weights", "int4")
+    assert found.returncode == 0, found.stderr
+    found = nmsparse("validate", out)
+    assert found.returncode == 0, found.stderr
+    found = nmsparse("build", out, "--runtime", "tensorrt")
+    assert (found.returncode, "no kernel for weights int8 or int4" in found.stderr) == (16, True), found.stderr
+    found = nmsparse("export", calibrated, tmp_path / "half", "--weights", "int4", "--dtype", "float16")
+    assert (found.returncode, "must be dtype with dtype float16, got int4" in found.stderr) == (10, True), found.stderr
+    assert not (tmp_path / "half").exists()
+
+
+def test_a_block_that_does_not_fit_is_refused_by_name(tiny: Path) -> None:
+    recipe = PLAIN.replace({"weights": "int8", "block": 48})
+    with pytest.raises(RecipeError, match=r"q_proj: its 64 input channels must be divisible by block, got 48"):
+        convert(str(tiny), tiny.parent / "never", recipe)
+    assert not (tiny.parent / "never").exists()
