@@ -1,14 +1,12 @@
 // The op SparseLinear for ONNX Runtime's CPU provider, in float32. What it means is in docs/format.md.
 //
-// A call of tokens goes, in chunks, through `choose` (parallel over tokens) and `product` (over tiles of columns); where
-// nothing or little is dropped, the pruned input goes through ONNX Runtime's own MatMul instead. Threads and memory are
-// ONNX Runtime's.
+// A call of tokens goes, in chunks, through `choose` (parallel over tokens) and `product` (over tiles of columns). Threads
+// and memory are ONNX Runtime's.
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
 #undef ORT_API_MANUAL_INIT
 
 #include <algorithm>
-#include <array>
 #include <memory>
 #include <new>
 #include <string>
@@ -73,9 +71,6 @@ public:
         shift_mode_ = static_cast<ShiftMode>(found - SHIFT_MODE_NAMES);
         if (!(0 < keep_ && keep_ <= group_))
             refuse("keep must be from 1 to group, got " + std::to_string(keep_) + ":" + std::to_string(group_) + ".");
-        char const* name = "T";
-        ONNXTensorElementDataType const type = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
-        matmul_ = Ort::Op::Create(raw, "MatMul", "", 13, &name, &type, 1, nullptr, 0, 2, 1);
         Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(raw, OrtMemTypeDefault, &allocator_));
     }
     Kernel(Kernel const&) = delete;
@@ -147,54 +142,40 @@ private:
         layer.y = context.GetOutput(0, shape).GetTensorMutableData<float>();
         if (layer.tokens == 0 || layer.n == 0) return;
         if (!layer.sparse) layer.rank = 0;
-        if (uses_matmul(layer))
-            by_matmul(context, layer, w);
-        else
-            by_rows(context, layer);
+        multiply(context, layer);
     }
 
-    // Measured (benchmarks/cpu.py): where little is dropped, many tokens are faster in a GEMM that multiplies the zeros.
-    static bool uses_matmul(Layer const& layer) {
-        return layer.tokens >= 64 && (!layer.sparse || 4 * layer.keep > 3 * layer.group);
-    }
-
-    // Whether the tokens read their rows from where they are: from the third reading of all of W on, copying it to the
-    // cache once is faster.
-    static bool streams(Layer const& layer, int64_t tokens) {
-        return tokens == 1 || (tokens <= cpu::STREAMED_TOKENS && layer.sparse &&
-                               2 * tokens * layer.keep <= 3 * layer.group);
-    }
-
-    void by_rows(Ort::KernelContext const& context, Layer const& layer) const {
+    void multiply(Ort::KernelContext const& context, Layer const& layer) const {
         int64_t const k = layer.k, n = layer.n, rank = layer.rank;
         // As many tokens in each chunk.
         int64_t const most = ceil_div(layer.tokens, ceil_div(layer.tokens, cpu::CHUNK));
         Memory memory(allocator_);
-        auto const lists = [&](int64_t rows, int64_t block) {
-            Lists found{rows, block, memory.of<int32_t>(most * rows), memory.of<float>(most * rows), nullptr};
-            found.ends = memory.of<int32_t>(most * found.blocks());
+        auto const lists = [&](int64_t rows, int64_t block, bool listed) {
+            int64_t const capacity = ceil_div(rows, cpu::STEP) * cpu::STEP;
+            Lists found{rows, capacity, block, nullptr, memory.of<float>(most * capacity), nullptr};
+            if (listed)
+                found.rows = memory.of<int32_t>(most * capacity), found.ends = memory.of<int32_t>(most * found.blocks());
             return found;
         };
-        Lists const kept = lists(k, cpu::block_rows(layer));
-        Lists const dropped = rank ? lists(k, cpu::PACKED_ROWS) : Lists{};
-        Lists const thin = rank ? lists(rank, cpu::PACKED_ROWS) : Lists{};
+        cpu::Way const way = cpu::way(layer, most);
+        bool const listed = way != cpu::Way::HELD;
+        Lists const kept = lists(k, cpu::block_rows(layer), listed);
+        Lists const dropped = rank ? lists(k, cpu::MOST_ROWS, true) : Lists{};
+        Lists const thin = rank ? lists(rank, cpu::MOST_ROWS, listed) : Lists{};
         Token* const about = memory.of<Token>(most);
         float* const residual = rank ? memory.of<float>(most * n) : nullptr;
         for (int64_t first = 0; first < layer.tokens; first += most) {
             int64_t const tokens = std::min(most, layer.tokens - first);
             parallel(context, tokens, [&](int64_t t) {
-                about[t] = choose(layer, first + t, {t, &kept, rank ? &dropped : nullptr, nullptr, nullptr});
+                about[t] = choose(layer, first + t, {t, &kept, rank ? &dropped : nullptr});
                 if (rank) list_thin(layer, dropped, thin, t);
             });
-            bool const packed = !streams(layer, tokens);
-            int64_t const width = packed ? std::clamp<int64_t>(ceil_div(n, 4 * 128) * 128, 128, cpu::PACKED_COLUMNS)
-                                         : std::clamp<int64_t>(ceil_div(n, 2 * 64) * 64, 256, cpu::STREAMED_COLUMNS);
+            int64_t const width = cpu::tile_columns(way, tokens, n);
             parallel(context, ceil_div(n, width), [&](int64_t tile) {
                 int64_t const column = tile * width, columns = std::min(width, n - column);
                 float* const y = layer.y + first * n + column;
-                product(kept, tokens, layer.w, n, column, columns, packed, y, n);
-                if (rank)
-                    product(thin, tokens, layer.residual_out, n, column, columns, packed, residual + column, n);
+                product(way, kept, tokens, layer.w, n, column, columns, y, n);
+                if (rank) product(way, thin, tokens, layer.residual_out, n, column, columns, residual + column, n);
                 for (int64_t t = 0; t < tokens; ++t)
                     epilogue(layer, about[t], y + t * n, rank ? residual + t * n + column : nullptr, column, columns);
             });
@@ -203,55 +184,22 @@ private:
 
     // (z - zs) residual_in of token t, as the list of the next product.
     static void list_thin(Layer const& layer, Lists const& dropped, Lists const& thin, int64_t t) {
-        int64_t const rank = layer.rank;
+        int64_t const rank = layer.rank, width = cpu::tile_columns(cpu::Way::STREAMED, 1, rank);
         Lists one = dropped;
-        one.rows += t * layer.k, one.values += t * layer.k, one.ends += t * dropped.blocks();
-        for (int64_t c = 0; c < rank; c += cpu::STREAMED_COLUMNS)
-            product(one, 1, layer.residual_in, rank, c, std::min(cpu::STREAMED_COLUMNS, rank - c), false,
-                    thin.values + t * rank + c, rank);
-        for (int64_t i = 0; i < rank; ++i) thin.rows[t * rank + i] = static_cast<int32_t>(i);
+        one.rows += t * dropped.capacity, one.values += t * dropped.capacity, one.ends += t * dropped.blocks();
+        float* const values = thin.values + t * thin.capacity;
+        for (int64_t c = 0; c < rank; c += width)
+            product(cpu::Way::STREAMED, one, 1, layer.residual_in, rank, c, std::min(width, rank - c), values + c, rank);
+        std::fill(values + rank, values + thin.capacity, 0.0F);
+        if (thin.rows == nullptr) return;
+        for (int64_t i = 0; i < rank; ++i) thin.rows[t * thin.capacity + i] = static_cast<int32_t>(i);
         for (int64_t b = 0; b < thin.blocks(); ++b)
             thin.ends[t * thin.blocks() + b] = static_cast<int32_t>(std::min((b + 1) * thin.block, rank));
-    }
-
-    void by_matmul(Ort::KernelContext const& context, Layer const& layer, Ort::ConstValue const& w) {
-        int64_t const tokens = layer.tokens, k = layer.k, n = layer.n, rank = layer.rank;
-        Memory memory(allocator_);
-        float* const pruned = memory.of<float>(tokens * k);
-        float* const rest = rank ? memory.of<float>(tokens * k) : nullptr;
-        float* const residual = rank ? memory.of<float>(tokens * n) : nullptr;
-        Token* const about = memory.of<Token>(tokens);
-        parallel(context, tokens, [&](int64_t t) {
-            about[t] = choose(layer, t, {0, nullptr, nullptr, pruned + t * k, rank ? rest + t * k : nullptr});
-        });
-        multiply(context, pruned, tokens, k, w, layer.y, n);
-        if (rank) {
-            float* const thin = memory.of<float>(tokens * rank);
-            multiply(context, rest, tokens, k, input(context, Input::RESIDUAL_IN), thin, rank);
-            multiply(context, thin, tokens, rank, input(context, Input::RESIDUAL_OUT), residual, n);
-        }
-        parallel(context, tokens, [&](int64_t t) {
-            epilogue(layer, about[t], layer.y + t * n, rank ? residual + t * n : nullptr, 0, n);
-        });
-    }
-
-    // out [tokens, n] = x [tokens, k] W, by ONNX Runtime.
-    void multiply(Ort::KernelContext const& context, float* x, int64_t tokens, int64_t k, Ort::ConstValue const& w,
-                  float* out, int64_t n) {
-        Ort::MemoryInfo const where = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-        std::array<int64_t, 2> const of_x{tokens, k}, of_y{tokens, n};
-        Ort::Value const left = Ort::Value::CreateTensor<float>(where, x, tokens * k, of_x.data(), 2);
-        Ort::Value y = Ort::Value::CreateTensor<float>(where, out, tokens * n, of_y.data(), 2);
-        std::array<OrtValue const*, 2> const inputs{static_cast<OrtValue const*>(left),
-                                                    static_cast<OrtValue const*>(w)};
-        std::array<OrtValue*, 1> outputs{static_cast<OrtValue*>(y)};
-        matmul_.Invoke(context.GetOrtKernelContext(), inputs.data(), 2, outputs.data(), 1);
     }
 
     int64_t keep_, group_;
     ShiftMode shift_mode_;
     bool variance_;
-    Ort::Op matmul_{nullptr};
     OrtAllocator* allocator_ = nullptr;
 };
 

@@ -29,20 +29,22 @@ float number(int32_t key) {
     return found;
 }
 
-NMSPARSE_CLONES
 void subtract(float const* x, float const* shift, float eta, int64_t k, float* z) {
-    if (shift != nullptr)
-        for (int64_t i = 0; i < k; ++i) z[i] = x[i] - shift[i];
-    else
-        for (int64_t i = 0; i < k; ++i) z[i] = x[i] - eta;
+    vectorized([=]() NMSPARSE_INLINED {
+        if (shift != nullptr)
+            for (int64_t i = 0; i < k; ++i) z[i] = x[i] - shift[i];
+        else
+            for (int64_t i = 0; i < k; ++i) z[i] = x[i] - eta;
+    });
 }
 
-NMSPARSE_CLONES
 void score_keys(float const* z, float const* scale, int64_t k, int32_t* keys) {
-    if (scale != nullptr)
-        for (int64_t i = 0; i < k; ++i) keys[i] = key(std::fabs(z[i]) * scale[i]);
-    else
-        for (int64_t i = 0; i < k; ++i) keys[i] = key(std::fabs(z[i]));
+    vectorized([=]() NMSPARSE_INLINED {
+        if (scale != nullptr)
+            for (int64_t i = 0; i < k; ++i) keys[i] = key(std::fabs(z[i]) * scale[i]);
+        else
+            for (int64_t i = 0; i < k; ++i) keys[i] = key(std::fabs(z[i]));
+    });
 }
 
 // The sum of (x - centre) or of its square, over 16 lanes in runs of 64, then over the lanes: a fixed order.
@@ -65,11 +67,13 @@ NMSPARSE_INLINE float sum_of(float const* x, int64_t count, float centre) {
     return found;
 }
 
-NMSPARSE_CLONES
-float sum(float const* x, int64_t count) { return sum_of<false>(x, count, 0); }
+float sum(float const* x, int64_t count) {
+    return vectorized([=]() NMSPARSE_INLINED { return sum_of<false>(x, count, 0); });
+}
 
-NMSPARSE_CLONES
-float squares(float const* x, int64_t count, float centre) { return sum_of<true>(x, count, centre); }
+float squares(float const* x, int64_t count, float centre) {
+    return vectorized([=]() NMSPARSE_INLINED { return sum_of<true>(x, count, centre); });
+}
 
 float variance(float const* x, int64_t k) {
     return squares(x, k, sum(x, k) / static_cast<float>(k)) / static_cast<float>(k - 1);
@@ -119,12 +123,13 @@ NMSPARSE_INLINE void mark_by_counting(int32_t const* keys, int64_t k, int64_t ke
     }
 }
 
-NMSPARSE_CLONES
 void mark_small(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, uint8_t* kept) {
-    if (permutation != nullptr)
-        mark_by_counting(keys, k, keep, group, [=](int64_t i) { return permutation[i]; }, kept);
-    else
-        mark_by_counting(keys, k, keep, group, [](int64_t i) { return i; }, kept);
+    vectorized([=]() NMSPARSE_INLINED {
+        if (permutation != nullptr)
+            mark_by_counting(keys, k, keep, group, [=](int64_t i) NMSPARSE_INLINED { return permutation[i]; }, kept);
+        else
+            mark_by_counting(keys, k, keep, group, [](int64_t i) NMSPARSE_INLINED { return i; }, kept);
+    });
 }
 
 void mark_large(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, uint8_t* kept,
@@ -155,7 +160,8 @@ float token_shift(Layer const& layer, float const* x, std::vector<int32_t>& keys
 
 // Lists the channels that `wanted` names, with no branch on what was kept.
 template <class Wanted, class Value>
-void list(Lists const& lists, int64_t slot, int64_t k, Wanted wanted, Value value) {
+void list(Lists const& lists, int64_t slot, Wanted wanted, Value value) {
+    int64_t const k = lists.k;
     int32_t* const rows = lists.rows + slot * lists.capacity;
     float* const values = lists.values + slot * lists.capacity;
     int32_t* const ends = lists.ends + slot * lists.blocks();
@@ -212,16 +218,17 @@ Token choose(Layer const& layer, int64_t t, Chosen const& to) {
     }
     uint8_t* const marks = scratch.kept.data();
     mark(layer, z, scratch);
+    if (to.kept->rows != nullptr) {
+        list(*to.kept, to.slot, [=](int64_t i) { return marks[i] != 0; }, [=](int64_t i) { return z[i]; });
+    } else {
+        float* const pruned = to.kept->values + to.slot * to.kept->capacity;
+        for (int64_t i = 0; i < k; ++i) pruned[i] = marks[i] ? z[i] : 0.0F;
+        std::fill(pruned + k, pruned + to.kept->capacity, 0.0F);
+    }
     // z - zs is 0 where a channel is kept, but NaN of Inf and NaN.
-    auto const value = [=](int64_t i) { return z[i]; };
-    auto const left = [=](int64_t i) { return z[i] - (marks[i] ? z[i] : 0.0F); };
-    if (to.kept != nullptr) list(*to.kept, to.slot, k, [=](int64_t i) { return marks[i] != 0; }, value);
     if (to.dropped != nullptr)
-        list(*to.dropped, to.slot, k, [=](int64_t i) { return !marks[i] || !std::isfinite(z[i]); }, left);
-    if (to.pruned != nullptr)
-        for (int64_t i = 0; i < k; ++i) to.pruned[i] = marks[i] ? z[i] : 0.0F;
-    if (to.rest != nullptr)
-        for (int64_t i = 0; i < k; ++i) to.rest[i] = left(i);
+        list(*to.dropped, to.slot, [=](int64_t i) { return !marks[i] || !std::isfinite(z[i]); },
+             [=](int64_t i) { return z[i] - (marks[i] ? z[i] : 0.0F); });
     if (layer.variance && layer.sparse) {
         scratch.zs.resize(k);
         for (int64_t i = 0; i < k; ++i) scratch.zs[i] = marks[i] ? z[i] : 0.0F;

@@ -1,4 +1,4 @@
-// A layer on a CPU: what a call is given, and the parts of its way to y. Threads, memory and GEMM are the caller's.
+// A layer on a CPU: what a call is given, and the parts of its way to y. Threads and memory are the caller's.
 #pragma once
 
 #include <cstdint>
@@ -21,14 +21,16 @@ struct Layer {
 };
 
 // Rows that a token's product reads, and what each is multiplied by: in rising order, cut where a block of rows ends.
+// Where `rows` is null, `values` has a number for each of the k rows, and zeros after them.
 struct Lists {
-    int64_t capacity;  // of rows and values, for a token
+    int64_t k;
+    int64_t capacity;  // of rows and values, for a token: k, up to the next multiple of STEP
     int64_t block;     // rows of a block
     int32_t* rows;     // [tokens, capacity]
     float* values;     // [tokens, capacity]
     int32_t* ends;     // [tokens, blocks]: how many of them lie in this block and those before it
 
-    int64_t blocks() const { return (capacity + block - 1) / block; }
+    int64_t blocks() const { return (k + block - 1) / block; }
 };
 
 // What is left for the epilogue of a token.
@@ -36,27 +38,30 @@ struct Token {
     float eta, nu;
 };
 
-constexpr int64_t CHUNK = 128;             // tokens whose lists are held at once
-constexpr int64_t STREAMED_TOKENS = 8;     // of a tile that streams, at most
-constexpr int64_t STREAMED_COLUMNS = 1024;
-constexpr int64_t PACKED_COLUMNS = 512;    // of a tile that copies, at most
-constexpr int64_t PACKED_ROWS = 64;        // of a block, at most
+constexpr int STEP = 8;            // rows that are read at once
+constexpr int64_t CHUNK = 128;     // tokens whose lists are held at once
+constexpr int64_t MOST_ROWS = 64;  // of a block
+
+// The ways to a product, told in product.cpp. All give the same bits.
+enum class Way { STREAMED, HELD, PACKED };
+
+// The fastest for so many tokens, and the columns of a tile.
+Way way(Layer const& layer, int64_t tokens);
+int64_t tile_columns(Way way, int64_t tokens, int64_t n);
 
 // Rows of a block: such that in most patterns each block keeps a multiple of eight.
 int64_t block_rows(Layer const& layer);
 
-// Chooses the channels of token `t`. What is not null is written: zs and z - zs as lists, at place `slot`, or as rows of
-// k numbers.
+// Chooses the channels of token `t`. What is not null is written, at place `slot`: zs and z - zs.
 struct Chosen {
     int64_t slot;
     Lists const *kept, *dropped;
-    float *pruned, *rest;
 };
 Token choose(Layer const& layer, int64_t t, Chosen const& to);
 
-// One tile of columns of a product: out[t, c] = sum over the listed rows of value * w[row, c]. `packed` says which of the
-// two limits above it keeps to; both ways give the same bits.
-void product(Lists const& lists, int64_t tokens, float const* w, int64_t n, int64_t column, int64_t columns, bool packed,
+// One tile of columns of a product: out[t, c] = sum over the listed rows of value * w[row, c]. HELD wants lists where
+// `rows` is null, the others want rows.
+void product(Way way, Lists const& lists, int64_t tokens, float const* w, int64_t n, int64_t column, int64_t columns,
              float* out, int64_t out_stride);
 
 // y = nu * y + eta * row_sum + bias + residual, for columns of one token. `residual` may be null.

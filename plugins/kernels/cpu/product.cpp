@@ -1,9 +1,14 @@
-// The product of pruned tokens with W: only the rows that a token keeps are multiplied.
+// The product of pruned tokens with W, in one of three ways.
 //
-// Few tokens stream their rows, eight at once, into a tile of partial sums in L1. For more, a block of rows is copied to
-// L1 first, where each token picks its own. A sum has three levels (the rows of a block, a run of blocks, all runs), so
-// that its error is below that of a GEMM's long chains. What is added to what depends on the lists alone: not on the
-// way, the tile, the other tokens or the threads.
+// STREAMED, for very few tokens: each reads the rows that it keeps from where they are, eight at once.
+// HELD, for few: every row is read once, eight at once, and held in registers while it is multiplied for all tokens, by
+// zero where a token has dropped it. Reading W is what takes the time, and long runs of whole rows are read fastest.
+// PACKED, for many: a block of rows is copied to a panel in L1, where each token multiplies its own, with the sums in
+// registers, so that dropped rows cost nothing.
+//
+// A sum has three levels (the rows of a block, a run of blocks, all runs), so that its error is below that of a GEMM's
+// long chains. What is added to what depends on the pruned numbers alone: not on the way, the tile, the other tokens or
+// the threads. (A row times zero changes no sum, unless W holds Inf or NaN, which HELD shows as a dense product does.)
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -19,8 +24,22 @@ namespace nmsparse::cpu {
 
 namespace {
 
-constexpr int STEP = 8;
-constexpr int64_t RUN = 512;  // rows of W after which the partial sums are added to the output
+constexpr int64_t RUN = 512;                // rows of W after which the partial sums are added to the output
+constexpr int64_t SCRATCH = 3 * 64 * 1024;  // numbers: a tile's sums must stay in L2, beside the rows of W
+
+// What fits into the registers: so many rows of so many vectors beside a sum of each vector, or so many sums.
+template <Simd>
+struct Registers {
+    static constexpr int ROWS = 2, VECTORS = 1, SUMS = 2;
+};
+template <>
+struct Registers<Simd::AVX2> {
+    static constexpr int ROWS = 4, VECTORS = 1, SUMS = 4;
+};
+template <>
+struct Registers<Simd::AVX512> {
+    static constexpr int ROWS = 8, VECTORS = 2, SUMS = 8;
+};
 
 struct Tile {
     Lists const& lists;
@@ -29,7 +48,10 @@ struct Tile {
     int64_t n, columns;
     float* out;
     int64_t out_stride;
-    float* scratch;  // for `packed`, on a line of the cache
+    float* scratch;  // on a line of the cache
+
+    int64_t run() const { return std::max<int64_t>(RUN / lists.block, 1); }
+    bool ends_run(int64_t block) const { return (block + 1) % run() == 0 || block + 1 == lists.blocks(); }
 };
 
 // The rows of a token that lie in a block.
@@ -38,194 +60,283 @@ struct Span {
     float const* values;
     int64_t begin, end, last;
 
-    NMSPARSE_INLINE Span(Lists const& lists, int64_t t, int64_t block)
+    NMSPARSE_INLINE Span(Lists const& lists, int64_t t, int64_t block, int64_t blocks)
         : rows(lists.rows + t * lists.capacity), values(lists.values + t * lists.capacity) {
-        int32_t const* const ends = lists.ends + t * lists.blocks();
-        begin = block == 0 ? 0 : ends[block - 1], end = ends[block], last = ends[lists.blocks() - 1];
+        int32_t const* const ends = lists.ends + t * blocks;
+        begin = block == 0 ? 0 : ends[block - 1], end = ends[block], last = ends[blocks - 1];
     }
 };
 
-// Adds the sums of a run to the output and clears them.
-NMSPARSE_INLINE void flush(Tile const& tile, float* sums, bool first) {
-    for (int64_t t = 0; t < tile.tokens; ++t) {
-        float *const y = tile.out + t * tile.out_stride, *const sum = sums + t * tile.columns;
-        for (int64_t c = 0; c < tile.columns; ++c) {
-            y[c] = (first ? 0.0F : y[c]) + sum[c] * NMSPARSE_MUTANT;
-            sum[c] = 0;
+int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
+
+// Adds the sums of a run to the output and clears them. They lie in strips of columns, in each token after token.
+template <int64_t WIDTH>
+NMSPARSE_INLINE void flush(float* sums, int64_t tokens, int64_t columns, float* out, int64_t out_stride, bool first) {
+    for (int64_t c = 0; c < columns; c += WIDTH)
+        for (int64_t t = 0; t < tokens; ++t, sums += WIDTH) {
+            float* const y = out + t * out_stride + c;
+            if (c + WIDTH <= columns) {
+                for (int64_t v = 0; v < WIDTH; v += LANES)
+                    at(y + v) = (first ? Floats{} : at(y + v)) + at(sums + v) * NMSPARSE_MUTANT;
+            } else {
+                for (int64_t v = 0; v < columns - c; ++v) y[v] = (first ? 0.0F : y[v]) + sums[v] * NMSPARSE_MUTANT;
+            }
+            for (int64_t v = 0; v < WIDTH; v += LANES) at(sums + v) = Floats{};
+        }
+}
+
+// Eight rows of W, what each token multiplies them by, and whether they begin or end a block, whose sum is `carried` from
+// one eight to the next.
+struct Eight {
+    float const* w[STEP];
+    float const* next[STEP];  // to ask for meanwhile
+    float const* values;
+    int64_t stride;  // of a token's values
+    bool asks, first, last;
+};
+
+// Multiplies whole strips of eight rows, which are held in registers, as many as fit, for all tokens.
+template <Simd S, bool FIRST, bool LAST>
+NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
+    constexpr int ROWS = Registers<S>::ROWS, VECTORS = Registers<S>::VECTORS;
+    constexpr int64_t WIDTH = VECTORS * LANES;
+    for (int64_t c = 0; c < columns; c += WIDTH, carried += tokens * WIDTH, sums += tokens * WIDTH) {
+        if (eight.asks)
+#pragma GCC unroll 8
+            for (int r = 0; r < STEP; ++r)
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(eight.next[r] + c + v * LANES);
+#pragma GCC unroll 4
+        for (int begin = 0; begin < STEP; begin += ROWS) {
+            Floats row[ROWS][VECTORS];
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; ++v) row[r][v] = at(eight.w[begin + r] + c + v * LANES);
+            float const* value = eight.values + begin;
+            for (int64_t t = 0; t < tokens; ++t, value += eight.stride) {
+                Floats sum[VECTORS];
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; ++v)
+                    sum[v] = FIRST && begin == 0 ? Floats{} : at(carried + t * WIDTH + v * LANES);
+#pragma GCC unroll 8
+                for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 2
+                    for (int v = 0; v < VECTORS; ++v) sum[v] += row[r][v] * value[r];
+#pragma GCC unroll 2
+                for (int v = 0; v < VECTORS; ++v)
+                    if (LAST && begin + ROWS == STEP)
+                        at(sums + t * WIDTH + v * LANES) += sum[v];
+                    else
+                        at(carried + t * WIDTH + v * LANES) = sum[v];
+            }
         }
     }
 }
 
-// Streams ROWS rows at once, and asks for the next ones. `carried` holds a block's sum between two steps of it.
-template <int ROWS>
-NMSPARSE_INLINE void stream(float const* const* w, float const* values, float const* const* next, float* carried,
-                            float* sums, bool first, bool last, int64_t columns) {
-    int64_t c = 0;
-    for (; c + LANES <= columns; c += LANES) {
-        for (int r = 0; r < STEP; ++r) __builtin_prefetch(next[r] + c);
-        Floats sum = first ? Floats{} : at(carried + c);
-        for (int r = 0; r < ROWS; ++r) sum += at(w[r] + c) * values[r];
-        if (last)
-            at(sums + c) += sum;
-        else
-            at(carried + c) = sum;
-    }
-    for (; c < columns; ++c) {
-        float sum = first ? 0.0F : carried[c];
-        for (int r = 0; r < ROWS; ++r) sum += w[r][c] * values[r];
-        if (last)
-            sums[c] += sum;
-        else
-            carried[c] = sum;
-    }
+template <Simd S>
+void multiply_strips(Eight const& eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
+    auto const run = [&](auto first, auto last) {
+        compiled(Is<S>(), [&]() NMSPARSE_INLINED {
+            multiply_rows<S, first, last>(eight, tokens, columns, carried, sums);
+        });
+    };
+    if (eight.first)
+        eight.last ? run(std::true_type(), std::true_type()) : run(std::true_type(), std::false_type());
+    else
+        eight.last ? run(std::false_type(), std::true_type()) : run(std::false_type(), std::false_type());
 }
 
-NMSPARSE_INLINE void stream_any(int64_t rows, float const* const* w, float const* values, float const* const* next,
-                                float* carried, float* sums, bool first, bool last, int64_t columns) {
-    switch (rows) {
-        case 1: return stream<1>(w, values, next, carried, sums, first, last, columns);
-        case 2: return stream<2>(w, values, next, carried, sums, first, last, columns);
-        case 3: return stream<3>(w, values, next, carried, sums, first, last, columns);
-        case 4: return stream<4>(w, values, next, carried, sums, first, last, columns);
-        case 5: return stream<5>(w, values, next, carried, sums, first, last, columns);
-        case 6: return stream<6>(w, values, next, carried, sums, first, last, columns);
-        case 7: return stream<7>(w, values, next, carried, sums, first, last, columns);
-        default: return stream<8>(w, values, next, carried, sums, first, last, columns);
+// The same for any number of columns: what is left beside whole strips is copied, with zeros after it.
+template <Simd S>
+void multiply(Eight eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
+    constexpr int64_t WIDTH = Registers<S>::VECTORS * LANES;
+    int64_t const whole = columns / WIDTH * WIDTH;
+    multiply_strips<S>(eight, tokens, whole, carried, sums);
+    if (whole == columns) return;
+    alignas(64) float edge[STEP][WIDTH] = {};
+    for (int r = 0; r < STEP; ++r) {
+        std::copy(eight.w[r] + whole, eight.w[r] + columns, edge[r]);
+        eight.w[r] = edge[r];
     }
+    eight.asks = false;
+    multiply_strips<S>(eight, tokens, WIDTH, carried + whole * tokens, sums + whole * tokens);
 }
 
-// For few tokens: each streams its rows from where they are.
-NMSPARSE_INLINE void streamed(Tile const& tile) {
-    alignas(64) float sums[STREAMED_TOKENS * STREAMED_COLUMNS], carried[STREAMED_COLUMNS];
+template <Simd S>
+void streamed(Tile const& tile) {
+    constexpr int64_t WIDTH = Registers<S>::VECTORS * LANES;
     Lists const& lists = tile.lists;
-    int64_t const blocks = lists.blocks(), run = std::max<int64_t>(RUN / lists.block, 1);
-    std::fill(sums, sums + tile.tokens * tile.columns, 0.0F);
-    for (int64_t b = 0; b < blocks; ++b) {
+    int64_t const room = round_up(tile.columns, WIDTH);
+    float *const sums = tile.scratch, *const carried = sums + tile.tokens * room;
+    std::fill(sums, carried, 0.0F);
+    for (int64_t b = 0; b < lists.blocks(); ++b) {
         for (int64_t t = 0; t < tile.tokens; ++t) {
-            Span const span(lists, t, b);
+            Span const span(lists, t, b, lists.blocks());
             for (int64_t i = span.begin; i < span.end; i += STEP) {
+                float values[STEP] = {};  // zero where a block has no more rows
+                Eight eight{{}, {}, values, 0, true, i == span.begin, i + STEP >= span.end};
                 int64_t const count = std::min<int64_t>(STEP, span.end - i);
-                float const *here[STEP], *next[STEP];
+                std::copy(span.values + i, span.values + i + count, values);
                 for (int64_t r = 0; r < STEP; ++r) {
-                    here[r] = tile.w + span.rows[std::min(i + r, span.last - 1)] * tile.n;
-                    next[r] = tile.w + span.rows[std::min(i + count + r, span.last - 1)] * tile.n;
+                    eight.w[r] = tile.w + span.rows[i + std::min(r, count - 1)] * tile.n;
+                    eight.next[r] = tile.w + span.rows[std::min(i + count + r, span.last - 1)] * tile.n;
                 }
-                stream_any(count, here, span.values + i, next, carried, sums + t * tile.columns, i == span.begin,
-                           i + STEP >= span.end, tile.columns);
+                multiply<S>(eight, 1, tile.columns, carried, sums + t * room);
             }
         }
-        if ((b + 1) % run == 0 || b + 1 == blocks) flush(tile, sums, b < run);
+        if (tile.ends_run(b))
+            for (int64_t t = 0; t < tile.tokens; ++t)
+                compiled(Is<S>(), [&]() NMSPARSE_INLINED {
+                    flush<WIDTH>(sums + t * room, 1, tile.columns, tile.out + t * tile.out_stride, 0, b < tile.run());
+                });
     }
 }
 
-// Adds a token's rows of a block, COUNT vectors wide, with the sums in registers.
-template <int COUNT>
-NMSPARSE_INLINE void gather(Span const& span, float const* panel, int64_t width, float* sums) {
-    Floats sum[COUNT] = {};
-    for (int64_t i = span.begin; i < span.end; ++i) {
-        float const* const w = panel + span.rows[i] * width;
-        float const value = span.values[i];
-        for (int v = 0; v < COUNT; ++v) sum[v] += at(w + v * LANES) * value;
-    }
-    for (int v = 0; v < COUNT; ++v) at(sums + v * LANES) += sum[v];
-}
-
-// Copies a row to its place in each panel.
-template <int64_t WIDTH>
-NMSPARSE_INLINE void copy_row(Tile const& tile, int64_t row, int64_t start, float* copy) {
-    int64_t const block = tile.lists.block;
-    float const* const from = tile.w + row * tile.n;
-    int64_t c = 0;
-    for (; c + LANES <= tile.columns; c += LANES)
-        at(copy + c / WIDTH * WIDTH * block + (row - start) * WIDTH + c % WIDTH) = at(from + c);
-    for (; c < tile.columns; ++c) copy[c / WIDTH * WIDTH * block + (row - start) * WIDTH + c % WIDTH] = from[c];
-}
-
-// Asks for part `t` of a panel of the next block, while this one is multiplied.
-template <int64_t WIDTH>
-NMSPARSE_INLINE void ask(Tile const& tile, int64_t start, int64_t rows, int64_t column, int64_t t) {
-    constexpr int64_t LINES = WIDTH / LANES;
-    for (int64_t i = rows * LINES * t / tile.tokens, end = rows * LINES * (t + 1) / tile.tokens; i < end; ++i)
-        __builtin_prefetch(tile.w + (start + i / LINES) * tile.n + column + i % LINES * LANES, 0, 2);
-}
-
-// For many tokens: a block of rows is copied to panels that fit into L1 before the tokens use it.
-template <int COUNT>
-NMSPARSE_INLINE void packed(Tile const& tile) {
-    constexpr int64_t WIDTH = COUNT * LANES;
-    float *const sums = tile.scratch, *const copy = sums + CHUNK * PACKED_COLUMNS;
+template <Simd S>
+void held(Tile const& tile) {
+    constexpr int64_t WIDTH = Registers<S>::VECTORS * LANES;
     Lists const& lists = tile.lists;
-    int64_t const blocks = lists.blocks(), run = std::max<int64_t>(RUN / lists.block, 1), columns = tile.columns;
-    std::fill(sums, sums + tile.tokens * columns, 0.0F);
-    for (int64_t b = 0; b < blocks; ++b) {
-        int64_t const start = b * lists.block, rows = std::min(lists.block, lists.capacity - start);
-        for (int64_t r = 0; r < rows; ++r) copy_row<WIDTH>(tile, start + r, start, copy);
-        for (int64_t c = 0; c < columns; c += WIDTH) {
-            float const* const panel = copy + c * lists.block - start * WIDTH;
-            for (int64_t t = 0; t < tile.tokens; ++t) {
-                ask<WIDTH>(tile, start + rows, std::min(lists.block, lists.capacity - start - rows), c, t);
-                Span const span(lists, t, b);
-                float* const sum = sums + t * columns + c;
-                if (c + WIDTH <= columns) {
-                    gather<COUNT>(span, panel, WIDTH, sum);
-                    continue;
-                }
-                int64_t v = 0;
-                for (; c + v + LANES <= columns; v += LANES) gather<1>(span, panel + v, WIDTH, sum + v);
-                for (; c + v < columns; ++v) {
-                    float one = 0;
-                    for (int64_t i = span.begin; i < span.end; ++i)
-                        one += panel[span.rows[i] * WIDTH + v] * span.values[i];
-                    sum[v] += one;
-                }
-            }
+    int64_t const room = tile.tokens * round_up(tile.columns, WIDTH);
+    float *const sums = tile.scratch, *const carried = sums + room;
+    std::fill(sums, carried, 0.0F);
+    for (int64_t b = 0; b < lists.blocks(); ++b) {
+        int64_t const start = b * lists.block, end = std::min(start + lists.block, lists.k);
+        for (int64_t i = start; i < end; i += STEP) {
+            Eight eight{{}, {}, lists.values + i, lists.capacity, false, i == start, i + STEP >= end};
+            for (int64_t r = 0; r < STEP; ++r) eight.w[r] = tile.w + std::min(i + r, end - 1) * tile.n;
+            multiply<S>(eight, tile.tokens, tile.columns, carried, sums);
         }
-        if ((b + 1) % run == 0 || b + 1 == blocks) flush(tile, sums, b < run);
+        if (tile.ends_run(b))
+            compiled(Is<S>(), [&]() NMSPARSE_INLINED {
+                flush<WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, b < tile.run());
+            });
     }
 }
 
-template <int COUNT>
-NMSPARSE_INLINE void either(Tile const& tile, bool copies) { copies ? packed<COUNT>(tile) : streamed(tile); }
-
-// COUNT sums of 16 numbers fit into the registers that there are.
-using Body = void (*)(Tile const&, bool);
-void plain(Tile const& tile, bool copies) { either<2>(tile, copies); }
-#ifdef __x86_64__
-__attribute__((target("avx2,fma"))) void avx2(Tile const& tile, bool copies) { either<4>(tile, copies); }
-__attribute__((target("avx512f"))) void avx512(Tile const& tile, bool copies) { either<8>(tile, copies); }
-Body chosen() {
-    if (__builtin_cpu_supports("avx512f")) return avx512;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? avx2 : plain;
+// Copies rows of W to a panel, with zeros where the columns end within it.
+template <int64_t WIDTH>
+NMSPARSE_INLINE void copy_panel(float const* w, int64_t n, int64_t rows, int64_t columns, float* panel) {
+    for (int64_t r = 0; r < rows; ++r, w += n, panel += WIDTH) {
+        if (columns >= WIDTH) {
+            for (int64_t v = 0; v < WIDTH; v += LANES) at(panel + v) = at(w + v);
+            continue;
+        }
+        std::fill(std::copy(w, w + columns, panel), panel + WIDTH, 0.0F);
+    }
 }
-#else
-Body chosen() { return plain; }
-#endif
+
+// Lines of the next block of W, to ask for while this one is multiplied: row after row, for W is read fastest in long
+// runs.
+struct Ahead {
+    float const* place;
+    int64_t n, of_row, left;
+    int64_t in_row = 0;
+
+    NMSPARSE_INLINE void ask(int64_t lines) {
+        lines = std::min(lines, left);
+        left -= lines;
+        for (; lines > 0; --lines, place += LANES) {
+            __builtin_prefetch(place, 0, 2);
+            if (++in_row == of_row) in_row = 0, place += n - of_row * LANES;
+        }
+    }
+};
+
+// Adds each token's rows of a block, COUNT vectors wide, with the sums in registers.
+template <int COUNT>
+NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, float const* panel, Ahead& ahead,
+                            int64_t lines, float* sums) {
+    constexpr int64_t WIDTH = COUNT * LANES;
+    int64_t const blocks = lists.blocks();
+    panel -= block * lists.block * WIDTH;
+    for (int64_t t = 0; t < tokens; ++t, sums += WIDTH) {
+        ahead.ask(lines);
+        Span const span(lists, t, block, blocks);
+        Floats sum[COUNT] = {};
+        for (int64_t i = span.begin; i < span.end; ++i) {
+            float const* const w = panel + span.rows[i] * WIDTH;
+            float const value = span.values[i];
+#pragma GCC unroll 8
+            for (int v = 0; v < COUNT; ++v) sum[v] += at(w + v * LANES) * value;
+        }
+#pragma GCC unroll 8
+        for (int v = 0; v < COUNT; ++v) at(sums + v * LANES) += sum[v];
+    }
+}
+
+template <Simd S>
+void packed(Tile const& tile) {
+    constexpr int COUNT = Registers<S>::SUMS;
+    constexpr int64_t WIDTH = COUNT * LANES;
+    Lists const& lists = tile.lists;
+    float *const panel = tile.scratch, *const sums = panel + MOST_ROWS * WIDTH;
+    int64_t const panels = round_up(tile.columns, WIDTH) / WIDTH, of_row = round_up(tile.columns, LANES) / LANES;
+    std::fill(sums, sums + tile.tokens * panels * WIDTH, 0.0F);
+    for (int64_t b = 0; b < lists.blocks(); ++b) {
+        int64_t const start = b * lists.block, end = std::min(start + lists.block, lists.k);
+        Ahead ahead{tile.w + end * tile.n, tile.n, of_row, (std::min(end + lists.block, lists.k) - end) * of_row};
+        int64_t const lines = round_up(ahead.left, panels * tile.tokens) / (panels * tile.tokens);
+        for (int64_t p = 0; p < panels; ++p) {
+            compiled(Is<S>(), [&]() NMSPARSE_INLINED {
+                copy_panel<WIDTH>(tile.w + start * tile.n + p * WIDTH, tile.n, end - start, tile.columns - p * WIDTH, panel);
+            });
+            compiled(Is<S>(), [&]() NMSPARSE_INLINED {
+                gather<COUNT>(lists, tile.tokens, b, panel, ahead, lines, sums + p * tile.tokens * WIDTH);
+            });
+        }
+        if (tile.ends_run(b))
+            compiled(Is<S>(), [&]() NMSPARSE_INLINED {
+                flush<WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, b < tile.run());
+            });
+    }
+}
 
 }  // namespace
 
-void product(Lists const& lists, int64_t tokens, float const* w, int64_t n, int64_t column, int64_t columns, bool packed,
-             float* out, int64_t out_stride) {
-    static Body const body = chosen();
-    thread_local std::vector<float> scratch;
-    if (packed) scratch.resize((CHUNK + PACKED_ROWS) * PACKED_COLUMNS + LANES);
-    void* start = scratch.data();
-    size_t room = scratch.size() * sizeof(float);
-    std::align(LANES * sizeof(float), 1, start, room);
-    body({lists, tokens, w + column, n, columns, out, out_stride, static_cast<float*>(start)}, packed);
+// The limits were measured (benchmarks/cpu.py).
+Way way(Layer const& layer, int64_t tokens) {
+    if (tokens == 1) return Way::STREAMED;
+    if (!layer.sparse) return Way::HELD;
+    if (4 * tokens * layer.keep <= 3 * layer.group) return Way::STREAMED;
+    return tokens * (layer.group - layer.keep) < 14 * layer.group ? Way::HELD : Way::PACKED;
 }
 
-NMSPARSE_CLONES
+int64_t tile_columns(Way way, int64_t tokens, int64_t n) {
+    int64_t const most = way == Way::PACKED ? 1024 : std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
+    int64_t const tiles = 2 * ((n + 2 * most - 1) / (2 * most));  // as many for each of two threads
+    return round_up((n + tiles - 1) / tiles, 128);
+}
+
+void product(Way way, Lists const& lists, int64_t tokens, float const* w, int64_t n, int64_t column, int64_t columns,
+             float* out, int64_t out_stride) {
+    thread_local std::vector<float> scratch(SCRATCH + LANES);
+    void* start = scratch.data();
+    size_t room = scratch.size() * sizeof(float);
+    std::align(LANES * sizeof(float), SCRATCH * sizeof(float), start, room);
+    Tile const tile{lists, tokens, w + column, n, columns, out, out_stride, static_cast<float*>(start)};
+    with_simd([&](auto simd) {
+        switch (way) {
+            case Way::STREAMED: return streamed<simd>(tile);
+            case Way::HELD: return held<simd>(tile);
+            case Way::PACKED: return packed<simd>(tile);
+        }
+    });
+}
+
 void epilogue(Layer const& layer, Token const& token, float* y, float const* residual, int64_t column, int64_t columns) {
-    bool const scaled = layer.variance && layer.sparse;
-    float const* const row_sum = layer.row_sum == nullptr ? nullptr : layer.row_sum + column;
-    float const* const bias = layer.bias == nullptr ? nullptr : layer.bias + column;
-    for (int64_t c = 0; c < columns; ++c) {
-        float found = scaled ? y[c] * token.nu : y[c];
-        if (residual != nullptr) found += residual[c];
-        if (row_sum != nullptr) found += token.eta * row_sum[c];
-        if (bias != nullptr) found += bias[c];
-        y[c] = found;
-    }
+    vectorized([&]() NMSPARSE_INLINED {
+        bool const scaled = layer.variance && layer.sparse;
+        float const* const row_sum = layer.row_sum == nullptr ? nullptr : layer.row_sum + column;
+        float const* const bias = layer.bias == nullptr ? nullptr : layer.bias + column;
+        for (int64_t c = 0; c < columns; ++c) {
+            float found = scaled ? y[c] * token.nu : y[c];
+            if (residual != nullptr) found += residual[c];
+            if (row_sum != nullptr) found += token.eta * row_sum[c];
+            if (bias != nullptr) found += bias[c];
+            y[c] = found;
+        }
+    });
 }
 
 }  // namespace nmsparse::cpu
