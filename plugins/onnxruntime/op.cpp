@@ -163,6 +163,8 @@ private:
         Lists const dropped = rank ? lists(k, cpu::MOST_ROWS, true) : Lists{};
         Lists const thin = rank ? lists(rank, cpu::MOST_ROWS, listed) : Lists{};
         Token* const about = memory.of<Token>(most);
+        cpu::Cut const cut = cpu::cut(way, kept, most, n);
+        float* const partial = cut.parts > 1 ? memory.of<float>(cut.parts * most * n) : nullptr;
         float* const residual = rank ? memory.of<float>(most * n) : nullptr;
         for (int64_t first = 0; first < layer.tokens; first += most) {
             int64_t const tokens = std::min(most, layer.tokens - first);
@@ -170,26 +172,37 @@ private:
                 about[t] = choose(layer, first + t, {t, &kept, rank ? &dropped : nullptr});
                 if (rank) list_thin(layer, dropped, thin, t);
             });
-            int64_t const width = cpu::tile_columns(way, tokens, n);
-            parallel(context, ceil_div(n, width), [&](int64_t tile) {
-                int64_t const column = tile * width, columns = std::min(width, n - column);
-                float* const y = layer.y + first * n + column;
-                product(way, kept, tokens, layer.w, n, column, columns, y, n);
-                if (rank) product(way, thin, tokens, layer.residual_out, n, column, columns, residual + column, n);
+            int64_t const tiles = ceil_div(n, cut.columns), size = tokens * n;
+            float* const parts = cut.parts > 1 ? partial : layer.y + first * n;
+            auto const piece = [&](int64_t i) {
+                int64_t const column = i % tiles * cut.columns;
+                return cpu::Piece{column, std::min(cut.columns, n - column), i / tiles};
+            };
+            parallel(context, tiles * cut.parts, [&](int64_t i) {
+                cpu::Piece const p = piece(i);
+                product(way, kept, tokens, layer.w, n, cut, p, parts + p.part * size + p.column, n);
+            });
+            parallel(context, tiles, [&](int64_t i) {
+                cpu::Piece const p = piece(i);
+                float* const extra = rank ? residual + p.column : nullptr;
+                if (rank) product(way, thin, tokens, layer.residual_out, n, {cut.columns, 1}, p, extra, n);
                 for (int64_t t = 0; t < tokens; ++t)
-                    epilogue(layer, about[t], y + t * n, rank ? residual + t * n + column : nullptr, column, columns);
+                    epilogue(layer, about[t], parts + t * n + p.column, cut.parts, size, rank ? extra + t * n : nullptr,
+                             p.column, p.columns, layer.y + (first + t) * n + p.column);
             });
         }
     }
 
     // (z - zs) residual_in of token t, as the list of the next product.
     static void list_thin(Layer const& layer, Lists const& dropped, Lists const& thin, int64_t t) {
-        int64_t const rank = layer.rank, width = cpu::tile_columns(cpu::Way::STREAMED, 1, rank);
+        int64_t const rank = layer.rank;
         Lists one = dropped;
         one.rows += t * dropped.capacity, one.values += t * dropped.capacity, one.ends += t * dropped.blocks();
         float* const values = thin.values + t * thin.capacity;
-        for (int64_t c = 0; c < rank; c += width)
-            product(cpu::Way::STREAMED, one, 1, layer.residual_in, rank, c, std::min(width, rank - c), values + c, rank);
+        cpu::Cut const cut{1024, 1};
+        for (int64_t c = 0; c < rank; c += cut.columns)
+            product(cpu::Way::STREAMED, one, 1, layer.residual_in, rank, cut, {c, std::min(cut.columns, rank - c), 0},
+                    values + c, rank);
         std::fill(values + rank, values + thin.capacity, 0.0F);
         if (thin.rows == nullptr) return;
         for (int64_t i = 0; i < rank; ++i) thin.rows[t * thin.capacity + i] = static_cast<int32_t>(i);

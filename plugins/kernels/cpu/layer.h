@@ -45,9 +45,13 @@ constexpr int64_t MOST_ROWS = 64;  // of a block
 // The ways to a product, told in product.cpp. All give the same bits.
 enum class Way { STREAMED, HELD, PACKED };
 
-// The fastest for so many tokens, and the columns of a tile.
+// The fastest for so many tokens.
 Way way(Layer const& layer, int64_t tokens);
-int64_t tile_columns(Way way, int64_t tokens, int64_t n);
+
+// What a product is cut into: tiles of so many columns, and parts of so many rows of W, or one part.
+struct Cut {
+    int64_t columns, parts;
+};
 
 // Rows of a block: such that in most patterns each block keeps a multiple of eight.
 int64_t block_rows(Layer const& layer);
@@ -59,12 +63,19 @@ struct Chosen {
 };
 Token choose(Layer const& layer, int64_t t, Chosen const& to);
 
-// One tile of columns of a product: out[t, c] = sum over the listed rows of value * w[row, c]. HELD wants lists where
-// `rows` is null, the others want rows.
-void product(Way way, Lists const& lists, int64_t tokens, float const* w, int64_t n, int64_t column, int64_t columns,
+Cut cut(Way way, Lists const& lists, int64_t tokens, int64_t n);
+
+// One tile of one part of a product: out[t, c] = sum over the listed rows of value * w[row, c]. HELD wants lists where
+// `rows` is null, the others want rows. The whole is the sum of the parts, in their order.
+struct Piece {
+    int64_t column, columns, part;
+};
+void product(Way way, Lists const& lists, int64_t tokens, float const* w, int64_t n, Cut const& cut, Piece const& piece,
              float* out, int64_t out_stride);
 
-// y = nu * y + eta * row_sum + bias + residual, for columns of one token. `residual` may be null.
-void epilogue(Layer const& layer, Token const& token, float* y, float const* residual, int64_t column, int64_t columns);
+// y = nu * (the sum of the parts) + eta * row_sum + bias + residual, for columns of one token. A part lies `stride`
+// numbers after the one before it; `residual` may be null.
+void epilogue(Layer const& layer, Token const& token, float const* first, int64_t parts, int64_t stride,
+              float const* residual, int64_t column, int64_t columns, float* y);
 
 }  // namespace nmsparse::cpu

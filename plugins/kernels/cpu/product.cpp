@@ -41,17 +41,25 @@ struct Registers<Simd::AVX512> {
     static constexpr int ROWS = 8, VECTORS = 2, SUMS = 8;
 };
 
+int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
+
+// Blocks of a run, and runs.
+int64_t run_of(Lists const& lists) { return std::max<int64_t>(RUN / lists.block, 1); }
+int64_t runs_of(Lists const& lists) { return round_up(lists.blocks(), run_of(lists)) / run_of(lists); }
+
 struct Tile {
     Lists const& lists;
     int64_t tokens;
     float const* w;  // of the first column of the tile
     int64_t n, columns;
+    int64_t begin, end;  // blocks
     float* out;
     int64_t out_stride;
     float* scratch;  // on a line of the cache
 
-    int64_t run() const { return std::max<int64_t>(RUN / lists.block, 1); }
-    bool ends_run(int64_t block) const { return (block + 1) % run() == 0 || block + 1 == lists.blocks(); }
+    int64_t rows_end() const { return std::min(end * lists.block, lists.k); }
+    bool in_first_run(int64_t block) const { return block - begin < run_of(lists); }
+    bool ends_run(int64_t block) const { return (block + 1) % run_of(lists) == 0 || block + 1 == end; }
 };
 
 // The rows of a token that lie in a block.
@@ -66,8 +74,6 @@ struct Span {
         begin = block == 0 ? 0 : ends[block - 1], end = ends[block], last = ends[blocks - 1];
     }
 };
-
-int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
 
 // Adds the sums of a run to the output and clears them. They lie in strips of columns, in each token after token.
 template <int64_t WIDTH>
@@ -90,9 +96,8 @@ NMSPARSE_INLINE void flush(float* sums, int64_t tokens, int64_t columns, float* 
 struct Eight {
     float const* w[STEP];
     float const* next[STEP];  // to ask for meanwhile
-    float const* values;
-    int64_t stride;  // of a token's values
-    bool asks, first, last;
+    float const* values;      // [tokens, STEP]
+    bool first, last;
 };
 
 // Multiplies whole strips of eight rows, which are held in registers, as many as fit, for all tokens.
@@ -101,11 +106,10 @@ NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t c
     constexpr int ROWS = Registers<S>::ROWS, VECTORS = Registers<S>::VECTORS;
     constexpr int64_t WIDTH = VECTORS * LANES;
     for (int64_t c = 0; c < columns; c += WIDTH, carried += tokens * WIDTH, sums += tokens * WIDTH) {
-        if (eight.asks)
 #pragma GCC unroll 8
-            for (int r = 0; r < STEP; ++r)
+        for (int r = 0; r < STEP; ++r)
 #pragma GCC unroll 2
-                for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(eight.next[r] + c + v * LANES);
+            for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(eight.next[r] + c + v * LANES, 0, 2);
 #pragma GCC unroll 4
         for (int begin = 0; begin < STEP; begin += ROWS) {
             Floats row[ROWS][VECTORS];
@@ -114,7 +118,7 @@ NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t c
 #pragma GCC unroll 2
                 for (int v = 0; v < VECTORS; ++v) row[r][v] = at(eight.w[begin + r] + c + v * LANES);
             float const* value = eight.values + begin;
-            for (int64_t t = 0; t < tokens; ++t, value += eight.stride) {
+            for (int64_t t = 0; t < tokens; ++t, value += STEP) {
                 Floats sum[VECTORS];
 #pragma GCC unroll 2
                 for (int v = 0; v < VECTORS; ++v)
@@ -157,9 +161,8 @@ void multiply(Eight eight, int64_t tokens, int64_t columns, float* carried, floa
     alignas(64) float edge[STEP][WIDTH] = {};
     for (int r = 0; r < STEP; ++r) {
         std::copy(eight.w[r] + whole, eight.w[r] + columns, edge[r]);
-        eight.w[r] = edge[r];
+        eight.w[r] = eight.next[r] = edge[r];
     }
-    eight.asks = false;
     multiply_strips<S>(eight, tokens, WIDTH, carried + whole * tokens, sums + whole * tokens);
 }
 
@@ -170,12 +173,12 @@ void streamed(Tile const& tile) {
     int64_t const room = round_up(tile.columns, WIDTH);
     float *const sums = tile.scratch, *const carried = sums + tile.tokens * room;
     std::fill(sums, carried, 0.0F);
-    for (int64_t b = 0; b < lists.blocks(); ++b) {
+    for (int64_t b = tile.begin; b < tile.end; ++b) {
         for (int64_t t = 0; t < tile.tokens; ++t) {
             Span const span(lists, t, b, lists.blocks());
             for (int64_t i = span.begin; i < span.end; i += STEP) {
                 float values[STEP] = {};  // zero where a block has no more rows
-                Eight eight{{}, {}, values, 0, true, i == span.begin, i + STEP >= span.end};
+                Eight eight{{}, {}, values, i == span.begin, i + STEP >= span.end};
                 int64_t const count = std::min<int64_t>(STEP, span.end - i);
                 std::copy(span.values + i, span.values + i + count, values);
                 for (int64_t r = 0; r < STEP; ++r) {
@@ -188,7 +191,7 @@ void streamed(Tile const& tile) {
         if (tile.ends_run(b))
             for (int64_t t = 0; t < tile.tokens; ++t)
                 compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                    flush<WIDTH>(sums + t * room, 1, tile.columns, tile.out + t * tile.out_stride, 0, b < tile.run());
+                    flush<WIDTH>(sums + t * room, 1, tile.columns, tile.out + t * tile.out_stride, 0, tile.in_first_run(b));
                 });
     }
 }
@@ -199,17 +202,23 @@ void held(Tile const& tile) {
     Lists const& lists = tile.lists;
     int64_t const room = tile.tokens * round_up(tile.columns, WIDTH);
     float *const sums = tile.scratch, *const carried = sums + room;
+    float values[CHUNK * STEP];
     std::fill(sums, carried, 0.0F);
-    for (int64_t b = 0; b < lists.blocks(); ++b) {
+    for (int64_t b = tile.begin; b < tile.end; ++b) {
         int64_t const start = b * lists.block, end = std::min(start + lists.block, lists.k);
         for (int64_t i = start; i < end; i += STEP) {
-            Eight eight{{}, {}, lists.values + i, lists.capacity, false, i == start, i + STEP >= end};
-            for (int64_t r = 0; r < STEP; ++r) eight.w[r] = tile.w + std::min(i + r, end - 1) * tile.n;
+            for (int64_t t = 0; t < tile.tokens; ++t)
+                std::copy_n(lists.values + t * lists.capacity + i, STEP, values + t * STEP);
+            Eight eight{{}, {}, values, i == start, i + STEP >= end};
+            for (int64_t r = 0; r < STEP; ++r) {
+                eight.w[r] = tile.w + std::min(i + r, end - 1) * tile.n;
+                eight.next[r] = tile.w + std::min(i + STEP + r, tile.rows_end() - 1) * tile.n;
+            }
             multiply<S>(eight, tile.tokens, tile.columns, carried, sums);
         }
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                flush<WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, b < tile.run());
+                flush<WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, tile.in_first_run(b));
             });
     }
 }
@@ -253,7 +262,12 @@ NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, f
     for (int64_t t = 0; t < tokens; ++t, sums += WIDTH) {
         ahead.ask(lines);
         Span const span(lists, t, block, blocks);
+        if (t + 2 < tokens) {  // the lists of two tokens lie far apart
+            __builtin_prefetch(span.rows + 2 * lists.capacity + span.begin);
+            __builtin_prefetch(span.values + 2 * lists.capacity + span.begin);
+        }
         Floats sum[COUNT] = {};
+#pragma GCC unroll 8
         for (int64_t i = span.begin; i < span.end; ++i) {
             float const* const w = panel + span.rows[i] * WIDTH;
             float const value = span.values[i];
@@ -273,9 +287,10 @@ void packed(Tile const& tile) {
     float *const panel = tile.scratch, *const sums = panel + MOST_ROWS * WIDTH;
     int64_t const panels = round_up(tile.columns, WIDTH) / WIDTH, of_row = round_up(tile.columns, LANES) / LANES;
     std::fill(sums, sums + tile.tokens * panels * WIDTH, 0.0F);
-    for (int64_t b = 0; b < lists.blocks(); ++b) {
+    for (int64_t b = tile.begin; b < tile.end; ++b) {
         int64_t const start = b * lists.block, end = std::min(start + lists.block, lists.k);
-        Ahead ahead{tile.w + end * tile.n, tile.n, of_row, (std::min(end + lists.block, lists.k) - end) * of_row};
+        int64_t const next = std::min(end + lists.block, tile.rows_end()) - end;
+        Ahead ahead{tile.w + end * tile.n, tile.n, of_row, next * of_row};
         int64_t const lines = round_up(ahead.left, panels * tile.tokens) / (panels * tile.tokens);
         for (int64_t p = 0; p < panels; ++p) {
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
@@ -287,34 +302,39 @@ void packed(Tile const& tile) {
         }
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                flush<WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, b < tile.run());
+                flush<WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, tile.in_first_run(b));
             });
     }
 }
 
 }  // namespace
 
-// The limits were measured (benchmarks/cpu.py).
+// Measured (benchmarks/cpu.py): streaming wins while all tokens together read less than three quarters of W; a panel costs
+// as much as 16 tokens gain by it where half is kept, or 10 where a quarter is; from five sixths on they gain nothing.
 Way way(Layer const& layer, int64_t tokens) {
     if (tokens == 1) return Way::STREAMED;
     if (!layer.sparse) return Way::HELD;
     if (4 * tokens * layer.keep <= 3 * layer.group) return Way::STREAMED;
-    return tokens * (layer.group - layer.keep) < 14 * layer.group ? Way::HELD : Way::PACKED;
+    return tokens * (5 * layer.group - 6 * layer.keep) < 32 * layer.group ? Way::HELD : Way::PACKED;
 }
 
-int64_t tile_columns(Way way, int64_t tokens, int64_t n) {
-    int64_t const most = way == Way::PACKED ? 1024 : std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
-    int64_t const tiles = 2 * ((n + 2 * most - 1) / (2 * most));  // as many for each of two threads
-    return round_up((n + tiles - 1) / tiles, 128);
+Cut cut(Way way, Lists const& lists, int64_t tokens, int64_t n) {
+    if (way == Way::PACKED) return {std::min<int64_t>(round_up((n + 1) / 2, 128), 1024), 1};
+    // Long rows, so threads share the work by runs first; but the parts of many tokens would be large.
+    int64_t const parts = tokens <= 32 ? runs_of(lists) : 1, most = std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
+    int64_t const tiles = std::max((n + most - 1) / most, parts == 1 ? 2 : (8 + parts - 1) / parts);
+    return {round_up((n + tiles - 1) / tiles, 128), parts};
 }
 
-void product(Way way, Lists const& lists, int64_t tokens, float const* w, int64_t n, int64_t column, int64_t columns,
+void product(Way way, Lists const& lists, int64_t tokens, float const* w, int64_t n, Cut const& cut, Piece const& piece,
              float* out, int64_t out_stride) {
     thread_local std::vector<float> scratch(SCRATCH + LANES);
     void* start = scratch.data();
     size_t room = scratch.size() * sizeof(float);
     std::align(LANES * sizeof(float), SCRATCH * sizeof(float), start, room);
-    Tile const tile{lists, tokens, w + column, n, columns, out, out_stride, static_cast<float*>(start)};
+    int64_t const blocks = cut.parts == 1 ? lists.blocks() : run_of(lists), begin = piece.part * blocks;
+    Tile const tile{lists, tokens, w + piece.column, n, piece.columns, begin, std::min(begin + blocks, lists.blocks()),
+                    out, out_stride, static_cast<float*>(start)};
     with_simd([&](auto simd) {
         switch (way) {
             case Way::STREAMED: return streamed<simd>(tile);
@@ -324,13 +344,17 @@ void product(Way way, Lists const& lists, int64_t tokens, float const* w, int64_
     });
 }
 
-void epilogue(Layer const& layer, Token const& token, float* y, float const* residual, int64_t column, int64_t columns) {
+void epilogue(Layer const& layer, Token const& token, float const* first, int64_t parts, int64_t stride,
+              float const* residual, int64_t column, int64_t columns, float* y) {
     vectorized([&]() NMSPARSE_INLINED {
         bool const scaled = layer.variance && layer.sparse;
         float const* const row_sum = layer.row_sum == nullptr ? nullptr : layer.row_sum + column;
         float const* const bias = layer.bias == nullptr ? nullptr : layer.bias + column;
+        float const* sum = first;
+        for (int64_t part = 1; part < parts; ++part, sum = y)
+            for (int64_t c = 0; c < columns; ++c) y[c] = sum[c] + first[part * stride + c];
         for (int64_t c = 0; c < columns; ++c) {
-            float found = scaled ? y[c] * token.nu : y[c];
+            float found = scaled ? sum[c] * token.nu : sum[c];
             if (residual != nullptr) found += residual[c];
             if (row_sum != nullptr) found += token.eta * row_sum[c];
             if (bias != nullptr) found += bias[c];
