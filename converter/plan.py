@@ -101,7 +101,7 @@ def plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     _check_budget(found, recipe)
     if (storage := recipe.storage()).bits:
         for layer in layers:
-            storage.blocks(layer.name, layer.in_features)
+            storage.blocks(layer.name, layer.in_features, layer.out_features)
     return found
 
 

@@ -131,7 +131,7 @@ class Recipe(_Frozen):
     ignore: tuple[str, ...] = ()
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     weights: Literal["dtype", "int8", "int4"] = "dtype"
-    block: int = Field(default=32, ge=0)
+    block: int = Field(default=32, ge=0, multiple_of=16)
     seed: int = 0
     allocation: Allocation = Allocation()
     calibration: Calibration = Calibration()

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.helper
@@ -25,10 +26,13 @@ from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
 from converter.runtimes.onnxruntime import VARIABLE, session
 from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake, prune, token_scale
+from converter.sparsity.quantize import Storage
 
 PATTERNS = [(2, 4), (1, 4), (8, 16), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
 # On both sides of every threshold: streamed or copied (2, 3, 6, 7, 8, 9), MatMul (64), two chunks (129).
 TOKENS = [1, 2, 3, 4, 6, 7, 8, 9, 63, 64, 129]
+
+INTEGERS = {8: np.int8, 4: ml_dtypes.int4}
 
 
 @pytest.fixture(scope="session")
@@ -45,10 +49,15 @@ def library(cpu_op: Path) -> Path:
 class Node:
     """One node of the op in a session of its own, with no function body: without the kernel it cannot run."""
 
-    def __init__(self, library: Path, baked: Baked, phased: bool = False, threads: int = 1) -> None:
+    def __init__(
+        self, library: Path, baked: Baked, phased: bool = False, threads: int = 1, storage: Storage | None = None
+    ) -> None:
         """Make the session; it gets `sparse` with each call where the node is phased."""
         tensors = {name: getattr(baked, {"W": "weight"}.get(name, name), None) for name in INPUTS[1:]}
         given = {name: t.contiguous().numpy() for name, t in tensors.items() if isinstance(t, Tensor)}
+        if storage is not None:
+            whole, scale = storage.quantized(baked.weight)
+            given |= {"W": whole.numpy().astype(INTEGERS[storage.bits]), "weight_scale": scale.numpy()}
         names = [n if n in {"X", *given, *(["sparse"] if phased else [])} else "" for n in INPUTS]
         node = onnx.helper.make_node(
             OP,
@@ -170,6 +179,35 @@ def test_a_dense_phase_keeps_every_channel_and_corrects_nothing(library: Path, s
     for tokens, sparse in itertools.product([1, 2, 5, 70], [False, True]):
         x = torch.randn(tokens, 96, generator=torch.Generator().manual_seed(tokens))
         assert error(node(x, sparse=np.array(sparse)), exact(x, baked, sparse)) < 2e-6
+
+
+@pytest.mark.parametrize(("bits", "block"), [(8, 0), (8, 32), (4, 16), (4, 48)])
+@pytest.mark.parametrize(("keep", "group", "permuted"), [(8, 16, False), (8, 16, True), (5, 8, False), (1, 1, False)])
+def test_integers_are_the_reference_at_every_number_of_tokens(
+    library: Path, bits: int, block: int, keep: int, group: int, permuted: bool
+) -> None:
+    storage = Storage(bits=bits, block=block)
+    params = the_params(keep, group, 480, "token_mean", permuted, variance=True)
+    for n, rank in ((200, 0), (2, 5), (1106, 70)):
+        baked = layer(params, 480, n, True, rank)
+        rounded = Baked(**{**vars(baked), "weight": storage.rounded(baked.weight.t()).t()})
+        nodes = [Node(library, baked, threads=threads, storage=storage) for threads in (1, 2)]
+        x = torch.randn(129, 480, generator=torch.Generator().manual_seed(0)) + 0.3
+        whole = nodes[0](x)
+        for tokens in TOKENS if n == 200 else [1, 5, 64]:
+            found = nodes[1](x[:tokens])
+            assert torch.equal(found, whole[:tokens])
+            assert error(found, exact(x[:tokens], rounded)) < 2e-6
+
+
+def test_integers_that_do_not_fit_are_refused(library: Path) -> None:
+    x, params = torch.ones(1, 48), Params(8, 16)
+    for storage, n, said in (
+        (Storage(bits=8, block=8), 4, "K / B must be K or a multiple of 16, got 8"),
+        (Storage(bits=4, block=16), 3, "W of int4 must have an even N, got 3"),
+    ):
+        with pytest.raises(Exception, match=said):
+            Node(library, layer(params, 48, n), storage=storage)(x)
 
 
 def test_any_shape_of_x(library: Path) -> None:

@@ -89,3 +89,7 @@ def test_a_block_that_does_not_fit_is_refused_by_name(tiny: Path) -> None:
     with pytest.raises(RecipeError, match=r"q_proj: its 64 input channels must be divisible by block, got 48"):
         convert(str(tiny), tiny.parent / "never", recipe)
     assert not (tiny.parent / "never").exists()
+    with pytest.raises(RecipeError, match="block: Input should be a multiple of 16, got 24"):
+        PLAIN.replace({"weights": "int8", "block": 24})
+    with pytest.raises(RecipeError, match="must be an even number for weights int4, got 9"):
+        Storage(bits=4).blocks("head", 64, 9)

@@ -59,7 +59,7 @@ def export(
             layer.name in params,
             layer.name in biased,
             _rank(params.get(layer.name)),
-            storage.blocks(layer.name, layer.in_features) if storage.bits else 0,
+            storage.blocks(layer.name, layer.in_features, layer.out_features) if storage.bits else 0,
         )
         for layer in plan.layers
         if layer.name in params or f"{layer.name}.weight" not in tied

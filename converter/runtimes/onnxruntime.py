@@ -16,7 +16,6 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from converter.errors import ExportError
 from converter.graph.export import MODEL
-from converter.graph.op import INPUTS, OP
 from converter.graph.widen import is_bfloat16, widen
 
 INITIALIZERS = "session.model_external_initializers_file_folder_path"
@@ -40,10 +39,7 @@ def library() -> Path | None:
 
 
 def has_kernel(model: onnx.ModelProto) -> bool:
-    """Return whether the kernel knows the model's numbers: it is for float32 alone, in weights too."""
-    scale = INPUTS.index("weight_scale")
-    if any(node.op_type == OP and len(node.input) > scale for node in model.graph.node):
-        return False
+    """Return whether the kernel knows the model's numbers: activations in float32, weights in that, int8 or int4."""
     kinds = {value.type.tensor_type.elem_type for value in model.graph.input}
     kinds |= {tensor.data_type for tensor in model.graph.initializer}
     return not kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}

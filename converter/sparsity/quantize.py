@@ -21,12 +21,16 @@ class Storage:
     bits: int = 0
     block: int = 0
 
-    def blocks(self, name: str, in_features: int) -> int:
+    def blocks(self, name: str, in_features: int, out_features: int) -> int:
         """Return how many scales each output channel of the layer called `name` has.
 
         Raises:
-            RecipeError: when its input channels are no whole number of blocks.
+            RecipeError: when its input channels are no whole number of blocks, or int4 does not fill its bytes.
         """
+        if self.bits == 4 and out_features % 2:
+            raise RecipeError(
+                f"{name}: its output channels must be an even number for weights int4, got {out_features}. Use int8."
+            )
         block = self.block or in_features
         if in_features % block:
             raise RecipeError(

@@ -1,4 +1,4 @@
-// The op SparseLinear for ONNX Runtime's CPU provider, in float32. What it means is in docs/format.md.
+// The op SparseLinear for ONNX Runtime's CPU provider, in float32, with W in float32, int8 or int4. What it means is in docs/format.md.
 //
 // A call of tokens goes, in chunks, through `choose` (parallel over tokens) and `product` (over tiles of columns). Threads
 // and memory are ONNX Runtime's.
@@ -122,7 +122,7 @@ private:
         shape.push_back(layer.n);
         layer.keep = keep_, layer.group = group_, layer.shift_mode = shift_mode_, layer.variance = variance_;
         layer.x = x.GetTensorData<float>();
-        layer.w = w.GetTensorData<float>();
+        layer.w = weight(context, w, layer.k, layer.n);
         layer.bias = given<float>(context, Input::BIAS, {layer.n});
         layer.channel_scale = given<float>(context, Input::CHANNEL_SCALE, {layer.k});
         layer.shift = given<float>(context, Input::SHIFT, {layer.k});
@@ -143,6 +143,28 @@ private:
         if (layer.tokens == 0 || layer.n == 0) return;
         if (!layer.sparse) layer.rank = 0;
         multiply(context, layer);
+    }
+
+    static cpu::Weight weight(Ort::KernelContext const& context, Ort::ConstValue const& w, int64_t k, int64_t n) {
+        cpu::Weight found{cpu::Kind::FLOAT, w.GetTensorRawData(), n, nullptr, k};
+        switch (w.GetTensorTypeAndShapeInfo().GetElementType()) {
+            case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: break;
+            case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: found.kind = cpu::Kind::INT8; break;
+            case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4: found.kind = cpu::Kind::INT4; break;
+            default: refuse("W must be of float32, int8 or int4.");
+        }
+        Ort::ConstValue const scale = input(context, Input::WEIGHT_SCALE);
+        if ((found.kind != cpu::Kind::FLOAT) != static_cast<bool>(scale))
+            refuse("weight_scale must be there where W is of integers, and nowhere else.");
+        if (found.kind == cpu::Kind::INT4 && n % 2 != 0) refuse("W of int4 must have an even N, got " + std::to_string(n) + ".");
+        if (!scale) return found;
+        std::vector<int64_t> const shape = scale.GetTensorTypeAndShapeInfo().GetShape();
+        if (shape.size() != 2 || shape[0] < 1 || shape[1] != n || k % shape[0] != 0)
+            refuse("weight_scale must be of shape [B, N], with B a divisor of K.");
+        found.scale = scale.GetTensorData<float>(), found.rows = k / shape[0];
+        if (found.rows != k && found.rows % 16 != 0)
+            refuse("K / B must be K or a multiple of 16, got " + std::to_string(found.rows) + ".");
+        return found;
     }
 
     void multiply(Ort::KernelContext const& context, Layer const& layer) const {
@@ -180,18 +202,20 @@ private:
             };
             parallel(context, tiles * cut.parts, [&](int64_t i) {
                 cpu::Piece const p = piece(i);
-                product(way, kept, tokens, layer.w, n, cut, p, parts + p.part * size + p.column, n);
+                product(way, kept, tokens, layer.w, cut, p, parts + p.part * size + p.column, n);
             });
             parallel(context, tiles, [&](int64_t i) {
                 cpu::Piece const p = piece(i);
                 float* const extra = rank ? residual + p.column : nullptr;
-                if (rank) product(way, thin, tokens, layer.residual_out, n, {cut.columns, 1}, p, extra, n);
+                if (rank) product(way, thin, tokens, numbers(layer.residual_out, n), {cut.columns, 1}, p, extra, n);
                 for (int64_t t = 0; t < tokens; ++t)
                     epilogue(layer, about[t], parts + t * n + p.column, cut.parts, size, rank ? extra + t * n : nullptr,
                              p.column, p.columns, layer.y + (first + t) * n + p.column);
             });
         }
     }
+
+    static cpu::Weight numbers(float const* w, int64_t n) { return {cpu::Kind::FLOAT, w, n, nullptr, 0}; }
 
     // (z - zs) residual_in of token t, as the list of the next product.
     static void list_thin(Layer const& layer, Lists const& dropped, Lists const& thin, int64_t t) {
@@ -201,8 +225,8 @@ private:
         float* const values = thin.values + t * thin.capacity;
         cpu::Cut const cut{1024, 1};
         for (int64_t c = 0; c < rank; c += cut.columns)
-            product(cpu::Way::STREAMED, one, 1, layer.residual_in, rank, cut, {c, std::min(cut.columns, rank - c), 0},
-                    values + c, rank);
+            product(cpu::Way::STREAMED, one, 1, numbers(layer.residual_in, rank), cut,
+                    {c, std::min(cut.columns, rank - c), 0}, values + c, rank);
         std::fill(values + rank, values + thin.capacity, 0.0F);
         if (thin.rows == nullptr) return;
         for (int64_t i = 0; i < rank; ++i) thin.rows[t * thin.capacity + i] = static_cast<int32_t>(i);
@@ -233,6 +257,7 @@ struct Op : Ort::CustomOpBase<Op, Kernel, true> {
     ONNXTensorElementDataType GetInputType(size_t i) const {
         return i == static_cast<size_t>(Input::PERMUTATION) ? ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64
                : i == static_cast<size_t>(Input::SPARSE)    ? ONNX_TENSOR_ELEMENT_DATA_TYPE_BOOL
+               : i == static_cast<size_t>(Input::W)         ? ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED  // any
                                                             : ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
     }
     OrtCustomOpInputOutputCharacteristic GetInputCharacteristic(size_t i) const {

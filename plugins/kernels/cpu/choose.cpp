@@ -200,10 +200,12 @@ void mark(Layer const& layer, float const* z, Scratch& scratch) {
 }  // namespace
 
 int64_t block_rows(Layer const& layer) {
-    if (!layer.sparse || layer.permutation != nullptr || layer.group > COUNTED) return 64;
-    for (int64_t rows : {32, 64})
-        if (rows % layer.group == 0 && rows / layer.group * layer.keep % 8 == 0) return rows;
-    return 64;
+    bool const together = layer.sparse && layer.permutation == nullptr && layer.group <= COUNTED;
+    int64_t rows = MOST_ROWS;
+    for (int64_t few : {64, 32})
+        if (together && few % layer.group == 0 && few / layer.group * layer.keep % STEP == 0) rows = few;
+    while (layer.w.scale != nullptr && layer.w.rows < layer.k && layer.w.rows % rows != 0) rows /= 2;
+    return rows;
 }
 
 Token choose(Layer const& layer, int64_t t, Chosen const& to) {

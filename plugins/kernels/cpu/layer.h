@@ -7,6 +7,17 @@
 
 namespace nmsparse::cpu {
 
+// W as it is stored: [k, n] numbers, or integers, each to be multiplied by the scale of its column and of the so many
+// rows that share one. Of four bits, two integers lie in a byte, the first in the lower half.
+enum class Kind { FLOAT, INT8, INT4 };
+struct Weight {
+    Kind kind;
+    void const* data;
+    int64_t n;
+    float const* scale;  // [k / rows, n]
+    int64_t rows;
+};
+
 // One call; what the node has not is null.
 struct Layer {
     int64_t tokens, k, n, rank;
@@ -14,7 +25,8 @@ struct Layer {
     ShiftMode shift_mode;
     bool variance;
     bool sparse;  // false in a dense phase: every channel is kept and nothing is corrected
-    float const *x, *w, *bias, *channel_scale, *shift, *row_sum;
+    Weight w;
+    float const *x, *bias, *channel_scale, *shift, *row_sum;
     int64_t const* permutation;
     float const *residual_in, *residual_out;
     float* y;
@@ -53,7 +65,7 @@ struct Cut {
     int64_t columns, parts;
 };
 
-// Rows of a block: such that in most patterns each block keeps a multiple of eight.
+// Rows of a block: such that in most patterns each block keeps a multiple of eight, and that they share a scale.
 int64_t block_rows(Layer const& layer);
 
 // Chooses the channels of token `t`. What is not null is written, at place `slot`: zs and z - zs.
@@ -70,8 +82,8 @@ Cut cut(Way way, Lists const& lists, int64_t tokens, int64_t n);
 struct Piece {
     int64_t column, columns, part;
 };
-void product(Way way, Lists const& lists, int64_t tokens, float const* w, int64_t n, Cut const& cut, Piece const& piece,
-             float* out, int64_t out_stride);
+void product(Way way, Lists const& lists, int64_t tokens, Weight const& w, Cut const& cut, Piece const& piece, float* out,
+             int64_t out_stride);
 
 // y = nu * (the sum of the parts) + eta * row_sum + bias + residual, for columns of one token. A part lies `stride`
 // numbers after the one before it; `residual` may be null.

@@ -7,13 +7,14 @@
 // registers, so that dropped rows cost nothing.
 //
 // A sum has three levels (the rows of a block, a run of blocks, all runs), so that its error is below that of a GEMM's
-// long chains. What is added to what depends on the pruned numbers alone: not on the way, the tile, the other tokens or
+// long chains. The scale of integers is applied to the sum of a block, whose rows share it. What is added to what depends on the pruned numbers alone: not on the way, the tile, the other tokens or
 // the threads. (A row times zero changes no sum, unless W holds Inf or NaN, which HELD shows as a dense product does.)
 #include <algorithm>
 #include <memory>
 #include <vector>
 
 #include "layer.h"
+#include "rows.h"
 #include "simd.h"
 
 #ifndef NMSPARSE_MUTANT
@@ -29,16 +30,22 @@ constexpr int64_t SCRATCH = 3 * 64 * 1024;  // numbers: a tile's sums must stay 
 
 // What fits into the registers: so many rows of so many vectors beside a sum of each vector, or so many sums.
 template <Simd>
-struct Registers {
+struct OfNumbers {
     static constexpr int ROWS = 2, VECTORS = 1, SUMS = 2;
 };
 template <>
-struct Registers<Simd::AVX2> {
+struct OfNumbers<Simd::AVX2> {
     static constexpr int ROWS = 4, VECTORS = 1, SUMS = 4;
 };
 template <>
-struct Registers<Simd::AVX512> {
+struct OfNumbers<Simd::AVX512> {
     static constexpr int ROWS = 8, VECTORS = 2, SUMS = 8;
+};
+template <Simd S, class Row>
+struct Registers {
+    static constexpr int HELD = OfNumbers<S>::ROWS * OfNumbers<S>::VECTORS;
+    static constexpr int VECTORS = Row::STRIP > 0 ? Row::STRIP : OfNumbers<S>::VECTORS;
+    static constexpr int ROWS = std::max(HELD / VECTORS, 1), SUMS = std::max(OfNumbers<S>::SUMS, Row::STRIP);
 };
 
 int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
@@ -50,14 +57,20 @@ int64_t runs_of(Lists const& lists) { return round_up(lists.blocks(), run_of(lis
 struct Tile {
     Lists const& lists;
     int64_t tokens;
-    float const* w;  // of the first column of the tile
-    int64_t n, columns;
+    Byte const* w;  // of the first column of the tile
+    int64_t stride;  // of a row, in bytes
+    float const* scale;
+    int64_t scale_rows, n, columns;
     int64_t begin, end;  // blocks
     float* out;
     int64_t out_stride;
     float* scratch;  // on a line of the cache
 
     int64_t rows_end() const { return std::min(end * lists.block, lists.k); }
+    Byte const* row(int64_t i) const { return w + i * stride; }
+    float const* scale_of(int64_t block) const {
+        return scale == nullptr ? nullptr : scale + block * lists.block / scale_rows * n;
+    }
     bool in_first_run(int64_t block) const { return block - begin < run_of(lists); }
     bool ends_run(int64_t block) const { return (block + 1) % run_of(lists) == 0 || block + 1 == end; }
 };
@@ -94,43 +107,47 @@ NMSPARSE_INLINE void flush(float* sums, int64_t tokens, int64_t columns, float* 
 // Eight rows of W, what each token multiplies them by, and whether they begin or end a block, whose sum is `carried` from
 // one eight to the next.
 struct Eight {
-    float const* w[STEP];
-    float const* next[STEP];  // to ask for meanwhile
-    float const* values;      // [tokens, STEP]
+    Byte const* w[STEP];
+    Byte const* next[STEP];  // to ask for meanwhile
+    float const* values;     // [tokens, STEP]
+    float const* scale;
     bool first, last;
 };
 
 // Multiplies whole strips of eight rows, which are held in registers, as many as fit, for all tokens.
-template <Simd S, bool FIRST, bool LAST>
+template <Simd S, class Row, bool FIRST, bool LAST>
 NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
-    constexpr int ROWS = Registers<S>::ROWS, VECTORS = Registers<S>::VECTORS;
+    constexpr int ROWS = Registers<S, Row>::ROWS, VECTORS = Registers<S, Row>::VECTORS;
     constexpr int64_t WIDTH = VECTORS * LANES;
     for (int64_t c = 0; c < columns; c += WIDTH, carried += tokens * WIDTH, sums += tokens * WIDTH) {
 #pragma GCC unroll 8
         for (int r = 0; r < STEP; ++r)
 #pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; ++v) __builtin_prefetch(eight.next[r] + c + v * LANES, 0, 2);
+            for (int v = 0; v < VECTORS; v += Row::VECTORS_OF_LINE)
+                __builtin_prefetch(Row::at(eight.next[r], c + v * LANES), 0, 2);
 #pragma GCC unroll 4
         for (int begin = 0; begin < STEP; begin += ROWS) {
             Floats row[ROWS][VECTORS];
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 2
-                for (int v = 0; v < VECTORS; ++v) row[r][v] = at(eight.w[begin + r] + c + v * LANES);
+                for (int v = 0; v < VECTORS; v += Row::VECTORS)
+                    Row::template read<S>(eight.w[begin + r], c + v * LANES, row[r] + v);
             float const* value = eight.values + begin;
             for (int64_t t = 0; t < tokens; ++t, value += STEP) {
                 Floats sum[VECTORS];
-#pragma GCC unroll 2
+#pragma GCC unroll 8
                 for (int v = 0; v < VECTORS; ++v)
                     sum[v] = FIRST && begin == 0 ? Floats{} : at(carried + t * WIDTH + v * LANES);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
+#pragma GCC unroll 8
                     for (int v = 0; v < VECTORS; ++v) sum[v] += row[r][v] * value[r];
-#pragma GCC unroll 2
+                if (LAST && begin + ROWS == STEP) put_in_order<Row::VECTORS>(sum);
+#pragma GCC unroll 8
                 for (int v = 0; v < VECTORS; ++v)
                     if (LAST && begin + ROWS == STEP)
-                        at(sums + t * WIDTH + v * LANES) += sum[v];
+                        at(sums + t * WIDTH + v * LANES) += scaled<Row>(sum[v], eight.scale, c + v * LANES);
                     else
                         at(carried + t * WIDTH + v * LANES) = sum[v];
             }
@@ -138,11 +155,11 @@ NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t c
     }
 }
 
-template <Simd S>
+template <Simd S, class Row>
 void multiply_strips(Eight const& eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
     auto const run = [&](auto first, auto last) {
         compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-            multiply_rows<S, first, last>(eight, tokens, columns, carried, sums);
+            multiply_rows<S, Row, first, last>(eight, tokens, columns, carried, sums);
         });
     };
     if (eight.first)
@@ -152,23 +169,24 @@ void multiply_strips(Eight const& eight, int64_t tokens, int64_t columns, float*
 }
 
 // The same for any number of columns: what is left beside whole strips is copied, with zeros after it.
-template <Simd S>
+template <Simd S, class Row>
 void multiply(Eight eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
-    constexpr int64_t WIDTH = Registers<S>::VECTORS * LANES;
+    constexpr int64_t WIDTH = Registers<S, Row>::VECTORS * LANES;
     int64_t const whole = columns / WIDTH * WIDTH;
-    multiply_strips<S>(eight, tokens, whole, carried, sums);
+    multiply_strips<S, Row>(eight, tokens, whole, carried, sums);
     if (whole == columns) return;
-    alignas(64) float edge[STEP][WIDTH] = {};
+    alignas(64) float edge[STEP][WIDTH] = {}, scale[WIDTH] = {};
     for (int r = 0; r < STEP; ++r) {
-        std::copy(eight.w[r] + whole, eight.w[r] + columns, edge[r]);
-        eight.w[r] = eight.next[r] = edge[r];
+        for (int64_t c = whole; c < columns; ++c) edge[r][c - whole] = Row::one(eight.w[r], c);
+        eight.w[r] = eight.next[r] = reinterpret_cast<Byte const*>(edge[r]);
     }
-    multiply_strips<S>(eight, tokens, WIDTH, carried + whole * tokens, sums + whole * tokens);
+    if (Row::SCALED) std::copy(eight.scale + whole, eight.scale + columns, scale), eight.scale = scale;
+    multiply_strips<S, FloatRow<Row::SCALED, Row::STRIP>>(eight, tokens, WIDTH, carried + whole * tokens, sums + whole * tokens);
 }
 
-template <Simd S>
+template <Simd S, class Row>
 void streamed(Tile const& tile) {
-    constexpr int64_t WIDTH = Registers<S>::VECTORS * LANES;
+    constexpr int64_t WIDTH = Registers<S, Row>::VECTORS * LANES;
     Lists const& lists = tile.lists;
     int64_t const room = round_up(tile.columns, WIDTH);
     float *const sums = tile.scratch, *const carried = sums + tile.tokens * room;
@@ -178,14 +196,14 @@ void streamed(Tile const& tile) {
             Span const span(lists, t, b, lists.blocks());
             for (int64_t i = span.begin; i < span.end; i += STEP) {
                 float values[STEP] = {};  // zero where a block has no more rows
-                Eight eight{{}, {}, values, i == span.begin, i + STEP >= span.end};
+                Eight eight{{}, {}, values, tile.scale_of(b), i == span.begin, i + STEP >= span.end};
                 int64_t const count = std::min<int64_t>(STEP, span.end - i);
                 std::copy(span.values + i, span.values + i + count, values);
                 for (int64_t r = 0; r < STEP; ++r) {
-                    eight.w[r] = tile.w + span.rows[i + std::min(r, count - 1)] * tile.n;
-                    eight.next[r] = tile.w + span.rows[std::min(i + count + r, span.last - 1)] * tile.n;
+                    eight.w[r] = tile.row(span.rows[i + std::min(r, count - 1)]);
+                    eight.next[r] = tile.row(span.rows[std::min(i + count + r, span.last - 1)]);
                 }
-                multiply<S>(eight, 1, tile.columns, carried, sums + t * room);
+                multiply<S, Row>(eight, 1, tile.columns, carried, sums + t * room);
             }
         }
         if (tile.ends_run(b))
@@ -196,9 +214,9 @@ void streamed(Tile const& tile) {
     }
 }
 
-template <Simd S>
+template <Simd S, class Row>
 void held(Tile const& tile) {
-    constexpr int64_t WIDTH = Registers<S>::VECTORS * LANES;
+    constexpr int64_t WIDTH = Registers<S, Row>::VECTORS * LANES;
     Lists const& lists = tile.lists;
     int64_t const room = tile.tokens * round_up(tile.columns, WIDTH);
     float *const sums = tile.scratch, *const carried = sums + room;
@@ -209,12 +227,12 @@ void held(Tile const& tile) {
         for (int64_t i = start; i < end; i += STEP) {
             for (int64_t t = 0; t < tile.tokens; ++t)
                 std::copy_n(lists.values + t * lists.capacity + i, STEP, values + t * STEP);
-            Eight eight{{}, {}, values, i == start, i + STEP >= end};
+            Eight eight{{}, {}, values, tile.scale_of(b), i == start, i + STEP >= end};
             for (int64_t r = 0; r < STEP; ++r) {
-                eight.w[r] = tile.w + std::min(i + r, end - 1) * tile.n;
-                eight.next[r] = tile.w + std::min(i + STEP + r, tile.rows_end() - 1) * tile.n;
+                eight.w[r] = tile.row(std::min(i + r, end - 1));
+                eight.next[r] = tile.row(std::min(i + STEP + r, tile.rows_end() - 1));
             }
-            multiply<S>(eight, tile.tokens, tile.columns, carried, sums);
+            multiply<S, Row>(eight, tile.tokens, tile.columns, carried, sums);
         }
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
@@ -223,39 +241,42 @@ void held(Tile const& tile) {
     }
 }
 
-// Copies rows of W to a panel, with zeros where the columns end within it.
-template <int64_t WIDTH>
-NMSPARSE_INLINE void copy_panel(float const* w, int64_t n, int64_t rows, int64_t columns, float* panel) {
-    for (int64_t r = 0; r < rows; ++r, w += n, panel += WIDTH) {
-        if (columns >= WIDTH) {
-            for (int64_t v = 0; v < WIDTH; v += LANES) at(panel + v) = at(w + v);
-            continue;
+// Copies a row, from column c on, to the numbers of a panel's row, with zeros where the columns end within it.
+template <Simd S, class Row, int64_t WIDTH>
+NMSPARSE_INLINE void copy_row(Byte const* row, int64_t c, int64_t columns, float* panel) {
+    constexpr int64_t AT_ONCE = Row::VECTORS * LANES;
+    for (int64_t i = 0; i < WIDTH; i += AT_ONCE)
+        if (c + i + AT_ONCE <= columns) {
+            Floats read[Row::VECTORS];
+            Row::template read<S>(row, c + i, read);
+            put_in_order<Row::VECTORS>(read);
+            for (int v = 0; v < Row::VECTORS; ++v) at(panel + i + v * LANES) = read[v];
+        } else {
+            for (int64_t j = i; j < i + AT_ONCE; ++j) panel[j] = c + j < columns ? Row::one(row, c + j) : 0.0F;
         }
-        std::fill(std::copy(w, w + columns, panel), panel + WIDTH, 0.0F);
-    }
 }
 
 // Lines of the next block of W, to ask for while this one is multiplied: row after row, for W is read fastest in long
 // runs.
 struct Ahead {
-    float const* place;
-    int64_t n, of_row, left;
+    Byte const* place;
+    int64_t stride, of_row, left;
     int64_t in_row = 0;
 
     NMSPARSE_INLINE void ask(int64_t lines) {
         lines = std::min(lines, left);
         left -= lines;
-        for (; lines > 0; --lines, place += LANES) {
+        for (; lines > 0; --lines, place += LINE) {
             __builtin_prefetch(place, 0, 2);
-            if (++in_row == of_row) in_row = 0, place += n - of_row * LANES;
+            if (++in_row == of_row) in_row = 0, place += stride - of_row * LINE;
         }
     }
 };
 
 // Adds each token's rows of a block, COUNT vectors wide, with the sums in registers.
-template <int COUNT>
-NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, float const* panel, Ahead& ahead,
-                            int64_t lines, float* sums) {
+template <class Row, int COUNT>
+NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, float const* panel, float const* scale,
+                            Ahead& ahead, int64_t lines, float* sums) {
     constexpr int64_t WIDTH = COUNT * LANES;
     int64_t const blocks = lists.blocks();
     panel -= block * lists.block * WIDTH;
@@ -275,35 +296,59 @@ NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, f
             for (int v = 0; v < COUNT; ++v) sum[v] += at(w + v * LANES) * value;
         }
 #pragma GCC unroll 8
-        for (int v = 0; v < COUNT; ++v) at(sums + v * LANES) += sum[v];
+        for (int v = 0; v < COUNT; ++v) at(sums + v * LANES) += scaled<Row>(sum[v], scale, v * LANES);
     }
 }
 
-template <Simd S>
+template <Simd S, class Row>
 void packed(Tile const& tile) {
-    constexpr int COUNT = Registers<S>::SUMS;
+    constexpr int COUNT = Registers<S, Row>::SUMS;
     constexpr int64_t WIDTH = COUNT * LANES;
     Lists const& lists = tile.lists;
-    float *const panel = tile.scratch, *const sums = panel + MOST_ROWS * WIDTH;
-    int64_t const panels = round_up(tile.columns, WIDTH) / WIDTH, of_row = round_up(tile.columns, LANES) / LANES;
+    float *const panel = tile.scratch, *const scale = panel + MOST_ROWS * WIDTH, *const sums = scale + WIDTH;
+    int64_t const panels = round_up(tile.columns, WIDTH) / WIDTH;
+    int64_t const of_row = round_up(Row::at(tile.w, tile.columns) - tile.w, LINE) / LINE;
     std::fill(sums, sums + tile.tokens * panels * WIDTH, 0.0F);
     for (int64_t b = tile.begin; b < tile.end; ++b) {
         int64_t const start = b * lists.block, end = std::min(start + lists.block, lists.k);
         int64_t const next = std::min(end + lists.block, tile.rows_end()) - end;
-        Ahead ahead{tile.w + end * tile.n, tile.n, of_row, next * of_row};
+        Ahead ahead{tile.row(end), tile.stride, of_row, next * of_row};
         int64_t const lines = round_up(ahead.left, panels * tile.tokens) / (panels * tile.tokens);
         for (int64_t p = 0; p < panels; ++p) {
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                copy_panel<WIDTH>(tile.w + start * tile.n + p * WIDTH, tile.n, end - start, tile.columns - p * WIDTH, panel);
+                for (int64_t r = start; r < end; ++r)
+                    copy_row<S, Row, WIDTH>(tile.row(r), p * WIDTH, tile.columns, panel + (r - start) * WIDTH);
+                if (Row::SCALED)
+                    copy_row<S, FloatRow<false, 0>, WIDTH>(reinterpret_cast<Byte const*>(tile.scale_of(b)), p * WIDTH,
+                                                     tile.columns, scale);
             });
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                gather<COUNT>(lists, tile.tokens, b, panel, ahead, lines, sums + p * tile.tokens * WIDTH);
+                gather<Row, COUNT>(lists, tile.tokens, b, panel, scale, ahead, lines, sums + p * tile.tokens * WIDTH);
             });
         }
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
                 flush<WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, tile.in_first_run(b));
             });
+    }
+}
+
+template <Simd S, class Row>
+void by(Way way, Tile const& tile) {
+    switch (way) {
+        case Way::STREAMED: return streamed<S, Row>(tile);
+        case Way::HELD: return held<S, Row>(tile);
+        case Way::PACKED: return packed<S, Row>(tile);
+    }
+}
+
+// Calls `body` with how rows of a kind are read.
+template <class Body>
+void with_rows(Kind kind, Body const& body) {
+    switch (kind) {
+        case Kind::FLOAT: return body(FloatRow<false, 0>());
+        case Kind::INT8: return body(IntegerRow<8>());
+        case Kind::INT4: return body(IntegerRow<4>());
     }
 }
 
@@ -326,21 +371,20 @@ Cut cut(Way way, Lists const& lists, int64_t tokens, int64_t n) {
     return {round_up((n + tiles - 1) / tiles, 128), parts};
 }
 
-void product(Way way, Lists const& lists, int64_t tokens, float const* w, int64_t n, Cut const& cut, Piece const& piece,
-             float* out, int64_t out_stride) {
+void product(Way way, Lists const& lists, int64_t tokens, Weight const& w, Cut const& cut, Piece const& piece, float* out,
+             int64_t out_stride) {
     thread_local std::vector<float> scratch(SCRATCH + LANES);
     void* start = scratch.data();
     size_t room = scratch.size() * sizeof(float);
     std::align(LANES * sizeof(float), SCRATCH * sizeof(float), start, room);
     int64_t const blocks = cut.parts == 1 ? lists.blocks() : run_of(lists), begin = piece.part * blocks;
-    Tile const tile{lists, tokens, w + piece.column, n, piece.columns, begin, std::min(begin + blocks, lists.blocks()),
-                    out, out_stride, static_cast<float*>(start)};
-    with_simd([&](auto simd) {
-        switch (way) {
-            case Way::STREAMED: return streamed<simd>(tile);
-            case Way::HELD: return held<simd>(tile);
-            case Way::PACKED: return packed<simd>(tile);
-        }
+    with_rows(w.kind, [&](auto row) {
+        using Row = decltype(row);
+        Byte const* const rows = static_cast<Byte const*>(w.data);
+        Tile const tile{lists, tokens, Row::at(rows, piece.column), Row::at(rows, w.n) - rows,
+                        w.scale == nullptr ? nullptr : w.scale + piece.column, w.rows, w.n, piece.columns, begin,
+                        std::min(begin + blocks, lists.blocks()), out, out_stride, static_cast<float*>(start)};
+        with_simd([&](auto simd) { by<simd, Row>(way, tile); });
     });
 }
 

@@ -1,0 +1,83 @@
+// How rows of W are read, by what they are stored as. A row is the place of its first byte.
+//
+// Integers are taken out of 32-bit words by shifts, which compilers know how to do for every processor: the first integer
+// of each word to one vector, the second to the next. So 64 or 128 columns are read at once, and their sums are put into
+// the order of the columns at the end of a block.
+#pragma once
+
+#include "simd.h"
+
+namespace nmsparse::cpu {
+
+using Byte = unsigned char;
+constexpr int64_t LINE = 64;  // bytes of a line of the cache
+
+NMSPARSE_INLINE Floats interleaved_first(Floats a, Floats b) {
+    return __builtin_shuffle(a, b, Ints{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
+}
+NMSPARSE_INLINE Floats interleaved_last(Floats a, Floats b) {
+    return __builtin_shuffle(a, b, Ints{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
+}
+
+// Number i of vector k is that of column COUNT * i + k; afterwards the columns follow each other.
+template <int COUNT>
+NMSPARSE_INLINE void put_in_order(Floats* vectors) {
+    if constexpr (COUNT > 1) {
+        Floats first[COUNT / 2], last[COUNT / 2];
+        for (int k = 0; k < COUNT / 2; ++k) {
+            first[k] = interleaved_first(vectors[k], vectors[k + COUNT / 2]);
+            last[k] = interleaved_last(vectors[k], vectors[k + COUNT / 2]);
+        }
+        put_in_order<COUNT / 2>(first);
+        put_in_order<COUNT / 2>(last);
+        for (int k = 0; k < COUNT / 2; ++k) vectors[k] = first[k], vectors[k + COUNT / 2] = last[k];
+    }
+}
+
+// Numbers. SCALED where they stand for integers; STRIP, where it is not 0, says how many vectors go together.
+template <bool OF_INTEGERS, int VECTORS_OF_STRIP>
+struct FloatRow {
+    static constexpr bool SCALED = OF_INTEGERS;
+    static constexpr int STRIP = VECTORS_OF_STRIP, VECTORS = 1, VECTORS_OF_LINE = 1;
+
+    NMSPARSE_INLINE static Byte const* at(Byte const* row, int64_t c) { return row + c * sizeof(float); }
+    NMSPARSE_INLINE static float one(Byte const* row, int64_t c) { return reinterpret_cast<float const*>(row)[c]; }
+    template <Simd>
+    NMSPARSE_INLINE static void read(Byte const* row, int64_t c, Floats* to) {
+        *to = cpu::at(reinterpret_cast<float const*>(row) + c);
+    }
+};
+
+// Integers of BITS; those of a byte begin in its lowest bits.
+template <int BITS>
+struct IntegerRow {
+    static constexpr bool SCALED = true;
+    static constexpr int STRIP = 32 / BITS, VECTORS = STRIP, VECTORS_OF_LINE = STRIP;
+
+    NMSPARSE_INLINE static Byte const* at(Byte const* row, int64_t c) { return row + c * BITS / 8; }
+    NMSPARSE_INLINE static float one(Byte const* row, int64_t c) {
+        int const left = 8 - BITS - c * BITS % 8;
+        return static_cast<float>(static_cast<int8_t>(row[c * BITS / 8] << left) >> (8 - BITS));
+    }
+    // AVX-512 looks up sixteen integers of four bits at once, by the lowest bits of each word.
+    template <Simd S>
+    NMSPARSE_INLINE static void read(Byte const* row, int64_t c, Floats* to) {
+        constexpr Floats NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+        Ints words;
+        std::memcpy(&words, at(row, c), sizeof words);
+#pragma GCC unroll 8
+        for (int k = 0; k < STRIP; ++k)
+            if constexpr (BITS == 4 && S == Simd::AVX512)
+                to[k] = __builtin_shuffle(NUMBERS, words >> BITS * k);
+            else
+                to[k] = __builtin_convertvector(words << (32 - BITS - BITS * k) >> (32 - BITS), Floats);
+    }
+};
+
+// The sum of a block of rows, with their scale where they have one.
+template <class Row>
+NMSPARSE_INLINE Floats scaled(Floats sum, float const* scale, int64_t c) {
+    return Row::SCALED ? sum * at(scale + c) : sum;
+}
+
+}  // namespace nmsparse::cpu
