@@ -142,8 +142,5 @@ def _cpu_op() -> Finding:
         SessionOptions().register_custom_ops_library(str(found.resolve()))
     except Exception as error:  # onnxruntime's own classes derive from Exception alone
         return Finding(part, False, str(error).splitlines()[0], "Build it again: make cpu-op.")
-    return Finding(
-        part,
-        True,
-        f"{found}; for float32 (weights in int8 and int4, too), in float16 and bfloat16 the ONNX function body serves, slower",
-    )
+    otherwise = "else the ONNX function body serves, slower"
+    return Finding(part, True, f"{found}; for float32, with weights of int8 or int4 too; {otherwise}")
