@@ -257,8 +257,7 @@ template <int COUNT>
 NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, float const* panel, Ahead& ahead,
                             int64_t lines, float* sums) {
     constexpr int64_t WIDTH = COUNT * LANES;
-    int64_t const blocks = lists.blocks();
-    panel -= block * lists.block * WIDTH;
+    int64_t const blocks = lists.blocks(), start = block * lists.block;
     for (int64_t t = 0; t < tokens; ++t, sums += WIDTH) {
         ahead.ask(lines);
         Span const span(lists, t, block, blocks);
@@ -269,7 +268,7 @@ NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, f
         Floats sum[COUNT] = {};
 #pragma GCC unroll 8
         for (int64_t i = span.begin; i < span.end; ++i) {
-            float const* const w = panel + span.rows[i] * WIDTH;
+            float const* const w = panel + (span.rows[i] - start) * WIDTH;
             float const value = span.values[i];
 #pragma GCC unroll 8
             for (int v = 0; v < COUNT; ++v) sum[v] += at(w + v * LANES) * value;
