@@ -91,8 +91,8 @@ NMSPARSE_INLINE void flush(float* sums, int64_t tokens, int64_t columns, float* 
         }
 }
 
-// Eight rows of W, what each token multiplies them by, and whether they begin or end a block, whose sum is `carried` from
-// one eight to the next.
+// Eight rows of W, what each token multiplies them by, and whether they begin or end a block, whose sum is `carried`
+// from one eight to the next.
 struct Eight {
     float const* w[STEP];
     float const* next[STEP];  // to ask for meanwhile
@@ -189,10 +189,11 @@ void streamed(Tile const& tile) {
             }
         }
         if (tile.ends_run(b))
-            for (int64_t t = 0; t < tile.tokens; ++t)
-                compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                    flush<WIDTH>(sums + t * room, 1, tile.columns, tile.out + t * tile.out_stride, 0, tile.in_first_run(b));
-                });
+            compiled(Is<S>(), [&]() NMSPARSE_INLINED {
+                for (int64_t t = 0; t < tile.tokens; ++t)
+                    flush<WIDTH>(sums + t * room, 1, tile.columns, tile.out + t * tile.out_stride, 0,
+                                 tile.in_first_run(b));
+            });
     }
 }
 
@@ -292,11 +293,12 @@ void packed(Tile const& tile) {
         Ahead ahead{tile.w + end * tile.n, tile.n, of_row, next * of_row};
         int64_t const lines = round_up(ahead.left, panels * tile.tokens) / (panels * tile.tokens);
         for (int64_t p = 0; p < panels; ++p) {
+            int64_t const column = p * WIDTH;
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                copy_panel<WIDTH>(tile.w + start * tile.n + p * WIDTH, tile.n, end - start, tile.columns - p * WIDTH, panel);
+                copy_panel<WIDTH>(tile.w + start * tile.n + column, tile.n, end - start, tile.columns - column, panel);
             });
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                gather<COUNT>(lists, tile.tokens, b, panel, ahead, lines, sums + p * tile.tokens * WIDTH);
+                gather<COUNT>(lists, tile.tokens, b, panel, ahead, lines, sums + tile.tokens * column);
             });
         }
         if (tile.ends_run(b))
@@ -308,19 +310,21 @@ void packed(Tile const& tile) {
 
 }  // namespace
 
-// Measured (benchmarks/cpu.py): streaming wins while all tokens together read less than three quarters of W; a panel costs
-// as much as 16 tokens gain by it where half is kept, or 10 where a quarter is; from five sixths on they gain nothing.
+// Measured (benchmarks/cpu.py): streaming wins while all tokens together read less than three quarters of W; a panel
+// costs as much as 20 tokens gain by it where half is kept, or 12 where a quarter is; from five sixths on they gain
+// nothing.
 Way way(Layer const& layer, int64_t tokens) {
     if (tokens == 1) return Way::STREAMED;
     if (!layer.sparse) return Way::HELD;
     if (4 * tokens * layer.keep <= 3 * layer.group) return Way::STREAMED;
-    return tokens * (5 * layer.group - 6 * layer.keep) < 32 * layer.group ? Way::HELD : Way::PACKED;
+    return tokens * (5 * layer.group - 6 * layer.keep) < 40 * layer.group ? Way::HELD : Way::PACKED;
 }
 
 Cut cut(Way way, Lists const& lists, int64_t tokens, int64_t n) {
     if (way == Way::PACKED) return {std::min<int64_t>(round_up((n + 1) / 2, 128), 1024), 1};
     // Long rows, so threads share the work by runs first; but the parts of many tokens would be large.
-    int64_t const parts = tokens <= 32 ? runs_of(lists) : 1, most = std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
+    int64_t const parts = tokens <= 32 ? runs_of(lists) : 1;
+    int64_t const most = std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
     int64_t const tiles = std::max((n + most - 1) / most, parts == 1 ? 2 : (8 + parts - 1) / parts);
     return {round_up((n + tiles - 1) / tiles, 128), parts};
 }
