@@ -65,7 +65,7 @@ def seconds(session: onnxruntime.InferenceSession, x: np.ndarray) -> float:
 def main(
     *,
     shapes: str = "2048x8192,8192x2048,4096x14336",
-    tokens: str = "1,2,4,8,16,64,128,512",
+    tokens: str = "1,2,4,8,16,32,64,128,512",
     patterns: str = "2:4,8:16,1:4",
     threads: str = "1,2",
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,

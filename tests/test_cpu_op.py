@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -29,8 +30,9 @@ from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, 
 from converter.sparsity.quantize import Storage
 
 PATTERNS = [(2, 4), (1, 4), (8, 16), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
-# On both sides of every threshold: streamed or copied (2, 3, 6, 7, 8, 9), MatMul (64), two chunks (129).
-TOKENS = [1, 2, 3, 4, 6, 7, 8, 9, 63, 64, 129]
+# On both sides of every threshold: streamed or held (2; 3 and 4 at 1:4), held or packed (11 and 12 at 1:4, 19 and 20 at
+# 50 %, 31 and 32 at 5:8, 119 and 120 at 7:9), parts (32 and 33), two chunks (129).
+TOKENS = [1, 2, 3, 4, 8, 11, 12, 19, 20, 31, 32, 33, 119, 120, 129]
 
 INTEGERS = {8: np.int8, 4: ml_dtypes.int4}
 
@@ -78,6 +80,7 @@ class Node:
         model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=11)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = threads
+        options.enable_cpu_mem_arena = False  # a sanitizer then sees where each piece of memory ends
         options.log_severity_level = 4
         options.register_custom_ops_library(str(library))
         self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
@@ -162,7 +165,7 @@ def test_inf_and_nan_stay_visible_and_a_dropped_inf_is_gone(library: Path, token
 def test_layer_is_the_reference_at_every_number_of_tokens(
     library: Path, keep: int, group: int, shift_mode: str, variance: bool, permuted: bool, bias: bool
 ) -> None:
-    k = group * (480 // group)
+    k = group * (960 // group)
     params = the_params(keep, group, k, shift_mode, permuted, variance)
     for n, rank in ((200, 0), (1, 5), (1100, 70)):
         baked = layer(params, k, n, bias, rank)
@@ -221,7 +224,7 @@ def test_any_shape_of_x(library: Path) -> None:
 
 
 @pytest.mark.parametrize("shift_mode", ["none", "token_mean"])
-@pytest.mark.parametrize(("keep", "group"), [(8, 16), (5, 8), (200, 800)])
+@pytest.mark.parametrize(("keep", "group"), [(8, 16), (5, 8), (1, 4), (15, 16), (200, 800)])
 def test_same_bits_for_any_threads_and_any_split_of_the_batch(
     library: Path, shift_mode: str, keep: int, group: int
 ) -> None:
@@ -232,7 +235,7 @@ def test_same_bits_for_any_threads_and_any_split_of_the_batch(
     y = one(x)
     assert torch.equal(two(x), y)
     assert torch.equal(four(x), y)
-    for part in (1, 2, 3, 7, 75):
+    for part in (1, 2, 3, 7, 20, 75):
         assert torch.equal(torch.cat([two(piece) for piece in x.split(part)]), y)
 
 
@@ -268,18 +271,65 @@ def test_no_less_accurate_than_onnx_runtimes_gemm(library: Path) -> None:
         assert ours <= (theirs - expected).square().mean().sqrt()
 
 
-def test_one_session_in_many_threads_and_many_sessions(library: Path) -> None:
-    baked = layer(the_params(8, 16, 800, "token_median", True), 800, 700, rank=4)
-    nodes = [Node(library, baked, threads=threads) for threads in (1, 2, 3)]
-    batches = [torch.randn(tokens, 800) for tokens in (1, 2, 5, 70)]
-    expected = [nodes[0](x) for x in batches]
+def every_path(library: Path) -> None:
+    """Run layers at every number of tokens; assert that they are right, and the same bits one token at a time."""
+    for (keep, group), shift_mode, k, n, rank in (
+        ((8, 16), "none", 1040, 300, 0),
+        ((1, 4), "token_median", 600, 70, 5),
+        ((5, 8), "token_mean", 1040, 1, 0),
+        ((15, 16), "static", 80, 1100, 70),
+        ((200, 601), "none", 601, 17, 9),
+    ):
+        baked = layer(the_params(keep, group, k, shift_mode, permuted=rank > 0), k, n, rank=rank)
+        node = Node(library, baked, phased=True, threads=2)
+        for tokens, sparse in itertools.product(TOKENS, [True, False]):
+            x, flag = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)), np.array(sparse)
+            y = node(x, sparse=flag)
+            assert error(y, exact(x, baked, sparse)) < 2e-6
+            assert torch.equal(torch.cat([node(row, sparse=flag) for row in x[:3].split(1)]), y[:3])
 
-    def work(number: int) -> bool:
-        x = batches[number % 4]
-        return torch.equal(nodes[number % 3](x), expected[number % 4])
 
-    with ThreadPoolExecutor(8) as pool:
-        assert all(pool.map(work, range(240)))
+@pytest.mark.parametrize("copy", ["avx2", "plain"])
+def test_the_copies_for_other_processors(cpu_op: Path, copy: str) -> None:
+    if copy == "avx2" and not {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip("this processor has no AVX2 with FMA")
+    every_path(cpu_op / f"libnmsparse_{copy}.so")
+
+
+def test_sanitizers_find_nothing(cpu_op: Path) -> None:
+    sanitized = cpu_op / "libnmsparse_sanitized.so"
+    named = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    runtime = Path(named.stdout.strip())
+    if not sanitized.exists() or not runtime.is_absolute():
+        pytest.skip("the compiler has no sanitizers")
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys, test_cpu_op as t; t.every_path(t.Path(sys.argv[1]))", str(sanitized)],
+        cwd=Path(__file__).parent,
+        # Python leaks.
+        env={**os.environ, "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_many_sessions_in_many_threads_give_the_bits_of_a_lone_run(library: Path) -> None:
+    made = [
+        layer(the_params(keep, group, k, shift_mode, permuted=True), k, n, rank=rank)
+        for keep, group, k, n, shift_mode, rank in (
+            (8, 16, 800, 700, "token_median", 4),
+            (1, 4, 1200, 300, "none", 0),
+            (15, 16, 160, 2500, "token_mean", 0),
+        )
+    ]
+    sessions = [(baked, Node(library, baked, threads=threads)) for baked in made for threads in (1, 2, 3, 4)]
+    inputs = [(baked, torch.randn(tokens, baked.weight.shape[0])) for baked in made for tokens in (1, 2, 5, 20, 130)]
+    expected = [Node(library, baked)(x) for baked, x in inputs]
+    work = [
+        (node, x, y) for baked, node in sessions for (of, x), y in zip(inputs, expected, strict=True) if of is baked
+    ]
+    with ThreadPoolExecutor(12) as pool:
+        assert all(pool.map(lambda one: torch.equal(one[0](one[1]), one[2]), work * 4))
 
 
 @pytest.mark.parametrize(

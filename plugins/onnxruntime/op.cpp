@@ -1,7 +1,7 @@
 // The op SparseLinear for ONNX Runtime's CPU provider, in float32, with W in float32, int8 or int4. What it means is in docs/format.md.
 //
-// A call of tokens goes, in chunks, through `choose` (parallel over tokens) and `product` (over tiles of columns). Threads
-// and memory are ONNX Runtime's.
+// A call of tokens goes, in chunks, through `choose` (parallel over tokens), `product` (over tiles of columns and parts
+// of the rows) and `epilogue`. Threads and memory are ONNX Runtime's.
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
 #undef ORT_API_MANUAL_INIT
@@ -175,8 +175,9 @@ private:
         auto const lists = [&](int64_t rows, int64_t block, bool listed) {
             int64_t const capacity = ceil_div(rows, cpu::STEP) * cpu::STEP;
             Lists found{rows, capacity, block, nullptr, memory.of<float>(most * capacity), nullptr};
-            if (listed)
-                found.rows = memory.of<int32_t>(most * capacity), found.ends = memory.of<int32_t>(most * found.blocks());
+            if (!listed) return found;
+            found.rows = memory.of<int32_t>(most * capacity);
+            found.ends = memory.of<int32_t>(most * found.blocks());
             return found;
         };
         cpu::Way const way = cpu::way(layer, most);

@@ -123,7 +123,8 @@ NMSPARSE_INLINE void mark_by_counting(int32_t const* keys, int64_t k, int64_t ke
     }
 }
 
-void mark_small(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, uint8_t* kept) {
+void mark_small(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation,
+                uint8_t* kept) {
     vectorized([=]() NMSPARSE_INLINED {
         if (permutation != nullptr)
             mark_by_counting(keys, k, keep, group, [=](int64_t i) NMSPARSE_INLINED { return permutation[i]; }, kept);

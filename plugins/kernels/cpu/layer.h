@@ -60,11 +60,6 @@ enum class Way { STREAMED, HELD, PACKED };
 // The fastest for so many tokens.
 Way way(Layer const& layer, int64_t tokens);
 
-// What a product is cut into: tiles of so many columns, and parts of so many rows of W, or one part.
-struct Cut {
-    int64_t columns, parts;
-};
-
 // Rows of a block: such that in most patterns each block keeps a multiple of eight, and that they share a scale.
 int64_t block_rows(Layer const& layer);
 
@@ -75,6 +70,10 @@ struct Chosen {
 };
 Token choose(Layer const& layer, int64_t t, Chosen const& to);
 
+// What a product is cut into: tiles of so many columns, and parts of so many rows of W, or one part.
+struct Cut {
+    int64_t columns, parts;
+};
 Cut cut(Way way, Lists const& lists, int64_t tokens, int64_t n);
 
 // One tile of one part of a product: out[t, c] = sum over the listed rows of value * w[row, c]. HELD wants lists where

@@ -104,8 +104,8 @@ NMSPARSE_INLINE void flush(float* sums, int64_t tokens, int64_t columns, float* 
         }
 }
 
-// Eight rows of W, what each token multiplies them by, and whether they begin or end a block, whose sum is `carried` from
-// one eight to the next.
+// Eight rows of W, what each token multiplies them by, and whether they begin or end a block, whose sum is `carried`
+// from one eight to the next.
 struct Eight {
     Byte const* w[STEP];
     Byte const* next[STEP];  // to ask for meanwhile
@@ -207,10 +207,11 @@ void streamed(Tile const& tile) {
             }
         }
         if (tile.ends_run(b))
-            for (int64_t t = 0; t < tile.tokens; ++t)
-                compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                    flush<WIDTH>(sums + t * room, 1, tile.columns, tile.out + t * tile.out_stride, 0, tile.in_first_run(b));
-                });
+            compiled(Is<S>(), [&]() NMSPARSE_INLINED {
+                for (int64_t t = 0; t < tile.tokens; ++t)
+                    flush<WIDTH>(sums + t * room, 1, tile.columns, tile.out + t * tile.out_stride, 0,
+                                 tile.in_first_run(b));
+            });
     }
 }
 
@@ -278,8 +279,7 @@ template <class Row, int COUNT>
 NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, float const* panel, float const* scale,
                             Ahead& ahead, int64_t lines, float* sums) {
     constexpr int64_t WIDTH = COUNT * LANES;
-    int64_t const blocks = lists.blocks();
-    panel -= block * lists.block * WIDTH;
+    int64_t const blocks = lists.blocks(), start = block * lists.block;
     for (int64_t t = 0; t < tokens; ++t, sums += WIDTH) {
         ahead.ask(lines);
         Span const span(lists, t, block, blocks);
@@ -290,7 +290,7 @@ NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, f
         Floats sum[COUNT] = {};
 #pragma GCC unroll 8
         for (int64_t i = span.begin; i < span.end; ++i) {
-            float const* const w = panel + span.rows[i] * WIDTH;
+            float const* const w = panel + (span.rows[i] - start) * WIDTH;
             float const value = span.values[i];
 #pragma GCC unroll 8
             for (int v = 0; v < COUNT; ++v) sum[v] += at(w + v * LANES) * value;
@@ -315,15 +315,16 @@ void packed(Tile const& tile) {
         Ahead ahead{tile.row(end), tile.stride, of_row, next * of_row};
         int64_t const lines = round_up(ahead.left, panels * tile.tokens) / (panels * tile.tokens);
         for (int64_t p = 0; p < panels; ++p) {
+            int64_t const column = p * WIDTH;
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
                 for (int64_t r = start; r < end; ++r)
-                    copy_row<S, Row, WIDTH>(tile.row(r), p * WIDTH, tile.columns, panel + (r - start) * WIDTH);
+                    copy_row<S, Row, WIDTH>(tile.row(r), column, tile.columns, panel + (r - start) * WIDTH);
                 if (Row::SCALED)
-                    copy_row<S, FloatRow<false, 0>, WIDTH>(reinterpret_cast<Byte const*>(tile.scale_of(b)), p * WIDTH,
-                                                     tile.columns, scale);
+                    copy_row<S, FloatRow<false, 0>, WIDTH>(reinterpret_cast<Byte const*>(tile.scale_of(b)), column,
+                                                           tile.columns, scale);
             });
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                gather<Row, COUNT>(lists, tile.tokens, b, panel, scale, ahead, lines, sums + p * tile.tokens * WIDTH);
+                gather<Row, COUNT>(lists, tile.tokens, b, panel, scale, ahead, lines, sums + tile.tokens * column);
             });
         }
         if (tile.ends_run(b))
@@ -354,19 +355,21 @@ void with_rows(Kind kind, Body const& body) {
 
 }  // namespace
 
-// Measured (benchmarks/cpu.py): streaming wins while all tokens together read less than three quarters of W; a panel costs
-// as much as 16 tokens gain by it where half is kept, or 10 where a quarter is; from five sixths on they gain nothing.
+// Measured (benchmarks/cpu.py): streaming wins while all tokens together read less than three quarters of W; a panel
+// costs as much as 20 tokens gain by it where half is kept, or 12 where a quarter is; from five sixths on they gain
+// nothing.
 Way way(Layer const& layer, int64_t tokens) {
     if (tokens == 1) return Way::STREAMED;
     if (!layer.sparse) return Way::HELD;
     if (4 * tokens * layer.keep <= 3 * layer.group) return Way::STREAMED;
-    return tokens * (5 * layer.group - 6 * layer.keep) < 32 * layer.group ? Way::HELD : Way::PACKED;
+    return tokens * (5 * layer.group - 6 * layer.keep) < 40 * layer.group ? Way::HELD : Way::PACKED;
 }
 
 Cut cut(Way way, Lists const& lists, int64_t tokens, int64_t n) {
     if (way == Way::PACKED) return {std::min<int64_t>(round_up((n + 1) / 2, 128), 1024), 1};
     // Long rows, so threads share the work by runs first; but the parts of many tokens would be large.
-    int64_t const parts = tokens <= 32 ? runs_of(lists) : 1, most = std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
+    int64_t const parts = tokens <= 32 ? runs_of(lists) : 1;
+    int64_t const most = std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
     int64_t const tiles = std::max((n + most - 1) / most, parts == 1 ? 2 : (8 + parts - 1) / parts);
     return {round_up((n + tiles - 1) / tiles, 128), parts};
 }

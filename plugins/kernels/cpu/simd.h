@@ -1,5 +1,5 @@
-// What the CPU kernels are written in: vectors of 16 numbers, which the compiler lowers to what a processor has, and the
-// choice between the copies that it makes for AVX-512, for AVX2 and for any processor.
+// What the CPU kernels are written in: vectors of 16 numbers, which the compiler lowers to what a processor has, and
+// the choice between the copies that it makes for AVX-512, for AVX2 and for any processor.
 #pragma once
 
 #include <cstdint>
@@ -28,8 +28,8 @@ enum class Simd { PLAIN, AVX2, AVX512 };
 template <Simd S>
 using Is = std::integral_constant<Simd, S>;
 
-// Runs `body` as compiled for a kind of processor. It must be NMSPARSE_INLINED, and what it calls. With AVX-512 comes FMA
-// for the shorter vectors too: a sum must not depend on where the compiler used which.
+// Runs `body` as compiled for a kind of processor. It must be NMSPARSE_INLINED, and what it calls. With AVX-512 comes
+// FMA for the shorter vectors too: a sum must not depend on where the compiler used which.
 template <class Body>
 NMSPARSE_TARGET("avx512f,fma")
 auto compiled(Is<Simd::AVX512>, Body const& body) {
