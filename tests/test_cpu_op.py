@@ -24,6 +24,7 @@ from converter.errors import ExportError
 from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
 from converter.runtimes.onnxruntime import VARIABLE, session
+from converter.runtimes.polygraphy import kernel_session
 from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake, prune, token_scale
 
 PATTERNS = [(2, 4), (1, 4), (8, 16), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
@@ -321,6 +322,8 @@ def test_float16_keeps_the_function_body(
     half = tmp_path / "half"
     assert nmsparse("export", out, half, "--dtype", "float16").returncode == 0
     session(onnx.load(half / MODEL, load_external_data=False), half)
+    with pytest.raises(ExportError, match=r"dtype must be float32, as of the op's kernel, got another"):
+        kernel_session(half / MODEL)
 
 
 def test_doctor_says_which_library(library: Path, nmsparse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -335,3 +338,39 @@ def test_a_library_that_is_not_there_is_an_error(out: Path, monkeypatch: pytest.
     monkeypatch.setenv(VARIABLE, "none.so")
     with pytest.raises(ExportError, match=r"NMSPARSE_ORT_LIBRARY: must be a library, or empty for none, got 'none.so'"):
         session(onnx.load(out / MODEL, load_external_data=False), out)
+
+
+def polygraphy(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the tool as its own command does."""
+    command = [sys.executable, "-c", "import sys; from polygraphy.tools import main; sys.exit(main())", "run"]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_polygraphy_compares_the_kernel_with_the_body_and_with_saved_outputs(
+    cpu_op: Path, library: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, outputs = tmp_path / "inputs.json", tmp_path / "outputs.json"
+    # Three tokens after one.
+    made = ["--input-shapes", "attention_mask:[1,4]", "input_ids:[1,3]", "position_ids:[1,3]", "--val-range"]
+    made += ["input_ids:[0,255]", "attention_mask:[1,1]", "position_ids:[1,3]"]
+    limits = ["--rtol", "1e-4", "--atol", "1e-4"]
+    monkeypatch.setenv(VARIABLE, str(library))
+    saved = ["--save-inputs", inputs, "--save-outputs", outputs]
+    done = polygraphy(out / MODEL, "--onnxrt", "--nmsparse-ort", *made, *saved, *limits)
+    assert done.returncode == 0, done.stdout
+    assert "nmsparse-ort | Passed: 1/1 iterations" in done.stdout
+
+    kept = [out / MODEL, "--nmsparse-ort", "--load-inputs", inputs, "--load-outputs", outputs, *limits]
+    monkeypatch.setenv(VARIABLE, str(cpu_op / "libnmsparse_mutant.so"))
+    done = polygraphy(*kept)
+    assert (done.returncode, "Passed: 0/1 iterations" in done.stdout) == (1, True), done.stdout
+
+
+def test_polygraphy_does_not_run_the_body_in_silence(library: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+    done = polygraphy(out / MODEL, "--nmsparse-ort")
+    assert (done.returncode, "Traceback" in done.stdout + done.stderr) == (1, False)
+    assert "the op's library must be built, or named by NMSPARSE_ORT_LIBRARY, got none" in done.stdout + done.stderr
+    monkeypatch.setenv(VARIABLE, str(library))
+    done = polygraphy(out / MODEL, "--nmsparse-ort", "--onnx-outputs", "*")
+    assert (done.returncode, "the model must be run as it is" in done.stdout + done.stderr) == (1, True)
