@@ -28,7 +28,7 @@ APT := apt-get -qq -o APT::Sandbox::User=root -o Dir::Etc::SourceList=/dev/null 
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test test-gpu check style plugins cpu-op bench accuracy clean
+.PHONY: demo test test-gpu check style plugins cpu-op bench bench-models accuracy clean
 
 demo: cpu-op $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -101,6 +101,10 @@ test-gpu: plugins
 
 bench: $(GGUF) $(VENV)/installed $(CLIENTS)/installed $(BUILDER)/installed
 	$(BIN)/python benchmarks/convert.py $(GGUF) --optimum $(CLIENTS)/bin/optimum-cli --builder $(BUILDER)/bin/python --exporter
+
+# Whole models in ONNX Runtime on this CPU; writes 14 GB to a temporary folder.
+bench-models: cpu-op $(GGUF) $(BUILDER)/installed
+	$(BIN)/python benchmarks/models.py $(GGUF) --builder $(BUILDER)/bin/python --json build/models.json
 
 # CALIBRATION and TEXT are texts of your own, such as the validation and test parts of WikiText-2; TEXT may be several.
 # It takes hours; what build/accuracy.json holds already is not measured again.

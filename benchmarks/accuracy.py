@@ -12,7 +12,6 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any
 
-import json_rows
 import torch
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
@@ -20,6 +19,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import bootstrap
 
+from converter import json_rows
 from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.evaluation.perplexity import window_losses

@@ -19,8 +19,7 @@ import tempfile
 import time
 from pathlib import Path
 
-import json_rows
-
+from converter import json_rows
 from converter.checkpoint import open_checkpoint
 from converter.errors import ConverterError
 

@@ -14,7 +14,6 @@ import time
 from pathlib import Path
 from typing import Annotated, Any
 
-import json_rows
 import numpy as np
 import onnx
 import onnx.helper
@@ -24,6 +23,7 @@ from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from converter import json_rows
 from converter.graph.op import DOMAIN, OP, OPSET, VERSION
 from converter.runtimes.onnxruntime import library
 

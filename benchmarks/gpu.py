@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import json_rows
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from converter import json_rows
 from converter.errors import ConverterError
 from converter.runtimes.layer import LayerLibrary
 from converter.runtimes.tune import ROUNDS, TOKENS, Shape, Timing, measured, require_gpu

@@ -15,13 +15,13 @@ from math import ceil
 from pathlib import Path
 from typing import Annotated, Any
 
-import json_rows
 import onnx
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
+from converter import json_rows
 from converter.graph.costs import layer_costs
 
 RESOURCES = Path(__file__).parents[1] / "plugins" / "resources.csv"

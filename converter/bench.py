@@ -1,39 +1,114 @@
-"""The stage bench: how fast the layers of OUT are on this machine."""
+"""The stage bench: how fast OUT is on the CPU of this machine, or its layers on the GPU."""
 
 from __future__ import annotations
 
+import json
+import os
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import onnx
 
-from converter.delivery.bundle import manifest, versions
+from converter import json_rows
+from converter.delivery.bundle import GENAI, exported, versions
+from converter.errors import BuildError
 from converter.graph import dispatch
 from converter.graph.costs import layer_costs
-from converter.graph.export import MODEL
 from converter.graph.lower import form_of
 from converter.runtimes.layer import LayerLibrary
+from converter.runtimes.onnxruntime import has_kernel, library
+from converter.runtimes.speed import PAST, Speed
+from converter.runtimes.speed import measured as timed
 from converter.runtimes.tune import ROUNDS, TOKENS, Shape, Timing, capability, measured, require_gpu, table
 from converter.stages import Stages
+
+PREFILL = (128, 512)
+SECONDS = 10.0
+
+
+def speed(
+    folder: Path, threads: Sequence[int] | None, prefill: Sequence[int] | None, seconds: float | None, stages: Stages
+) -> tuple[str, list[Speed]]:
+    """Return how OUT ran on this CPU, in words, and its times beside those of the same OUT run dense.
+
+    By default on one thread and on one a core, for prefills of `PREFILL` tokens, each for `SECONDS`.
+
+    Raises:
+        OutputError: when the folder holds no exported model of ours.
+        BuildError: when a prefill is longer than the model's context.
+        ExportError: when ONNX Runtime cannot run the graph.
+    """
+    graph = exported(folder)
+    context = json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"]
+    lengths = prefill or [tokens for tokens in PREFILL if tokens <= context]
+    if max(lengths, default=0) > context:
+        raise BuildError(
+            f"--prefill: must be at most {context}, the context of {folder}, got {max(lengths)}. Give less."
+        )
+    counts = threads or sorted({1, os.cpu_count() or 1})
+    found: list[Speed] = []
+    with stages.stage("bench", "measurements") as advance:
+        for count in counts:
+            for time in timed(graph, folder, count, lengths, min(PAST, context - 1), seconds or SECONDS):
+                found.append(time)
+                advance(len(found), len(counts) * (len(lengths) + 1))
+    return _how(graph), found
+
+
+def speed_rows(times: Sequence[Speed]) -> list[dict[str, Any]]:
+    """Return the rows of `--json` for what `speed` measured."""
+    rows = []
+    for time in times:
+        name, quartiles = f"CPU, {time.call()}, {time.threads} threads", time.ratios()
+        rows.append(json_rows.row(f"{name}: ours", time.per_second(), "tokens/s"))
+        for part, value in zip((", low", "", ", high"), quartiles, strict=True):
+            rows.append(json_rows.row(f"{name}: dense time / our time{part}", value, "ratio"))
+    return rows
+
+
+def tune_rows(timings: Sequence[Timing]) -> list[dict[str, Any]]:
+    """Return the rows of `--json` for what `tune` measured."""
+    return [
+        json_rows.row(
+            f"GPU, {timing.shape.dtype}, {timing.shape.k}x{timing.shape.n}, {timing.shape.keep}:{timing.shape.group}, "
+            f"{timing.tokens} tokens, {timing.path} {timing.tile}: dense time / our time",
+            timing.median(),
+            "ratio",
+        )
+        for timing in timings
+    ]
+
+
+def _how(graph: onnx.ModelProto) -> str:
+    if not has_kernel(graph):
+        return "the function body of the op: our kernel is for float32 alone"
+    kernel = library()
+    return f"our kernel, {kernel}" if kernel else "the function body of the op: our kernel is not built (make cpu-op)"
 
 
 def tune(folder: Path, plugin: Path, to: Path, stages: Stages) -> list[Timing]:
     """Write the dispatch table of the layers of OUT on this GPU to the file `to`; return what was measured.
 
     Raises:
-        OutputError: when the folder is not one of ours.
+        OutputError: when the folder holds no exported model of ours.
         DeviceError: when there is no GPU.
-        BuildError: when the plugin's library cannot be loaded.
+        BuildError: when the plugin has no kernels for the dtype of OUT, or its library cannot be loaded.
     """
-    manifest(folder)
-    device, library = require_gpu(), LayerLibrary(plugin, "cuda")
-    graph = onnx.load(folder / MODEL, load_external_data=False)
+    graph = exported(folder)
     dtype, costs = form_of(graph).dtype, layer_costs(graph)
+    if dtype == "float32":
+        raise BuildError(
+            f"{folder}: dtype must be float16 or bfloat16, as of the TensorRT plugin's kernels, got float32. "
+            "Run nmsparse export on it with --dtype."
+        )
+    device, layer = require_gpu(), LayerLibrary(plugin, "cuda")
     shapes = sorted({Shape(c.in_features, c.out_features, c.keep, c.group, dtype) for c in costs})
     found: list[Timing] = []
     with stages.stage("tune", "shapes") as advance:
         for number, shape in enumerate(shapes):
             for tokens in TOKENS:
-                found += measured(library, shape, tokens, ROUNDS)
+                found += measured(layer, shape, tokens, ROUNDS)
             advance(number + 1, len(shapes))
     source = f"measured on {device} by nmsparse {versions()['nmsparse']}"
     dispatch.write(to, [*table(found, capability(), source), *dispatch.read(None)])

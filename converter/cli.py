@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
+from cyclopts.types import PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.table import Table
 
@@ -22,6 +24,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TORCH_LOGS", "-all")
 
+from converter import json_rows
 from converter.errors import BuildError, ConverterError
 from converter.recipe import Recipe, from_yaml, parse_set
 from converter.sparsity.linear import Phases
@@ -29,6 +32,8 @@ from converter.stages import Stages
 
 if TYPE_CHECKING:
     from converter.graph.costs import LayerCost
+    from converter.runtimes.speed import Speed
+    from converter.runtimes.tune import Timing
 
 app = App(
     name="nmsparse",
@@ -166,7 +171,7 @@ def validate(
     ours = {"--text": text, "--model": model}
     theirs = {"--target": target} if runtime == "tensorrt-rtx" else {"--plugin": plugin}
     every = {**ours, "--target": target, "--plugin": plugin}
-    _refuse_others(runtime, every, ours if runtime == "onnxruntime" else theirs)
+    _refuse_others(f"with --runtime {runtime}", every, ours if runtime == "onnxruntime" else theirs)
     if runtime != "onnxruntime":
         from converter.build import validate_engine
 
@@ -225,7 +230,7 @@ def build(
     """
     theirs = {"--dispatch": dispatch, "--plugin": plugin, "--version-compatible": version_compatible or None}
     theirs |= {"--hardware-compatible": hardware_compatible or None, "--embed-plugin": embed_plugin or None}
-    _refuse_others(runtime, theirs, theirs if runtime == "tensorrt" else {})
+    _refuse_others(f"with --runtime {runtime}", theirs, theirs if runtime == "tensorrt" else {})
     workspace = None if workspace_mib is None else workspace_mib << 20
     console = Console()
     if runtime == "tensorrt":
@@ -264,31 +269,46 @@ def build(
 def bench(
     out: Path,
     *,
-    tune: Path,
-    plugin: Path = PLUGIN,
-    json_output: Annotated[bool, Parameter(name="--json")] = False,
+    threads: list[PositiveInt] | None = None,
+    prefill: list[PositiveInt] | None = None,
+    seconds: PositiveFloat | None = None,
+    tune: Path | None = None,
+    plugin: Path | None = None,
+    json_file: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
-    """Measure the layers of OUT on the GPU of this machine, beside PyTorch's dense product.
+    """Measure OUT on the CPU of this machine, beside the same OUT run dense, both in ONNX Runtime.
+
+    With --tune the layers of OUT on its GPU instead, beside PyTorch's dense product.
 
     Parameters
     ----------
+    threads
+        How many threads ONNX Runtime has; may be repeated. By default 1, then one for each core.
+    prefill
+        Tokens of a prompt; may be repeated. By default 128, then 512.
+    seconds
+        How long each measurement takes, 10 by default; there are five rounds at least.
     tune
         Where to write the table of paths for nmsparse build --dispatch.
     plugin
-        The library of the TensorRT plugin.
+        With --tune: the library of the TensorRT plugin.
+    json_file
+        Where to write rows of name, value, unit, goal and met.
     """
-    from converter.bench import tune as stage
+    from converter import bench as stage
 
-    timings = stage(out, plugin, tune, Stages())
-    if json_output:
-        print(json.dumps([timing._asdict() for timing in timings]))
-        return
-    table = Table("in x out", "pattern", "tokens", "path", "dense time / our time")
-    for timing in timings:
-        shape, span = timing.shape, f"{min(timing.ratios):.2f} to {max(timing.ratios):.2f}"
-        row = (f"{shape.k} x {shape.n}", f"{shape.keep}:{shape.group}", str(timing.tokens))
-        table.add_row(*row, f"{timing.path} {timing.tile}", f"{timing.median():.2f} ({span})")
-    Console().print(table)
+    ours, theirs = {"--threads": threads, "--prefill": prefill, "--seconds": seconds}, {"--plugin": plugin}
+    if tune is None:
+        _refuse_others("without --tune", theirs, ())
+        how, times = stage.speed(out, threads, prefill, seconds, Stages())
+        _show_speed(how, times)
+        rows = stage.speed_rows(times)
+    else:
+        _refuse_others("with --tune", ours, ())
+        timings = stage.tune(out, plugin or PLUGIN, tune, Stages())
+        _show_timings(timings)
+        rows = stage.tune_rows(timings)
+    json_rows.write(json_file, rows)
 
 
 @app.command
@@ -439,11 +459,11 @@ def perplexity(
         print(f"perplexity {found.perplexity:.3f} on {found.tokens} tokens of {text} (context {found.context})")
 
 
-def _refuse_others(runtime: str, options: dict[str, Any], own: Iterable[str]) -> None:
-    """Refuse an option that is given but is not one of the runtime's `own`."""
+def _refuse_others(use: str, options: dict[str, Any], own: Iterable[str]) -> None:
+    """Refuse an option that is given but is not one of a use's `own`."""
     for name, value in options.items():
         if value is not None and name not in own:
-            raise BuildError(f"{name}: must not be given with --runtime {runtime}, got {value}. Leave it out.")
+            raise BuildError(f"{name}: must not be given {use}, got {value}. Leave it out.")
 
 
 def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bool) -> None:
@@ -461,6 +481,27 @@ def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bo
         table.add_row(layer.name, f"{layer.in_features} x {layer.out_features}", pattern, layer.reason)
     Console().print(table)
     print(recipe.to_yaml())
+
+
+def _show_speed(how: str, times: Sequence[Speed]) -> None:
+    table = Table("call", "threads", "dense, ms", "ours, ms", "ours, tokens/s", "dense time / our time")
+    for time in times:
+        low, middle, high = time.ratios()
+        both = [f"{statistics.median(seconds) * 1e3:.2f}" for seconds in (time.dense, time.ours)]
+        ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
+        table.add_row(time.call(), str(time.threads), *both, f"{time.per_second():.1f}", ratio)
+    console = Console()
+    console.print(table)
+    console.print(f"the op ran in {how}")
+
+
+def _show_timings(timings: Sequence[Timing]) -> None:
+    table = Table("in x out", "pattern", "tokens", "path", "dense time / our time")
+    for timing in timings:
+        shape, span = timing.shape, f"{min(timing.ratios):.2f} to {max(timing.ratios):.2f}"
+        row = (f"{shape.k} x {shape.n}", f"{shape.keep}:{shape.group}", str(timing.tokens))
+        table.add_row(*row, f"{timing.path} {timing.tile}", f"{timing.median():.2f} ({span})")
+    Console().print(table)
 
 
 def _show_report(out: Path, report: dict[str, Any], json_output: bool) -> None:

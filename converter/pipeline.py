@@ -13,7 +13,6 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-import onnx
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -33,6 +32,7 @@ from converter.delivery.bundle import (
     RECIPE,
     REPORT,
     check_files,
+    exported,
     is_bundle,
     manifest,
     staged,
@@ -41,12 +41,11 @@ from converter.delivery.bundle import (
     write_json,
     write_manifest,
 )
-from converter.errors import CheckpointError, OutputError
+from converter.errors import CheckpointError
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
 from converter.graph import dispatch
 from converter.graph.costs import LayerCost, layer_costs
-from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
 from converter.graph.lower import form_of
 from converter.plan import Plan, plan
@@ -165,10 +164,7 @@ def inspect(folder: Path, table: Path | None = None, target: str | None = None) 
         OutputError: when the folder holds no exported model of ours.
         BuildError: when the table cannot be read, or has no row for a layer.
     """
-    manifest(folder)
-    if not is_bundle(folder):
-        raise OutputError(f"{folder}: must hold {MODEL}, got none. Run nmsparse export on it.")
-    rows, graph = dispatch.read(table), onnx.load(folder / MODEL, load_external_data=False)
+    graph, rows = exported(folder), dispatch.read(table)
     costs, found = layer_costs(graph), []
     dtype = form_of(graph).dtype if costs else ""
     for cost in costs:

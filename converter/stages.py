@@ -43,7 +43,7 @@ class Stages:
     @contextmanager
     def stage(self, name: str, unit: str = "") -> Iterator[Advance]:
         """Time the block under `name`, and give it a function that moves its progress bar."""
-        _forget_peak()
+        forget_peak()
         start = time.perf_counter()
         columns = (
             SpinnerColumn(),
@@ -78,7 +78,8 @@ def peak_bytes() -> int:
     return largest if sys.platform == "darwin" else largest * 1024
 
 
-def _forget_peak() -> None:
+def forget_peak() -> None:
+    """Let `peak_bytes` count from now on, where the system can."""
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux, or not allowed: the peak is then that of the whole run so far

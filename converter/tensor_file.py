@@ -28,7 +28,7 @@ def read(path: Path, wanted: str, what: str) -> tuple[dict[str, Tensor], dict[st
         raise CalibrationError(f"{path}: must be {what}, got {error}. Run nmsparse calibrate.") from error
 
 
-def write_whole(path: Path, write: Callable[[Path], None]) -> None:
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` write beside `path`, and put that in its place once it is whole."""
     beside = path.with_name(f"{path.name}.part")
     write(beside)

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from converter.errors import ExportError
 from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
 from converter.runtimes.onnxruntime import VARIABLE, session
+from converter.runtimes.polygraphy import kernel_session
 from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake, prune, token_scale
 from converter.sparsity.quantize import Storage
 
@@ -193,7 +195,7 @@ def test_integers_are_the_reference_at_every_number_of_tokens(
     params = the_params(keep, group, 480, "token_mean", permuted, variance=True)
     for n, rank in ((200, 0), (2, 5), (1106, 70)):
         baked = layer(params, 480, n, True, rank)
-        rounded = Baked(**{**vars(baked), "weight": storage.rounded(baked.weight.t()).t()})
+        rounded = replace(baked, weight=storage.rounded(baked.weight.t()).t())
         nodes = [Node(library, baked, threads=threads, storage=storage) for threads in (1, 2)]
         x = torch.randn(129, 480, generator=torch.Generator().manual_seed(0)) + 0.3
         whole = nodes[0](x)
@@ -273,15 +275,20 @@ def test_no_less_accurate_than_onnx_runtimes_gemm(library: Path) -> None:
 
 def every_path(library: Path) -> None:
     """Run layers at every number of tokens; assert that they are right, and the same bits one token at a time."""
-    for (keep, group), shift_mode, k, n, rank in (
-        ((8, 16), "none", 1040, 300, 0),
-        ((1, 4), "token_median", 600, 70, 5),
-        ((5, 8), "token_mean", 1040, 1, 0),
-        ((15, 16), "static", 80, 1100, 70),
-        ((200, 601), "none", 601, 17, 9),
+    for (keep, group), shift_mode, k, n, rank, storage in (
+        ((8, 16), "none", 1040, 300, 0, None),
+        ((1, 4), "token_median", 600, 70, 5, None),
+        ((5, 8), "token_mean", 1040, 1, 0, None),
+        ((15, 16), "static", 80, 1100, 70, None),
+        ((200, 601), "none", 601, 17, 9, None),
+        ((8, 16), "token_mean", 1040, 301, 5, Storage(bits=8, block=16)),
+        ((1, 4), "none", 600, 70, 0, Storage(bits=8)),
+        ((5, 8), "static", 1040, 1102, 0, Storage(bits=4, block=80)),
     ):
         baked = layer(the_params(keep, group, k, shift_mode, permuted=rank > 0), k, n, rank=rank)
-        node = Node(library, baked, phased=True, threads=2)
+        node = Node(library, baked, phased=True, threads=2, storage=storage)
+        if storage is not None:
+            baked = replace(baked, weight=storage.rounded(baked.weight.t()).t())
         for tokens, sparse in itertools.product(TOKENS, [True, False]):
             x, flag = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)), np.array(sparse)
             y = node(x, sparse=flag)
@@ -409,6 +416,8 @@ def test_float16_keeps_the_function_body(
     half = tmp_path / "half"
     assert nmsparse("export", out, half, "--dtype", "float16").returncode == 0
     session(onnx.load(half / MODEL, load_external_data=False), half)
+    with pytest.raises(ExportError, match=r"dtype must be float32, as of the op's kernel, got another"):
+        kernel_session(half / MODEL)
 
 
 def test_doctor_says_which_library(library: Path, nmsparse: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -423,3 +432,39 @@ def test_a_library_that_is_not_there_is_an_error(out: Path, monkeypatch: pytest.
     monkeypatch.setenv(VARIABLE, "none.so")
     with pytest.raises(ExportError, match=r"NMSPARSE_ORT_LIBRARY: must be a library, or empty for none, got 'none.so'"):
         session(onnx.load(out / MODEL, load_external_data=False), out)
+
+
+def polygraphy(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the tool as its own command does."""
+    command = [sys.executable, "-c", "import sys; from polygraphy.tools import main; sys.exit(main())", "run"]
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+def test_polygraphy_compares_the_kernel_with_the_body_and_with_saved_outputs(
+    cpu_op: Path, library: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs, outputs = tmp_path / "inputs.json", tmp_path / "outputs.json"
+    # Three tokens after one.
+    made = ["--input-shapes", "attention_mask:[1,4]", "input_ids:[1,3]", "position_ids:[1,3]", "--val-range"]
+    made += ["input_ids:[0,255]", "attention_mask:[1,1]", "position_ids:[1,3]"]
+    limits = ["--rtol", "1e-4", "--atol", "1e-4"]
+    monkeypatch.setenv(VARIABLE, str(library))
+    saved = ["--save-inputs", inputs, "--save-outputs", outputs]
+    done = polygraphy(out / MODEL, "--onnxrt", "--nmsparse-ort", *made, *saved, *limits)
+    assert done.returncode == 0, done.stdout
+    assert "nmsparse-ort | Passed: 1/1 iterations" in done.stdout
+
+    kept = [out / MODEL, "--nmsparse-ort", "--load-inputs", inputs, "--load-outputs", outputs, *limits]
+    monkeypatch.setenv(VARIABLE, str(cpu_op / "libnmsparse_mutant.so"))
+    done = polygraphy(*kept)
+    assert (done.returncode, "Passed: 0/1 iterations" in done.stdout) == (1, True), done.stdout
+
+
+def test_polygraphy_does_not_run_the_body_in_silence(library: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(VARIABLE, "")
+    done = polygraphy(out / MODEL, "--nmsparse-ort")
+    assert (done.returncode, "Traceback" in done.stdout + done.stderr) == (1, False)
+    assert "the op's library must be built, or named by NMSPARSE_ORT_LIBRARY, got none" in done.stdout + done.stderr
+    monkeypatch.setenv(VARIABLE, str(library))
+    done = polygraphy(out / MODEL, "--nmsparse-ort", "--onnx-outputs", "*")
+    assert (done.returncode, "the model must be run as it is" in done.stdout + done.stderr) == (1, True)

@@ -233,3 +233,19 @@ def test_every_plugin_node_is_its_layer(
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert json.loads(run.stdout.splitlines()[-1])["nodes"] == [True] * 210
+
+
+def test_bench_times_the_kernel(
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]],
+    smol: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    library = from_make("NMSPARSE_TEST_CPU_OP", "the op for ONNX Runtime is") / "libnmsparse_onnxruntime.so"
+    monkeypatch.setenv(VARIABLE, str(library))
+    options = ["--threads", "1", "--prefill", "32", "--seconds", "0.1", "--json", tmp_path / "rows.json"]
+    found = nmsparse("bench", smol, *options)
+    assert found.returncode == 0, found.stderr
+    assert "the op ran in our kernel" in " ".join(found.stdout.split())
+    values = {row["name"]: row["value"] for row in json.loads((tmp_path / "rows.json").read_text())}
+    assert values["CPU, a token after 128, 1 threads: ours"] > 1

@@ -11,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import onnx
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from converter.checkpoint import Checkpoint, beside
@@ -45,6 +46,18 @@ def manifest(folder: Path) -> dict[str, Any]:
 def is_bundle(folder: Path) -> bool:
     """Return whether the folder holds an exported model of ours."""
     return (folder / MANIFEST).is_file() and (folder / MODEL).is_file()
+
+
+def exported(folder: Path) -> onnx.ModelProto:
+    """Return the graph in OUT, without its weights.
+
+    Raises:
+        OutputError: when the folder holds no exported model of ours.
+    """
+    manifest(folder)
+    if not is_bundle(folder):
+        raise OutputError(f"{folder}: must hold {MODEL}, got none. Run nmsparse export on it.")
+    return onnx.load(folder / MODEL, load_external_data=False)
 
 
 @contextmanager

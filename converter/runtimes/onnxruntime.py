@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from converter.errors import ExportError
 from converter.graph.export import MODEL
 from converter.graph.widen import is_bfloat16, widen
 
+# Dense products of integers, which OUT is timed against, are fastest with activations rounded to eight bits (level 4).
+ACCURACY = "session.qdq_matmulnbits_accuracy_level"
 INITIALIZERS = "session.model_external_initializers_file_folder_path"
 # Where `make cpu-op` puts the op's kernel; the variable names another, or none when it is empty.
 LIBRARY = Path(__file__).parents[1] / "native" / "libnmsparse_onnxruntime.so"
@@ -45,18 +48,24 @@ def has_kernel(model: onnx.ModelProto) -> bool:
     return not kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 
-def session(model: onnx.ModelProto, folder: Path, *, prepack: bool = True) -> onnxruntime.InferenceSession:
+def session(
+    model: onnx.ModelProto, folder: Path, *, prepack: bool = True, threads: int = 0
+) -> onnxruntime.InferenceSession:
     """Return a session for a graph whose weights lie in `folder`; without `prepack` each weight is in memory once.
 
-    The op runs in our kernel where its `library` is built and the graph is float32; else its function body runs. The
-    CPU provider has no bfloat16 kernels: a bfloat16 graph is run in float32, on the same weights.
+    It has so many threads, or one a core, and none spins between two calls, when others need the core. The op runs in
+    our kernel where its `library` is built and the graph is float32; else its function body runs. The CPU provider has
+    no bfloat16 kernels: a bfloat16 graph is run in float32, on the same weights.
 
     Raises:
         ExportError: when ONNX Runtime has no kernel for the graph.
     """
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry(INITIALIZERS, str(folder.resolve()))
+    options.add_session_config_entry(ACCURACY, "4")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     kernel = library() if has_kernel(model) else None
@@ -67,6 +76,20 @@ def session(model: onnx.ModelProto, folder: Path, *, prepack: bool = True) -> on
         return onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime's own classes derive from Exception alone
         raise ExportError(f"{folder / MODEL}: ONNX Runtime cannot run it: {str(error).splitlines()[0]}") from error
+
+
+def call_feed(run: onnxruntime.InferenceSession, ids: Tensor, caches: Sequence[Any] | None) -> dict[str, Any]:
+    """Return the inputs of a call with tokens `ids [B, S]` after `caches`, or after none."""
+    batch, length = ids.shape
+    inputs = run.get_inputs()
+    if caches is None:
+        kind = np.float16 if "float16" in inputs[3].type else np.float32
+        caches = [np.zeros((batch, value.shape[1], 0, value.shape[3]), kind) for value in inputs[3:]]
+    past = caches[0].shape[2]
+    mask, positions = torch.ones(batch, past + length, dtype=torch.int64), torch.arange(past, past + length)
+    arrays = [value.contiguous().numpy() for value in (ids, mask, positions.expand(batch, -1))]
+    arrays += [np.ascontiguousarray(cache) for cache in caches]
+    return {value.name: array for value, array in zip(inputs, arrays, strict=True)}
 
 
 class OnnxCausalLM(PreTrainedModel, GenerationMixin):

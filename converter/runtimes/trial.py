@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime
 import torch
 from polygraphy.comparator import IterationResult, RunResults
 from polygraphy.json import save_json
@@ -26,7 +25,7 @@ from converter.graph.export import MODEL
 from converter.graph.widen import is_bfloat16
 from converter.quiet import quiet
 from converter.runtimes.engine import ENGINE
-from converter.runtimes.onnxruntime import session
+from converter.runtimes.onnxruntime import call_feed, session
 from converter.runtimes.profile import Profile
 
 SCRIPT = "validate.sh"
@@ -37,7 +36,6 @@ LENGTH = 64  # tokens of a call and of the cache before it, where the profile ha
 # first. So what a layer computes is judged in the first block, and the others for being the right model at all. Every
 # layer alone is judged by `make test-gpu`.
 COSINES = {"": 0.5, "logits": 0.95, "present.0.key": 0.998, "present.0.value": 0.998}
-Feed = dict[str, Any]
 
 
 def write(folder: Path, profiles: Sequence[Profile], text: Callable[[int, int], Tensor], place: Path) -> None:
@@ -50,8 +48,8 @@ def write(folder: Path, profiles: Sequence[Profile], text: Callable[[int, int], 
     for number, profile in enumerate(profiles):
         batch, tokens, past = profile.batch[1], _length(profile.tokens), _length(profile.past)
         ids = text(batch, past + tokens)
-        caches = run.run(None, _feed(run, ids[:, :past], None))[1:] if past else None
-        feed = _feed(run, ids[:, past:], caches)
+        caches = run.run(None, call_feed(run, ids[:, :past], None))[1:] if past else None
+        feed = call_feed(run, ids[:, past:], caches)
         if rounded:  # the caches that ONNX Runtime takes in float32
             feed = {name: _bfloat16(array) if array.dtype == np.float32 else array for name, array in feed.items()}
         given = {name: value.float().numpy() if isinstance(value, Tensor) else value for name, value in feed.items()}
@@ -120,20 +118,6 @@ def script(runtime: str, profiles: int) -> str:
 def _length(bounds: tuple[int, int, int]) -> int:
     low, _, high = bounds
     return min(max(LENGTH, low), high)
-
-
-def _feed(run: onnxruntime.InferenceSession, ids: Tensor, caches: Sequence[Any] | None) -> Feed:
-    """Return the inputs of a call with tokens `ids [B, S]` after `caches`, or after none."""
-    batch, length = ids.shape
-    inputs = run.get_inputs()
-    if caches is None:
-        kind = np.float16 if "float16" in inputs[3].type else np.float32
-        caches = [np.zeros((batch, value.shape[1], 0, value.shape[3]), kind) for value in inputs[3:]]
-    past = caches[0].shape[2]
-    mask, positions = torch.ones(batch, past + length, dtype=torch.int64), torch.arange(past, past + length)
-    arrays = [value.contiguous().numpy() for value in (ids, mask, positions.expand(batch, -1))]
-    arrays += [np.ascontiguousarray(cache) for cache in caches]
-    return {value.name: array for value, array in zip(inputs, arrays, strict=True)}
 
 
 def _bfloat16(array: Any) -> Tensor:

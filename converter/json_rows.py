@@ -1,4 +1,4 @@
-"""The rows of `--json FILE`, which every benchmark writes: name, value, unit, goal, met."""
+"""The rows of `--json FILE`, which `nmsparse bench` and every benchmark write: name, value, unit, goal, met."""
 
 from __future__ import annotations
 
