@@ -74,10 +74,15 @@ struct IntegerRow {
     }
 };
 
-// The sum of a block of rows, with their scale where they have one.
+// The sum of a block of rows, with their scale where they have one. Whoever adds it must not find that a product: as one
+// FMA it is rounded once, and the compiler would do so here and not there.
 template <class Row>
 NMSPARSE_INLINE Floats scaled(Floats sum, float const* scale, int64_t c) {
-    return Row::SCALED ? sum * at(scale + c) : sum;
+    if constexpr (Row::SCALED) {
+        sum *= at(scale + c);
+        asm("" : "+m"(sum));
+    }
+    return sum;
 }
 
 }  // namespace nmsparse::cpu
