@@ -186,7 +186,7 @@ private:
         Lists const dropped = rank ? lists(k, cpu::MOST_ROWS, true) : Lists{};
         Lists const thin = rank ? lists(rank, cpu::MOST_ROWS, listed) : Lists{};
         Token* const about = memory.of<Token>(most);
-        cpu::Cut const cut = cpu::cut(way, kept, most, n);
+        cpu::Cut const cut = cpu::cut(way, kept, most, layer.w);
         float* const partial = cut.parts > 1 ? memory.of<float>(cut.parts * most * n) : nullptr;
         float* const residual = rank ? memory.of<float>(most * n) : nullptr;
         for (int64_t first = 0; first < layer.tokens; first += most) {

@@ -47,6 +47,18 @@ void score_keys(float const* z, float const* scale, int64_t k, int32_t* keys) {
     });
 }
 
+// zs, by bits: a branch on what is kept would be guessed wrong half of the time.
+void prune(float const* z, int32_t const* marks, int64_t k, float* zs) {
+    vectorized([=]() NMSPARSE_INLINED {
+        for (int64_t i = 0; i < k; ++i) {
+            int32_t bits;
+            std::memcpy(&bits, z + i, sizeof bits);
+            bits &= marks[i];
+            std::memcpy(zs + i, &bits, sizeof bits);
+        }
+    });
+}
+
 // The sum of (x - centre) or of its square, over 16 lanes in runs of 64, then over the lanes: a fixed order.
 template <bool SQUARED>
 NMSPARSE_INLINE float sum_of(float const* x, int64_t count, float centre) {
@@ -98,7 +110,7 @@ int32_t nth_largest(int32_t const* keys, int64_t count, int64_t rank, std::vecto
 // is at a place of the arrangement.
 template <class Place>
 NMSPARSE_INLINE void mark_by_counting(int32_t const* keys, int64_t k, int64_t keep, int64_t group, Place place,
-                                      uint8_t* kept) {
+                                      int32_t* kept) {
     Ints key[COUNTED], before[COUNTED];
     int64_t const groups = k / group;
     for (int64_t g = 0; g < groups; g += LANES) {
@@ -118,13 +130,67 @@ NMSPARSE_INLINE void mark_by_counting(int32_t const* keys, int64_t k, int64_t ke
         for (int64_t i = 0; i < group; ++i) {
             int32_t column[LANES];
             std::memcpy(column, &before[i], sizeof column);
-            for (int lane = 0; lane < lanes; ++lane) kept[place((g + lane) * group + i)] = column[lane] < keep;
+            for (int lane = 0; lane < lanes; ++lane) kept[place((g + lane) * group + i)] = -(column[lane] < keep);
         }
     }
 }
 
-void mark_small(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation,
-                uint8_t* kept) {
+// The same for groups of 2 to 16 that lie side by side in a vector, which is turned so that each channel meets the others
+// of its group. Only AVX-512 has the instructions.
+template <int GROUP>
+NMSPARSE_INLINE void mark_by_turning(int32_t const* keys, int64_t k, int64_t keep, int32_t* kept) {
+    struct Turns {
+        int32_t place[GROUP][LANES], before[GROUP][LANES];  // who is met, and -1 where it goes first in a tie
+        constexpr Turns() : place(), before() {
+            for (int r = 0; r < GROUP; ++r)
+                for (int lane = 0; lane < LANES; ++lane) {
+                    int const own = lane % GROUP, other = (own + r) % GROUP;
+                    place[r][lane] = lane - own + other, before[r][lane] = -(other < own);
+                }
+        }
+    };
+    alignas(64) static constexpr Turns TURNS;
+    for (int64_t i = 0; i < k; i += LANES) {
+        size_t const bytes = std::min<int64_t>(LANES, k - i) * sizeof(int32_t);
+        Ints key = {}, larger = {};
+        std::memcpy(&key, keys + i, bytes);
+#pragma GCC unroll 16
+        for (int r = 1; r < GROUP; ++r) {
+            Ints place, before;
+            std::memcpy(&place, TURNS.place[r], sizeof place), std::memcpy(&before, TURNS.before[r], sizeof before);
+            larger = __builtin_shuffle(key, place) > key + before ? larger + 1 : larger;
+        }
+        Ints const found = larger < static_cast<int32_t>(keep);
+        std::memcpy(kept + i, &found, bytes);
+    }
+}
+
+template <class Body>
+NMSPARSE_INLINE void with_group(int64_t group, Body const& body) {
+    switch (group) {
+        case 2: return body(std::integral_constant<int, 2>());
+        case 4: return body(std::integral_constant<int, 4>());
+        case 8: return body(std::integral_constant<int, 8>());
+        default: return body(std::integral_constant<int, 16>());
+    }
+}
+
+void mark_small(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, int32_t* kept,
+                std::vector<int32_t>& arranged) {
+    if (this_processor() == Simd::AVX512 && group > 1 && LANES % group == 0) {
+        if (permutation == nullptr) {
+            compiled(Is<Simd::AVX512>(), [=]() NMSPARSE_INLINED {
+                with_group(group, [=](auto size) NMSPARSE_INLINED { mark_by_turning<size>(keys, k, keep, kept); });
+            });
+            return;
+        }
+        arranged.resize(2 * k);
+        int32_t *const from = arranged.data(), *const to = from + k;
+        for (int64_t i = 0; i < k; ++i) from[i] = keys[permutation[i]];
+        mark_small(from, k, keep, group, nullptr, to, arranged);
+        for (int64_t i = 0; i < k; ++i) kept[permutation[i]] = to[i];
+        return;
+    }
     vectorized([=]() NMSPARSE_INLINED {
         if (permutation != nullptr)
             mark_by_counting(keys, k, keep, group, [=](int64_t i) NMSPARSE_INLINED { return permutation[i]; }, kept);
@@ -133,7 +199,7 @@ void mark_small(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int
     });
 }
 
-void mark_large(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, uint8_t* kept,
+void mark_large(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, int32_t* kept,
                 std::vector<int32_t>& arranged, std::vector<int32_t>& few) {
     for (int64_t g = 0; g < k; g += group) {
         arranged.clear();
@@ -144,7 +210,7 @@ void mark_large(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int
         for (int64_t i = 0; i < group; ++i) {
             bool const tied = arranged[i] == least, keeps = arranged[i] > least || (tied && ties > 0);
             ties -= tied && keeps;
-            kept[permutation == nullptr ? g + i : permutation[g + i]] = keeps;
+            kept[permutation == nullptr ? g + i : permutation[g + i]] = -static_cast<int32_t>(keeps);
         }
     }
 }
@@ -180,20 +246,20 @@ void list(Lists const& lists, int64_t slot, Wanted wanted, Value value) {
 struct Scratch {
     std::vector<float> z, zs;
     std::vector<int32_t> keys, few, arranged;
-    std::vector<uint8_t> kept;
+    std::vector<int32_t> kept;  // -1 where a channel is, else 0
 };
 
 void mark(Layer const& layer, float const* z, Scratch& scratch) {
     int64_t const k = layer.k;
     if (!layer.sparse || layer.keep == layer.group) {
-        std::fill(scratch.kept.begin(), scratch.kept.end(), uint8_t{1});
+        std::fill(scratch.kept.begin(), scratch.kept.end(), -1);
         return;
     }
     int32_t* const keys = scratch.keys.data();
-    uint8_t* const kept = scratch.kept.data();
+    int32_t* const kept = scratch.kept.data();
     score_keys(z, layer.channel_scale, k, keys);
     if (layer.group <= COUNTED)
-        mark_small(keys, k, layer.keep, layer.group, layer.permutation, kept);
+        mark_small(keys, k, layer.keep, layer.group, layer.permutation, kept, scratch.arranged);
     else
         mark_large(keys, k, layer.keep, layer.group, layer.permutation, kept, scratch.arranged, scratch.few);
 }
@@ -219,13 +285,13 @@ Token choose(Layer const& layer, int64_t t, Chosen const& to) {
         subtract(z, layer.shift, token.eta, k, scratch.z.data());
         z = scratch.z.data();
     }
-    uint8_t* const marks = scratch.kept.data();
+    int32_t const* const marks = scratch.kept.data();
     mark(layer, z, scratch);
     if (to.kept->rows != nullptr) {
-        list(*to.kept, to.slot, [=](int64_t i) { return marks[i] != 0; }, [=](int64_t i) { return z[i]; });
+        list(*to.kept, to.slot, [=](int64_t i) { return -marks[i]; }, [=](int64_t i) { return z[i]; });
     } else {
         float* const pruned = to.kept->values + to.slot * to.kept->capacity;
-        for (int64_t i = 0; i < k; ++i) pruned[i] = marks[i] ? z[i] : 0.0F;
+        prune(z, marks, k, pruned);
         std::fill(pruned + k, pruned + to.kept->capacity, 0.0F);
     }
     // z - zs is 0 where a channel is kept, but NaN of Inf and NaN.
@@ -234,7 +300,7 @@ Token choose(Layer const& layer, int64_t t, Chosen const& to) {
              [=](int64_t i) { return z[i] - (marks[i] ? z[i] : 0.0F); });
     if (layer.variance && layer.sparse) {
         scratch.zs.resize(k);
-        for (int64_t i = 0; i < k; ++i) scratch.zs[i] = marks[i] ? z[i] : 0.0F;
+        prune(z, marks, k, scratch.zs.data());
         float const of_kept = variance(scratch.zs.data(), k);
         token.nu = std::sqrt(variance(z, k) / (of_kept < VARIANCE_FLOOR ? VARIANCE_FLOOR : of_kept));
     }

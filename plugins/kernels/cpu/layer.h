@@ -74,7 +74,7 @@ Token choose(Layer const& layer, int64_t t, Chosen const& to);
 struct Cut {
     int64_t columns, parts;
 };
-Cut cut(Way way, Lists const& lists, int64_t tokens, int64_t n);
+Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w);
 
 // One tile of one part of a product: out[t, c] = sum over the listed rows of value * w[row, c]. HELD wants lists where
 // `rows` is null, the others want rows. The whole is the sum of the parts, in their order.

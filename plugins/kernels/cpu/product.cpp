@@ -26,6 +26,7 @@ namespace nmsparse::cpu {
 namespace {
 
 constexpr int64_t RUN = 512;                // rows of W after which the partial sums are added to the output
+constexpr int64_t SHORT = 1024;             // bytes of a row that are not worth cutting
 constexpr int64_t SCRATCH = 3 * 64 * 1024;  // numbers: a tile's sums must stay in L2, beside the rows of W
 
 // What fits into the registers: so many rows of so many vectors beside a sum of each vector, or so many sums.
@@ -44,8 +45,8 @@ struct OfNumbers<Simd::AVX512> {
 template <Simd S, class Row>
 struct Registers {
     static constexpr int HELD = OfNumbers<S>::ROWS * OfNumbers<S>::VECTORS;
-    static constexpr int VECTORS = Row::STRIP > 0 ? Row::STRIP : OfNumbers<S>::VECTORS;
-    static constexpr int ROWS = std::max(HELD / VECTORS, 1), SUMS = std::max(OfNumbers<S>::SUMS, Row::STRIP);
+    static constexpr int VECTORS = Row::SCALED ? Row::VECTORS : OfNumbers<S>::VECTORS;
+    static constexpr int ROWS = std::max(HELD / VECTORS, 1), SUMS = std::max(OfNumbers<S>::SUMS, Row::VECTORS);
 };
 
 int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
@@ -124,7 +125,7 @@ NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t c
         for (int r = 0; r < STEP; ++r)
 #pragma GCC unroll 2
             for (int v = 0; v < VECTORS; v += Row::VECTORS_OF_LINE)
-                __builtin_prefetch(Row::at(eight.next[r], c + v * LANES), 0, 2);
+                __builtin_prefetch(eight.next[r] + Row::bytes(c + v * LANES), 0, 2);
 #pragma GCC unroll 4
         for (int begin = 0; begin < STEP; begin += ROWS) {
             Floats row[ROWS][VECTORS];
@@ -175,13 +176,14 @@ void multiply(Eight eight, int64_t tokens, int64_t columns, float* carried, floa
     int64_t const whole = columns / WIDTH * WIDTH;
     multiply_strips<S, Row>(eight, tokens, whole, carried, sums);
     if (whole == columns) return;
-    alignas(64) float edge[STEP][WIDTH] = {}, scale[WIDTH] = {};
+    alignas(64) Byte edge[STEP][Row::bytes(WIDTH)] = {};
+    alignas(64) float scale[WIDTH] = {};
     for (int r = 0; r < STEP; ++r) {
-        for (int64_t c = whole; c < columns; ++c) edge[r][c - whole] = Row::one(eight.w[r], c);
-        eight.w[r] = eight.next[r] = reinterpret_cast<Byte const*>(edge[r]);
+        std::memcpy(edge[r], eight.w[r] + Row::bytes(whole), Row::bytes(columns - whole));
+        eight.w[r] = eight.next[r] = edge[r];
     }
     if (Row::SCALED) std::copy(eight.scale + whole, eight.scale + columns, scale), eight.scale = scale;
-    multiply_strips<S, FloatRow<Row::SCALED, Row::STRIP>>(eight, tokens, WIDTH, carried + whole * tokens, sums + whole * tokens);
+    multiply_strips<S, Row>(eight, tokens, WIDTH, carried + whole * tokens, sums + whole * tokens);
 }
 
 template <Simd S, class Row>
@@ -245,16 +247,19 @@ void held(Tile const& tile) {
 // Copies a row, from column c on, to the numbers of a panel's row, with zeros where the columns end within it.
 template <Simd S, class Row, int64_t WIDTH>
 NMSPARSE_INLINE void copy_row(Byte const* row, int64_t c, int64_t columns, float* panel) {
-    constexpr int64_t AT_ONCE = Row::VECTORS * LANES;
-    for (int64_t i = 0; i < WIDTH; i += AT_ONCE)
-        if (c + i + AT_ONCE <= columns) {
-            Floats read[Row::VECTORS];
-            Row::template read<S>(row, c + i, read);
-            put_in_order<Row::VECTORS>(read);
-            for (int v = 0; v < Row::VECTORS; ++v) at(panel + i + v * LANES) = read[v];
-        } else {
-            for (int64_t j = i; j < i + AT_ONCE; ++j) panel[j] = c + j < columns ? Row::one(row, c + j) : 0.0F;
-        }
+    alignas(64) Byte edge[Row::bytes(WIDTH)];
+    row += Row::bytes(c);
+    if (c + WIDTH > columns) {
+        std::memset(edge, 0, sizeof edge);
+        std::memcpy(edge, row, Row::bytes(columns - c));
+        row = edge;
+    }
+    for (int64_t i = 0; i < WIDTH; i += Row::VECTORS * LANES) {
+        Floats read[Row::VECTORS];
+        Row::template read<S>(row, i, read);
+        put_in_order<Row::VECTORS>(read);
+        for (int v = 0; v < Row::VECTORS; ++v) at(panel + i + v * LANES) = read[v];
+    }
 }
 
 // Lines of the next block of W, to ask for while this one is multiplied: row after row, for W is read fastest in long
@@ -274,8 +279,8 @@ struct Ahead {
     }
 };
 
-// Adds each token's rows of a block, COUNT vectors wide, with the sums in registers.
-template <class Row, int COUNT>
+// Adds each token's rows of a block, USED of COUNT vectors wide, with the sums in registers.
+template <class Row, int COUNT, int USED>
 NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, float const* panel, float const* scale,
                             Ahead& ahead, int64_t lines, float* sums) {
     constexpr int64_t WIDTH = COUNT * LANES;
@@ -287,16 +292,16 @@ NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, f
             __builtin_prefetch(span.rows + 2 * lists.capacity + span.begin);
             __builtin_prefetch(span.values + 2 * lists.capacity + span.begin);
         }
-        Floats sum[COUNT] = {};
+        Floats sum[USED] = {};
 #pragma GCC unroll 8
         for (int64_t i = span.begin; i < span.end; ++i) {
             float const* const w = panel + (span.rows[i] - start) * WIDTH;
             float const value = span.values[i];
 #pragma GCC unroll 8
-            for (int v = 0; v < COUNT; ++v) sum[v] += at(w + v * LANES) * value;
+            for (int v = 0; v < USED; ++v) sum[v] += at(w + v * LANES) * value;
         }
 #pragma GCC unroll 8
-        for (int v = 0; v < COUNT; ++v) at(sums + v * LANES) += scaled<Row>(sum[v], scale, v * LANES);
+        for (int v = 0; v < USED; ++v) at(sums + v * LANES) += scaled<Row>(sum[v], scale, v * LANES);
     }
 }
 
@@ -307,7 +312,7 @@ void packed(Tile const& tile) {
     Lists const& lists = tile.lists;
     float *const panel = tile.scratch, *const scale = panel + MOST_ROWS * WIDTH, *const sums = scale + WIDTH;
     int64_t const panels = round_up(tile.columns, WIDTH) / WIDTH;
-    int64_t const of_row = round_up(Row::at(tile.w, tile.columns) - tile.w, LINE) / LINE;
+    int64_t const of_row = round_up(Row::bytes(tile.columns), LINE) / LINE;
     std::fill(sums, sums + tile.tokens * panels * WIDTH, 0.0F);
     for (int64_t b = tile.begin; b < tile.end; ++b) {
         int64_t const start = b * lists.block, end = std::min(start + lists.block, lists.k);
@@ -320,11 +325,15 @@ void packed(Tile const& tile) {
                 for (int64_t r = start; r < end; ++r)
                     copy_row<S, Row, WIDTH>(tile.row(r), column, tile.columns, panel + (r - start) * WIDTH);
                 if (Row::SCALED)
-                    copy_row<S, FloatRow<false, 0>, WIDTH>(reinterpret_cast<Byte const*>(tile.scale_of(b)), column,
+                    copy_row<S, FloatRow, WIDTH>(reinterpret_cast<Byte const*>(tile.scale_of(b)), column,
                                                            tile.columns, scale);
             });
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                gather<Row, COUNT>(lists, tile.tokens, b, panel, scale, ahead, lines, sums + tile.tokens * column);
+                float* const of_panel = sums + tile.tokens * column;
+                if (tile.columns - column > WIDTH / 2)
+                    gather<Row, COUNT, COUNT>(lists, tile.tokens, b, panel, scale, ahead, lines, of_panel);
+                else
+                    gather<Row, COUNT, COUNT / 2>(lists, tile.tokens, b, panel, scale, ahead, lines, of_panel);
             });
         }
         if (tile.ends_run(b))
@@ -347,7 +356,7 @@ void by(Way way, Tile const& tile) {
 template <class Body>
 void with_rows(Kind kind, Body const& body) {
     switch (kind) {
-        case Kind::FLOAT: return body(FloatRow<false, 0>());
+        case Kind::FLOAT: return body(FloatRow());
         case Kind::INT8: return body(IntegerRow<8>());
         case Kind::INT4: return body(IntegerRow<4>());
     }
@@ -365,12 +374,15 @@ Way way(Layer const& layer, int64_t tokens) {
     return tokens * (5 * layer.group - 6 * layer.keep) < 40 * layer.group ? Way::HELD : Way::PACKED;
 }
 
-Cut cut(Way way, Lists const& lists, int64_t tokens, int64_t n) {
-    if (way == Way::PACKED) return {std::min<int64_t>(round_up((n + 1) / 2, 128), 1024), 1};
+Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
+    int64_t const n = w.n;
+    if (way == Way::PACKED) return {std::min<int64_t>(round_up((n + 1) / 2, 64), 1024), 1};
     // Long rows, so threads share the work by runs first; but the parts of many tokens would be large.
     int64_t const parts = tokens <= 32 ? runs_of(lists) : 1;
     int64_t const most = std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
-    int64_t const tiles = std::max((n + most - 1) / most, parts == 1 ? 2 : (8 + parts - 1) / parts);
+    int64_t const bytes = w.kind == Kind::FLOAT ? 4 * n : w.kind == Kind::INT8 ? n : n / 2;
+    int64_t const shared = std::min<int64_t>(parts == 1 ? 2 : (8 + parts - 1) / parts, std::max<int64_t>(bytes / SHORT, 1));
+    int64_t const tiles = std::max((n + most - 1) / most, shared);
     return {round_up((n + tiles - 1) / tiles, 128), parts};
 }
 
@@ -383,8 +395,7 @@ void product(Way way, Lists const& lists, int64_t tokens, Weight const& w, Cut c
     int64_t const blocks = cut.parts == 1 ? lists.blocks() : run_of(lists), begin = piece.part * blocks;
     with_rows(w.kind, [&](auto row) {
         using Row = decltype(row);
-        Byte const* const rows = static_cast<Byte const*>(w.data);
-        Tile const tile{lists, tokens, Row::at(rows, piece.column), Row::at(rows, w.n) - rows,
+        Tile const tile{lists, tokens, static_cast<Byte const*>(w.data) + Row::bytes(piece.column), Row::bytes(w.n),
                         w.scale == nullptr ? nullptr : w.scale + piece.column, w.rows, w.n, piece.columns, begin,
                         std::min(begin + blocks, lists.blocks()), out, out_stride, static_cast<float*>(start)};
         with_simd([&](auto simd) { by<simd, Row>(way, tile); });

@@ -34,39 +34,33 @@ NMSPARSE_INLINE void put_in_order(Floats* vectors) {
     }
 }
 
-// Numbers. SCALED where they stand for integers; STRIP, where it is not 0, says how many vectors go together.
-template <bool OF_INTEGERS, int VECTORS_OF_STRIP>
+// A number of columns is read at once, VECTORS, of which so many are in a line of the cache.
 struct FloatRow {
-    static constexpr bool SCALED = OF_INTEGERS;
-    static constexpr int STRIP = VECTORS_OF_STRIP, VECTORS = 1, VECTORS_OF_LINE = 1;
+    static constexpr bool SCALED = false;
+    static constexpr int VECTORS = 1, VECTORS_OF_LINE = 1;
 
-    NMSPARSE_INLINE static Byte const* at(Byte const* row, int64_t c) { return row + c * sizeof(float); }
-    NMSPARSE_INLINE static float one(Byte const* row, int64_t c) { return reinterpret_cast<float const*>(row)[c]; }
+    static constexpr int64_t bytes(int64_t columns) { return columns * sizeof(float); }
     template <Simd>
     NMSPARSE_INLINE static void read(Byte const* row, int64_t c, Floats* to) {
         *to = cpu::at(reinterpret_cast<float const*>(row) + c);
     }
 };
 
-// Integers of BITS; those of a byte begin in its lowest bits.
+// Integers of BITS; those of a byte begin in its lowest bits. A number of columns that is asked for fills its bytes.
 template <int BITS>
 struct IntegerRow {
     static constexpr bool SCALED = true;
-    static constexpr int STRIP = 32 / BITS, VECTORS = STRIP, VECTORS_OF_LINE = STRIP;
+    static constexpr int VECTORS = 32 / BITS, VECTORS_OF_LINE = VECTORS;
 
-    NMSPARSE_INLINE static Byte const* at(Byte const* row, int64_t c) { return row + c * BITS / 8; }
-    NMSPARSE_INLINE static float one(Byte const* row, int64_t c) {
-        int const left = 8 - BITS - c * BITS % 8;
-        return static_cast<float>(static_cast<int8_t>(row[c * BITS / 8] << left) >> (8 - BITS));
-    }
+    static constexpr int64_t bytes(int64_t columns) { return columns * BITS / 8; }
     // AVX-512 looks up sixteen integers of four bits at once, by the lowest bits of each word.
     template <Simd S>
     NMSPARSE_INLINE static void read(Byte const* row, int64_t c, Floats* to) {
         constexpr Floats NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
         Ints words;
-        std::memcpy(&words, at(row, c), sizeof words);
+        std::memcpy(&words, row + bytes(c), sizeof words);
 #pragma GCC unroll 8
-        for (int k = 0; k < STRIP; ++k)
+        for (int k = 0; k < VECTORS; ++k)
             if constexpr (BITS == 4 && S == Simd::AVX512)
                 to[k] = __builtin_shuffle(NUMBERS, words >> BITS * k);
             else
