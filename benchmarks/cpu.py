@@ -1,6 +1,10 @@
-"""The op's kernel for CPUs beside ONNX Runtime's dense MatMul, on this machine.
+"""The op's kernel for CPUs beside ONNX Runtime's dense product, on this machine.
 
     make cpu-op && python benchmarks/cpu.py --json cpu.json
+
+With `--weights int8` or `int4`, in blocks of 128, the dense product is ONNX Runtime's fastest with weights of as many
+bits: MatMulNBits at accuracy level 4, for int8 DynamicQuantizeMatMul too. Both round activations to eight bits; ours do
+not.
 
 The sessions of a shape take turns, so that what else the machine does meets all of them; no thread spins while it
 waits. A cell is dense time / our time: the median of the ratios of neighbours, and their quartiles. It prints a table
@@ -12,44 +16,74 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx.helper
 import onnxruntime
+import torch
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
 from rich.console import Console
 from rich.table import Table
 
 from converter import json_rows
-from converter.graph.op import DOMAIN, OP, OPSET, VERSION
-from converter.runtimes.onnxruntime import library
+from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
+from converter.runtimes.onnxruntime import ACCURACY, library
+from converter.sparsity.quantize import BITS, Storage
 
 app = App(help_format="plaintext")
 SECONDS = 1.0  # of dense time for a shape and number of tokens, within the rounds
 ROUNDS = (7, 40)
 # What is wanted of a token alone, and of many, dense time / our time.
-ONE_TOKEN, MANY = {"2:4": 1.95, "8:16": 1.95, "1:4": 3.5}, 0.93
+HALF = ("2:4", "8:16")
+GOALS = {
+    "dtype": {"2:4": 1.95, "8:16": 1.95, "1:4": 3.5},
+    "int8": dict.fromkeys(HALF, 1.4),
+    "int4": dict.fromkeys(HALF, 1.2),
+}
+MANY = 0.93
+BLOCK = 128
+INTEGERS = {"int8": np.int8, "int4": ml_dtypes.int4}
+DENSE = {"dtype": ("MatMul",), "int8": ("DynamicQuantizeMatMul", "MatMulNBits"), "int4": ("MatMulNBits",)}
 
 
-def made(w: np.ndarray, pattern: str, kernel: Path, threads: int) -> onnxruntime.InferenceSession:
-    """Return a session of one node: the op, or MatMul where there is no pattern."""
+def made(w: np.ndarray, what: str, weights: str, kernel: Path, threads: int) -> onnxruntime.InferenceSession:
+    """Return a session of one product: the op where `what` is a pattern, else ONNX Runtime's."""
     k, n = w.shape
-    node = onnx.helper.make_node("MatMul", ["X", "W"], ["Y"])
-    if pattern:
-        keep, group = map(int, pattern.split(":"))
+    block = 0 if what == "DynamicQuantizeMatMul" else BLOCK
+    stored = {"W": w}
+    if weights != "dtype":
+        whole, scale = Storage(bits=BITS[weights], block=block).quantized(torch.from_numpy(w))
+        stored = {"W": whole.numpy().astype(INTEGERS[weights]), "scale": scale.numpy()}
+    make = onnx.helper.make_node
+    if ":" in what:
+        keep, group = map(int, what.split(":"))
         attributes = {"keep": keep, "group": group, "shift_mode": "none", "variance": 0}
-        node = onnx.helper.make_node(OP, ["X", "W"], ["Y"], domain=DOMAIN, **attributes)
-    make = onnx.helper.make_tensor_value_info
-    x, y = make("X", 1, ["tokens", k]), make("Y", 1, ["tokens", n])
-    graph = onnx.helper.make_graph([node], "one", [x], [y], [onnx.numpy_helper.from_array(w, "W")])
-    domains = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)]
+        names = [{"weight_scale": "scale"}.get(name, name) for name in INPUTS]
+        nodes = [make(OP, [n if n in {"X", *stored} else "" for n in names], ["Y"], domain=DOMAIN, **attributes)]
+    elif what == "DynamicQuantizeMatMul":
+        stored["scale"] = stored["scale"].reshape(n)
+        nodes = [make(what, ["X", "W", "scale"], ["Y"], domain="com.microsoft")]
+    elif what == "MatMulNBits":  # which ONNX Runtime makes of these two
+        nodes = [
+            make("DequantizeLinear", ["W", "scale"], ["D"], axis=0, block_size=block),
+            make("MatMul", ["X", "D"], ["Y"]),
+        ]
+    else:
+        nodes = [make(what, ["X", "W"], ["Y"])]
+    value = onnx.helper.make_tensor_value_info
+    x, y = value("X", 1, ["tokens", k]), value("Y", 1, ["tokens", n])
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()]
+    graph = onnx.helper.make_graph(nodes, "one", [x], [y], initializers)
+    domains = [onnx.helper.make_opsetid(*d) for d in (("", OPSET), (DOMAIN, VERSION), ("com.microsoft", 1))]
     model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=11)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(ACCURACY, "4")
     options.register_custom_ops_library(str(kernel.resolve()))
     return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
 
@@ -67,10 +101,11 @@ def main(
     shapes: str = "2048x8192,8192x2048,4096x14336",
     tokens: str = "1,2,4,8,16,32,64,128,512",
     patterns: str = "2:4,8:16,1:4",
+    weights: Literal["dtype", "int8", "int4"] = "dtype",
     threads: str = "1,2",
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
-    """Measure layers of `shapes` (in x out), in float32."""
+    """Measure layers of `shapes` (in x out), in float32, with weights in that or in integers."""
     kernel = library()
     if kernel is None:
         sys.exit("benchmarks/cpu.py: the op's library must be built, got none. Run make cpu-op.")
@@ -81,7 +116,8 @@ def main(
         k, n = map(int, size.split("x"))
         w = generator.standard_normal((k, n), np.float32)
         for cores in map(int, threads.split(",")):
-            sessions = [made(w, pattern, kernel, cores) for pattern in ("", *names)]
+            peers = DENSE[weights]
+            sessions = [made(w, what, weights, kernel, cores) for what in (*peers, *names)]
             for count in map(int, tokens.split(",")):
                 x = generator.standard_normal((count, k), np.float32)
                 first = min(seconds(sessions[0], x) for _ in range(2))
@@ -89,12 +125,15 @@ def main(
                 for session in sessions:
                     seconds(session, x)
                 times = np.array([[seconds(session, x) for session in sessions] for _ in range(rounds)])
-                low, middle, high = np.quantile(times[:, :1] / times[:, 1:], (0.25, 0.5, 0.75), axis=0)
+                best = int(np.median(times[:, : len(peers)], axis=0).argmin())
+                dense, ours = times[:, best : best + 1], times[:, len(peers) :]
+                low, middle, high = np.quantile(dense / ours, (0.25, 0.5, 0.75), axis=0)
                 cells = [f"{m:.2f} ({a:.2f} to {b:.2f})" for a, m, b in zip(low, middle, high, strict=True)]
-                table.add_row(size, str(cores), str(count), f"{np.median(times[:, 0]) * 1e3:.2f}", *cells)
+                table.add_row(size, str(cores), str(count), f"{np.median(dense) * 1e3:.2f}", *cells)
                 for pattern, ratio in zip(names, middle, strict=True):
-                    name = f"CPU, float32, {size}, {pattern}, {count} tokens, {cores} threads: dense time / our time"
-                    goal = ONE_TOKEN.get(pattern) if count == 1 else MANY
+                    call = f"{size}, {pattern}, {count} tokens, {cores} threads"
+                    name = f"CPU, {'float32' if weights == 'dtype' else weights}, {call}: dense time / our time"
+                    goal = GOALS[weights].get(pattern) if count == 1 else MANY
                     lines.append(json_rows.row(name, float(ratio), "ratio", goal))
             del sessions
     Console(width=120).print(table)

@@ -115,44 +115,82 @@ struct Eight {
     bool first, last;
 };
 
+// Asks for a strip of the next eight rows.
+template <class Row, int VECTORS>
+NMSPARSE_INLINE void ask(Eight const& eight, int64_t c) {
+#pragma GCC unroll 8
+    for (int r = 0; r < STEP; ++r)
+#pragma GCC unroll 2
+        for (int v = 0; v < VECTORS; v += Row::VECTORS_OF_LINE)
+            __builtin_prefetch(eight.next[r] + Row::bytes(c + v * LANES), 0, 2);
+}
+
+template <Simd S, class Row, int VECTORS>
+NMSPARSE_INLINE void read(Byte const* row, int64_t c, Floats* to) {
+#pragma GCC unroll 2
+    for (int v = 0; v < VECTORS; v += Row::VECTORS) Row::template read<S>(row, c + v * LANES, to + v);
+}
+
+// Leaves the sum of a strip where the next eight rows find it, or adds it where they were the last of their block.
+template <class Row, int VECTORS, bool LAST>
+NMSPARSE_INLINE void leave(Floats* sum, float const* scale, int64_t c, float* carried, float* sums) {
+    if (LAST) put_in_order<Row::VECTORS>(sum);
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v)
+        if (LAST)
+            at(sums + v * LANES) += scaled<Row>(sum[v], scale, c + v * LANES);
+        else
+            at(carried + v * LANES) = sum[v];
+}
+
 // Multiplies whole strips of eight rows, which are held in registers, as many as fit, for all tokens.
 template <Simd S, class Row, bool FIRST, bool LAST>
 NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
     constexpr int ROWS = Registers<S, Row>::ROWS, VECTORS = Registers<S, Row>::VECTORS;
     constexpr int64_t WIDTH = VECTORS * LANES;
     for (int64_t c = 0; c < columns; c += WIDTH, carried += tokens * WIDTH, sums += tokens * WIDTH) {
-#pragma GCC unroll 8
-        for (int r = 0; r < STEP; ++r)
-#pragma GCC unroll 2
-            for (int v = 0; v < VECTORS; v += Row::VECTORS_OF_LINE)
-                __builtin_prefetch(eight.next[r] + Row::bytes(c + v * LANES), 0, 2);
+        ask<Row, VECTORS>(eight, c);
 #pragma GCC unroll 4
         for (int begin = 0; begin < STEP; begin += ROWS) {
             Floats row[ROWS][VECTORS];
 #pragma GCC unroll 8
-            for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 2
-                for (int v = 0; v < VECTORS; v += Row::VECTORS)
-                    Row::template read<S>(eight.w[begin + r], c + v * LANES, row[r] + v);
+            for (int r = 0; r < ROWS; ++r) read<S, Row, VECTORS>(eight.w[begin + r], c, row[r]);
             float const* value = eight.values + begin;
             for (int64_t t = 0; t < tokens; ++t, value += STEP) {
+                float* const own = carried + t * WIDTH;
                 Floats sum[VECTORS];
 #pragma GCC unroll 8
-                for (int v = 0; v < VECTORS; ++v)
-                    sum[v] = FIRST && begin == 0 ? Floats{} : at(carried + t * WIDTH + v * LANES);
+                for (int v = 0; v < VECTORS; ++v) sum[v] = FIRST && begin == 0 ? Floats{} : at(own + v * LANES);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
                     for (int v = 0; v < VECTORS; ++v) sum[v] += row[r][v] * value[r];
-                if (LAST && begin + ROWS == STEP) put_in_order<Row::VECTORS>(sum);
-#pragma GCC unroll 8
-                for (int v = 0; v < VECTORS; ++v)
-                    if (LAST && begin + ROWS == STEP)
-                        at(sums + t * WIDTH + v * LANES) += scaled<Row>(sum[v], eight.scale, c + v * LANES);
-                    else
-                        at(carried + t * WIDTH + v * LANES) = sum[v];
+                if (LAST && begin + ROWS == STEP)
+                    leave<Row, VECTORS, true>(sum, eight.scale, c, own, sums + t * WIDTH);
+                else
+                    leave<Row, VECTORS, false>(sum, eight.scale, c, own, sums + t * WIDTH);
             }
         }
+    }
+}
+
+// The same for one token, whose sum is held instead.
+template <Simd S, class Row, bool FIRST, bool LAST>
+NMSPARSE_INLINE void multiply_alone(Eight const& eight, int64_t columns, float* carried, float* sums) {
+    constexpr int VECTORS = Registers<S, Row>::VECTORS;
+    for (int64_t c = 0; c < columns; c += VECTORS * LANES) {
+        ask<Row, VECTORS>(eight, c);
+        Floats sum[VECTORS];
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v) sum[v] = FIRST ? Floats{} : at(carried + c + v * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < STEP; ++r) {
+            Floats row[VECTORS];
+            read<S, Row, VECTORS>(eight.w[r], c, row);
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) sum[v] += row[v] * eight.values[r];
+        }
+        leave<Row, VECTORS, LAST>(sum, eight.scale, c, carried + c, sums + c);
     }
 }
 
@@ -160,7 +198,10 @@ template <Simd S, class Row>
 void multiply_strips(Eight const& eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
     auto const run = [&](auto first, auto last) {
         compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-            multiply_rows<S, Row, first, last>(eight, tokens, columns, carried, sums);
+            if (tokens == 1)
+                multiply_alone<S, Row, first, last>(eight, columns, carried, sums);
+            else
+                multiply_rows<S, Row, first, last>(eight, tokens, columns, carried, sums);
         });
     };
     if (eight.first)
