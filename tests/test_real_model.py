@@ -92,6 +92,20 @@ def test_perplexity_is_that_of_the_reference(
     assert found["dense"] * 1.3 < found["sparse"] < found["dense"] * 4
 
 
+def test_weights_of_eight_bits_cost_next_to_nothing(
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]], smol: Path, wikitext: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "int8"
+    assert nmsparse("export", smol, out, "--weights", "int8").returncode == 0
+    assert (out / "model.onnx.data").stat().st_size < 0.28e9  # the embedding in float32, all else a byte and a scale
+    found = [
+        json.loads(nmsparse("perplexity", folder, "--text", wikitext, "--tokens", 1024, "--json").stdout)["perplexity"]
+        for folder in (smol, out)
+    ]
+    assert found[1] == pytest.approx(found[0], rel=0.03)
+    assert found[1] != found[0]
+
+
 def written(smol: Path) -> list[int]:
     """Return the tokens that the model writes on from the prompt."""
     model, tokenizer = load(smol), Checkpoint("", None, smol).tokenizer()
