@@ -24,6 +24,7 @@ from converter.graph.trace import signature
 from converter.plan import find_blocks
 from converter.runtimes.onnxruntime import VARIABLE
 from converter.sparsity.linear import Params, Phases, install
+from converter.sparsity.quantize import Storage
 
 FAMILIES = {
     "llama": {},
@@ -313,4 +314,4 @@ def _parity(source: Path, out: Path, phases: Phases) -> Parity:
         if isinstance(module, torch.nn.Linear) and name != "lm_head"
     }
     ids = torch.randint(3, 200, (1, 48), generator=torch.Generator().manual_seed(0))
-    return validate(out, checkpoint.model(), params, "float32", phases, ids)
+    return validate(out, checkpoint.model(), params, Storage(), phases, ids)

