@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from converter import json_rows
+from converter.graph.dense import dense
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
 from converter.runtimes.onnxruntime import ACCURACY, library
 from converter.sparsity.quantize import BITS, Storage
@@ -59,27 +60,22 @@ def made(w: np.ndarray, what: str, weights: str, kernel: Path, threads: int) -> 
         whole, scale = Storage(bits=BITS[weights], block=block).quantized(torch.from_numpy(w))
         stored = {"W": whole.numpy().astype(INTEGERS[weights]), "scale": scale.numpy()}
     make = onnx.helper.make_node
-    if ":" in what:
-        keep, group = map(int, what.split(":"))
+    if what == "DynamicQuantizeMatMul":
+        stored["scale"] = stored["scale"].reshape(n)
+        nodes = [make(what, ["X", "W", "scale"], ["Y"], domain="com.microsoft")]
+    else:
+        keep, group = map(int, what.split(":")) if ":" in what else (1, 1)
         attributes = {"keep": keep, "group": group, "shift_mode": "none", "variance": 0}
         names = [{"weight_scale": "scale"}.get(name, name) for name in INPUTS]
         nodes = [make(OP, [n if n in {"X", *stored} else "" for n in names], ["Y"], domain=DOMAIN, **attributes)]
-    elif what == "DynamicQuantizeMatMul":
-        stored["scale"] = stored["scale"].reshape(n)
-        nodes = [make(what, ["X", "W", "scale"], ["Y"], domain="com.microsoft")]
-    elif what == "MatMulNBits":  # which ONNX Runtime makes of these two
-        nodes = [
-            make("DequantizeLinear", ["W", "scale"], ["D"], axis=0, block_size=block),
-            make("MatMul", ["X", "D"], ["Y"]),
-        ]
-    else:
-        nodes = [make(what, ["X", "W"], ["Y"])]
     value = onnx.helper.make_tensor_value_info
     x, y = value("X", 1, ["tokens", k]), value("Y", 1, ["tokens", n])
     initializers = [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()]
     graph = onnx.helper.make_graph(nodes, "one", [x], [y], initializers)
     domains = [onnx.helper.make_opsetid(*d) for d in (("", OPSET), (DOMAIN, VERSION), ("com.microsoft", 1))]
     model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=11)
+    if what in {"MatMul", "MatMulNBits"}:
+        model = dense(model)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -126,10 +122,10 @@ def main(
                     seconds(session, x)
                 times = np.array([[seconds(session, x) for session in sessions] for _ in range(rounds)])
                 best = int(np.median(times[:, : len(peers)], axis=0).argmin())
-                dense, ours = times[:, best : best + 1], times[:, len(peers) :]
-                low, middle, high = np.quantile(dense / ours, (0.25, 0.5, 0.75), axis=0)
+                theirs, ours = times[:, best : best + 1], times[:, len(peers) :]
+                low, middle, high = np.quantile(theirs / ours, (0.25, 0.5, 0.75), axis=0)
                 cells = [f"{m:.2f} ({a:.2f} to {b:.2f})" for a, m, b in zip(low, middle, high, strict=True)]
-                table.add_row(size, str(cores), str(count), f"{np.median(dense) * 1e3:.2f}", *cells)
+                table.add_row(size, str(cores), str(count), f"{np.median(theirs) * 1e3:.2f}", *cells)
                 for pattern, ratio in zip(names, middle, strict=True):
                     call = f"{size}, {pattern}, {count} tokens, {cores} threads"
                     name = f"CPU, {'float32' if weights == 'dtype' else weights}, {call}: dense time / our time"

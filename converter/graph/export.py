@@ -144,10 +144,14 @@ def _attach_weights(
         bias = checkpoint.read(f"{layer}.bias").to(dtype).float() if f"{layer}.bias" in checkpoint.files else None
         return bake(weight, bias, params[layer])
 
+    @lru_cache(maxsize=1)
+    def integers(layer: str) -> tuple[Tensor, Tensor]:
+        return storage.quantized(baked(layer).weight)
+
     def content(name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
         layer, _, part = name.rpartition(".")
         if layer in params and storage.bits and part in {"weight", "weight_scale"}:
-            tensor = storage.quantized(baked(layer).weight)[part == "weight_scale"]
+            tensor = integers(layer)[part == "weight_scale"]
         elif layer in params:
             own: Tensor | None = getattr(baked(layer), part)
             tensor = _neutral(part, shape) if own is None else own

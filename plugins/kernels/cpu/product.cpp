@@ -7,8 +7,9 @@
 // registers, so that dropped rows cost nothing.
 //
 // A sum has three levels (the rows of a block, a run of blocks, all runs), so that its error is below that of a GEMM's
-// long chains. The scale of integers is applied to the sum of a block, whose rows share it. What is added to what depends on the pruned numbers alone: not on the way, the tile, the other tokens or
-// the threads. (A row times zero changes no sum, unless W holds Inf or NaN, which HELD shows as a dense product does.)
+// long chains. The scale of integers is applied to the sum of a block, whose rows share it. What is added to what
+// depends on the pruned numbers alone: not on the way, the tile, the other tokens or the threads. (A row times zero
+// changes no sum, unless W holds Inf or NaN, which HELD shows as a dense product does.)
 #include <algorithm>
 #include <memory>
 #include <vector>
