@@ -14,12 +14,14 @@ from converter.runtimes.layer import PATHS, Arguments, LayerLibrary, filled, str
 GEMV, SPARSE, DENSE = PATHS
 COMMON = ("x", "channel_scale", "shift", "eta", "permutation")
 ARGS: dict[str, Any] = {
-    "pack": structure((*COMMON, "values", "metadata", "nu"), ("tokens", "padded", "k", "keep", "order")),
-    "select": structure((*COMMON, "rows", "values", "pruned", "z", "kept"), ("tokens", "k", "keep", "group")),
+    "pack": structure((*COMMON, "values", "metadata", "z", "kept"), ("tokens", "padded", "k", "keep", "order")),
+    "select": structure((*COMMON, "pruned", "z", "kept"), ("tokens", "k", "keep", "group")),
     "token_shift": structure(("x", "eta"), ("tokens", "k"), ("median",)),
     "token_scale": structure(("z", "kept", "nu"), ("tokens", "parts")),
-    "gemv": structure(("rows", "values", "w", "partial"), ("tokens", "length", "n", "splits")),
-    "gemv_sum": structure(("partial", "nu", "eta", "row_sum", "bias", "y"), ("tokens", "n", "splits")),
+    "gemv": structure(("x", "w", *COMMON[1:], "partial", "z", "kept"), ("tokens", "k", "n", "keep", "group")),
+    "gemv_sum": structure(
+        ("partial", "z", "kept", "eta", "row_sum", "bias", "y"), ("tokens", "n", "splits", "parts")
+    ),
 }
 MMA, WGMMA = range(2)  # the orders of metadata
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from converter.sparsity.linear import SHIFT_MODES, Params, SparseLinear, bake, prune, token_scale, token_shift
 
 DTYPES = [torch.float16, torch.bfloat16]
-PLACES = 1024  # of a block of Select
+PLACES, PART = 1024, 256  # of a block of Select and Pack, and of one of Gemv
 BLOCKS = {MMA: (32, 32), WGMMA: (64, 128)}  # tokens and channels of a block of metadata
 
 
@@ -85,10 +85,11 @@ def test_pack_is_the_pruned_input(
     padded, words = (-(-size // block) * block for size, block in zip((tokens, k), BLOCKS[order], strict=True))
     values = torch.full((padded, k // 2), 7, dtype=dtype)
     metadata = torch.full((words // 32 * padded,), -1, dtype=torch.int32)
-    nu = torch.full((padded,), 7.0)
+    moments, nu = torch.full((2, padded, -(-k // PLACES), 3), 7.0), torch.full((padded,), 7.0)
     kernel = given_to_kernel(x, params)
     shape = {"tokens": tokens, "padded": padded, "k": k, "keep": keep, "order": order}
-    native.run("pack", dtype, **kernel, values=values, metadata=metadata, nu=nu, **shape)
+    native.run("pack", dtype, **kernel, values=values, metadata=metadata, z=moments[0], kept=moments[1], **shape)
+    native.run("token_scale", z=moments[0], kept=moments[1], nu=nu, tokens=padded, parts=moments.shape[2])
     z, zs, _ = prune(x.float(), params)
     expected = in_places(zs, params).to(dtype)
     assert_same_bits(native.uncompress(values, metadata, k, order)[:tokens], expected)
@@ -102,38 +103,46 @@ def test_pack_is_the_pruned_input(
 @pytest.mark.parametrize(("keep", "group"), [(8, 16), (2, 4), (5, 16), (1, 2), (16, 32), (3, 100), (200, 600)])
 @pytest.mark.parametrize("shift_mode", ["none", "static", "token_median"])
 @pytest.mark.parametrize("permuted", [False, True])
-def test_select_lists_and_prunes_as_the_reference(
+def test_select_prunes_as_the_reference(
     native: Native, dtype: torch.dtype, keep: int, group: int, shift_mode: str, permuted: bool
 ) -> None:
     tokens, k = 5, 2400 if 2400 % group == 0 else 2048
     x, params = awkward(tokens, k, dtype), the_params(keep, group, k, shift_mode, permuted)
-    length, parts = k // group * keep, -(-k // (PLACES // group * group))
-    rows, values = torch.full((tokens, length), -1, dtype=torch.int32), torch.full((tokens, length), 7.0)
     pruned = torch.full((tokens, k), 7, dtype=dtype)
-    moments = torch.empty(2, tokens, parts, 3)
-    nu = torch.empty(tokens)
-    kernel = given_to_kernel(x, params)
-    native.run(
-        "select",
-        dtype,
-        **kernel,
-        rows=rows,
-        values=values,
-        pruned=pruned,
-        z=moments[0],
-        kept=moments[1],
-        tokens=tokens,
-        k=k,
-        keep=keep,
-        group=group,
-    )
-    native.run("token_scale", z=moments[0], kept=moments[1], nu=nu, tokens=tokens, parts=parts)
+    moments, nu = torch.empty(2, tokens, -(-k // (PLACES // group * group)), 3), torch.empty(tokens)
+    kernel, shape = given_to_kernel(x, params), {"tokens": tokens, "k": k, "keep": keep, "group": group}
+    native.run("select", dtype, **kernel, pruned=pruned, z=moments[0], kept=moments[1], **shape)
+    native.run("token_scale", z=moments[0], kept=moments[1], nu=nu, tokens=tokens, parts=moments.shape[2])
     z, zs, _ = prune(x.float(), params)
-    expected = in_places(zs, params).to(dtype)
-    assert_same_bits(pruned, expected)
-    assert (rows.diff() > 0).all()
-    listed = torch.zeros(tokens, k).scatter(1, rows.long(), values)
-    assert_same_bits(listed, expected.float())
+    assert_same_bits(pruned, in_places(zs, params).to(dtype))
+    torch.testing.assert_close(nu, token_scale(z, zs)[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("keep", "group"), [(8, 16), (2, 4), (5, 16), (1, 2), (16, 32), (3, 100), (200, 600)])
+@pytest.mark.parametrize("shift_mode", ["none", "static", "token_median"])
+@pytest.mark.parametrize("permuted", [False, True])
+def test_gemv_reads_the_kept_rows_and_no_other(
+    native: Native, dtype: torch.dtype, keep: int, group: int, shift_mode: str, permuted: bool
+) -> None:
+    """Of a W of zeros with one row of ones each column tells which row was read, and as what number."""
+    k = 2400 if 2400 % group == 0 else 2048
+    part = max(PART // group * group, group)
+    x, params = awkward(5, k, dtype), the_params(keep, group, k, shift_mode, permuted)
+    z, zs, _ = prune(x.float(), params)
+    expected = in_places(zs, params).to(dtype).float()
+    splits, kernel = -(-k // part), given_to_kernel(x, params)
+    for first in range(0, k, 512):
+        w = torch.eye(k, dtype=dtype)[:, first : first + 512].contiguous()
+        n = w.shape[1]
+        partial, moments = torch.full((5, splits, n), torch.nan), torch.full((2, 5, splits, 3), torch.nan)
+        shape = {"tokens": 5, "k": k, "n": n, "keep": keep, "group": group}
+        native.run("gemv", dtype, **kernel, w=w, partial=partial, z=moments[0], kept=moments[1], **shape)
+        # A row with Inf or NaN gives NaN wherever W is 0: such tokens are seen in their own columns only.
+        finite = zs.isfinite().all(-1)
+        assert torch.equal(partial.sum(1)[finite], expected[finite, first : first + 512])
+    nu = torch.empty(5)
+    native.run("token_scale", z=moments[0], kept=moments[1], nu=nu, tokens=5, parts=splits)
     torch.testing.assert_close(nu, token_scale(z, zs)[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
@@ -165,55 +174,25 @@ def test_token_median_of_any_bits(native: Native, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("tokens", "k", "n"), [(1, 576, 1536), (3, 1536, 576), (8, 64, 8), (2, 96, 264)])
-@pytest.mark.parametrize("splits", [1, 3])
 @pytest.mark.parametrize("shift_mode", ["none", "token_median"])
-def test_decode_is_the_layer(
-    native: Native, dtype: torch.dtype, tokens: int, k: int, n: int, splits: int, shift_mode: str
-) -> None:
+def test_decode_is_the_layer(native: Native, dtype: torch.dtype, tokens: int, k: int, n: int, shift_mode: str) -> None:
     generator = torch.Generator().manual_seed(k)
     params = the_params(8, 16, k, shift_mode, permuted=True)
     weight, bias = torch.randn(n, k, generator=generator).to(dtype), torch.randn(n, generator=generator)
     x = (torch.randn(tokens, k, generator=generator) + 0.3).to(dtype)
     baked = bake(weight.float(), bias, params)
-    length, parts = k // 2, -(-k // PLACES)
-    rows, values = torch.empty(tokens, length, dtype=torch.int32), torch.empty(tokens, length)
-    moments, nu, eta = torch.empty(2, tokens, parts, 3), torch.empty(tokens), torch.empty(tokens)
-    kernel = given_to_kernel(x, params)
+    kernel, splits = given_to_kernel(x, params), -(-k // PART)
     if shift_mode == "token_median":
-        native.run("token_shift", dtype, x=x, eta=eta, tokens=tokens, k=k, median=True)
-        kernel["eta"] = eta
-    native.run(
-        "select",
-        dtype,
-        **kernel,
-        rows=rows,
-        values=values,
-        z=moments[0],
-        kept=moments[1],
-        tokens=tokens,
-        k=k,
-        keep=8,
-        group=16,
-    )
-    native.run("token_scale", z=moments[0], kept=moments[1], nu=nu, tokens=tokens, parts=parts)
+        kernel["eta"] = torch.empty(tokens)
+        native.run("token_shift", dtype, x=x, eta=kernel["eta"], tokens=tokens, k=k, median=True)
     w = baked.weight[params.permutation].to(dtype).contiguous()  # the rows of W in the order of the places
-    partial, y = torch.full((tokens, splits, n), torch.nan), torch.empty(tokens, n, dtype=dtype)
-    native.run(
-        "gemv", dtype, rows=rows, values=values, w=w, partial=partial, tokens=tokens, length=length, n=n, splits=splits
-    )
-    native.run(
-        "gemv_sum",
-        dtype,
-        partial=partial,
-        nu=nu,
-        eta=kernel["eta"],
-        row_sum=baked.row_sum,
-        bias=baked.bias,
-        y=y,
-        tokens=tokens,
-        n=n,
-        splits=splits,
-    )
+    partial, moments = torch.full((tokens, splits, n), torch.nan), torch.full((2, tokens, splits, 3), torch.nan)
+    y = torch.empty(tokens, n, dtype=dtype)
+    shape = {"tokens": tokens, "k": k, "n": n, "keep": 8, "group": 16}
+    native.run("gemv", dtype, **kernel, w=w, partial=partial, z=moments[0], kept=moments[1], **shape)
+    of_parts = {"partial": partial, "z": moments[0], "kept": moments[1], "splits": splits, "parts": splits}
+    of_columns = {"eta": kernel["eta"], "row_sum": baked.row_sum, "bias": baked.bias}
+    native.run("gemv_sum", dtype, **of_parts, **of_columns, y=y, tokens=tokens, n=n)
     # In float64, but with the pruned input as T has it: that is what the kernel multiplies.
     z, zs, shift = prune(x.float(), params)
     expected = (zs.to(dtype).double() @ weight.double().t()) * token_scale(z, zs).double() + bias
@@ -279,14 +258,9 @@ def test_layer_is_the_reference_on_every_path(
 def test_gemv_never_reads_a_dropped_row(native: Native) -> None:
     k, n = 64, 16
     x, params = torch.randn(1, k).half(), Params(2, 4)
-    rows, values = torch.empty(1, k // 2, dtype=torch.int32), torch.empty(1, k // 2)
-    native.run(
-        "select", torch.float16, **given_to_kernel(x, params), rows=rows, values=values, tokens=1, k=k, keep=2, group=4
-    )
+    _, zs, _ = prune(x.float(), params)
     w = torch.full((k, n), torch.nan, dtype=torch.float16)
-    w[rows[0].long()] = 1
+    w[zs[0] != 0] = 1
     partial = torch.empty(1, 1, n)
-    native.run(
-        "gemv", torch.float16, rows=rows, values=values, w=w, partial=partial, tokens=1, length=k // 2, n=n, splits=1
-    )
-    torch.testing.assert_close(partial[0, 0], values.sum().expand(n))
+    native.run("gemv", torch.float16, **given_to_kernel(x, params), w=w, partial=partial, tokens=1, k=k, n=n, keep=2, group=4)
+    torch.testing.assert_close(partial[0, 0], zs.sum().expand(n))

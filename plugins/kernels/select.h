@@ -15,6 +15,35 @@ NMSPARSE_DEVICE float score(float z, float channel_scale) {
 // Whether the channel at place `i` with score `a` goes before the one at `j` with `b`: ties go to the lower place.
 NMSPARSE_DEVICE bool before(float a, int i, float b, int j) { return a > b || (a == b && i < j); }
 
+// z of a token's channel, for the Args of any kernel.
+template <class Args>
+NMSPARSE_DEVICE float shifted(Args const& args, int token, int channel) {
+    float const x = widen(args.x[int64_t(token) * args.k + channel]);
+    if (args.eta != nullptr) return x - args.eta[token];
+    return args.shift != nullptr ? x - args.shift[channel] : x;
+}
+
+// Whether the channel `i` of `scores`, which begin with a whole group, is kept in its group of GROUP; 0 is any group.
+template <int GROUP = 0>
+NMSPARSE_DEVICE bool is_kept(float const* scores, int i, int group, int keep) {
+    int const size = GROUP == 0 ? group : GROUP, begin = i / size * size;
+    int rank = 0;
+#pragma unroll
+    for (int j = begin; j < begin + size; ++j) rank += before(scores[j], j, scores[i], i);
+    return rank < keep;
+}
+
+// The same, with a loop of known length for the groups that are common.
+NMSPARSE_DEVICE bool is_kept_of(float const* scores, int i, int group, int keep) {
+    switch (group) {
+        case 4: return is_kept<4>(scores, i, group, keep);
+        case 8: return is_kept<8>(scores, i, group, keep);
+        case 16: return is_kept<16>(scores, i, group, keep);
+        case 32: return is_kept<32>(scores, i, group, keep);
+        default: return is_kept(scores, i, group, keep);
+    }
+}
+
 // nu = sqrt(Var(z) / max(Var(zs), floor)), arXiv:2509.22166 eq. (5); NaN passes.
 NMSPARSE_DEVICE float token_scale(Moments const& z, Moments const& kept) {
     float const variance = kept.variance();

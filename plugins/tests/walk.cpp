@@ -74,12 +74,37 @@ cudaError_t dense_gemm(Tile, Gemm const& args, cudaStream_t) {
     return cudaSuccess;
 }
 
+template <class T>
+cudaError_t dense_gemm_sm90(Tile, Gemm const& args, cudaStream_t) {
+    multiply(static_cast<T const*>(args.a), args);
+    return cudaSuccess;
+}
+
+template <class T>
+cudaError_t skinny_gemm_sm90(Gemm const& args, cudaStream_t) {
+    int const part = args.k / args.splits;
+    auto const *a = static_cast<T const*>(args.a), *w = static_cast<T const*>(args.w);
+    for (int token = 0; token < args.tokens; ++token)
+        for (int split = 0; split < args.splits; ++split)
+            for (int column = 0; column < args.n; ++column) {
+                float sum = 0;
+                for (int i = part * split; i < part * (split + 1); ++i)
+                    sum += widen(a[int64_t(token) * args.k + i]) * widen(w[int64_t(i) * args.n + column]);
+                args.partial[(int64_t(token) * args.splits + split) * args.n + column] = sum;
+            }
+    return cudaSuccess;
+}
+
 #define INSTANCE(...) template cudaError_t launch<__VA_ARGS__>(__VA_ARGS__::Args const&, cudaStream_t);
 NMSPARSE_KERNELS(INSTANCE)
 template cudaError_t sparse_gemm<__half>(Tile, Gemm const&, cudaStream_t);
 template cudaError_t sparse_gemm<__nv_bfloat16>(Tile, Gemm const&, cudaStream_t);
 template cudaError_t sparse_gemm_sm90<__half>(Tile, Gemm const&, cudaStream_t);
 template cudaError_t sparse_gemm_sm90<__nv_bfloat16>(Tile, Gemm const&, cudaStream_t);
+template cudaError_t dense_gemm_sm90<__half>(Tile, Gemm const&, cudaStream_t);
+template cudaError_t dense_gemm_sm90<__nv_bfloat16>(Tile, Gemm const&, cudaStream_t);
+template cudaError_t skinny_gemm_sm90<__half>(Gemm const&, cudaStream_t);
+template cudaError_t skinny_gemm_sm90<__nv_bfloat16>(Gemm const&, cudaStream_t);
 template cudaError_t dense_gemm<__half>(Tile, Gemm const&, cudaStream_t);
 template cudaError_t dense_gemm<__nv_bfloat16>(Tile, Gemm const&, cudaStream_t);
 

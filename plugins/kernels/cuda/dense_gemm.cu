@@ -3,6 +3,8 @@
 
 namespace nmsparse {
 
+namespace {  // or the linker takes one file's template for the other's
+
 template <class T, Tile TILE, class E = typename Element<T>::type, class Shape = ShapeOf<TILE>>
 using DenseKernel = typename cutlass::gemm::kernel::DefaultGemmWithVisitor<
     E, Row, cutlass::ComplexTransform::kNone, 8, E, Row, cutlass::ComplexTransform::kNone, 8, E, Row, 8, float, float,
@@ -21,6 +23,8 @@ cudaError_t dense_gemm_of(Gemm const& args, cudaStream_t stream) {
     cutlass::Status const status = Adapter::can_implement(arguments);
     return status_of(status == cutlass::Status::kSuccess ? Adapter()(arguments, nullptr, stream) : status);
 }
+
+}  // namespace
 
 template <class T>
 cudaError_t dense_gemm(Tile tile, Gemm const& args, cudaStream_t stream) {

@@ -1,100 +1,188 @@
 // y = nu * (zs W) + eta * row_sum + bias for a few tokens, reading only the rows of W[K, N] that a token keeps.
 //
-// Gemv: a block has 256 columns of one token and a part of its list; a warp takes every eighth row of that part, a
-// lane 8 columns, 16 bytes a row. GemvSum adds the parts in their order, so that the result is the same every time.
+// Gemv: a block has 256 columns of one token and a part of its groups. It chooses the channels of its part itself: they
+// are few, and a kernel of its own for them would take as long as reading the rows. Then a warp takes every eighth row
+// of the list, a lane 8 columns, 16 bytes a row. GemvSum adds the parts in their order, so that the result is the same
+// every time.
 #pragma once
 
-#include "kernel.h"
+#include "../select.h"
 
 namespace nmsparse {
 
+// Adds COUNT moments that lie STRIDE apart into the first, in their order, and returns it.
+template <int COUNT, int STRIDE>
+NMSPARSE_DEVICE Moments const& sum_of(Moments* first) {
+    for (int i = 1; i < COUNT; ++i) first->add(first[i * STRIDE]);
+    return *first;
+}
+
 template <class T>
 struct Gemv {
-    static constexpr int THREADS = 256, PHASES = 2, LANES = 32, WARPS = THREADS / LANES, COLUMNS = 8 * LANES, FLIGHT = 4;
+    static constexpr int THREADS = 256, PHASES = 6, LANES = 32, WARPS = THREADS / LANES, COLUMNS = 8 * LANES, FLIGHT = 8;
+    static constexpr int PLACES = 1024, PART = 256, PARTS = 16;  // places: of the largest part, which is one group then
 
     struct Args {
-        int32_t const* rows;  // [tokens, length]
-        float const* values;  // [tokens, length]
-        T const* w;           // [k, n]
-        float* partial;       // [tokens, splits, n]
-        int tokens, length, n, splits;
+        T const* x;                  // [tokens, k]
+        T const* w;                  // [k, n]
+        float const* channel_scale;  // [k] or null
+        float const* shift;          // [k] or null
+        float const* eta;            // [tokens] or null
+        int32_t const* permutation;  // [k] or null: place -> channel; the rows of W are in the order of the places
+        float* partial;              // [tokens, splits, n]
+        Moments* z;                  // [tokens, splits] or null
+        Moments* kept;               // likewise
+        int tokens, k, n, keep, group;
     };
 
     struct Shared {
+        float z[PLACES], scores[PLACES], values[PLACES];
+        int32_t rows[PLACES];
+        bool keep[PLACES];
+        Moments moments[2][THREADS];  // of z and of what is kept
         float sums[WARPS][COLUMNS];
     };
 
-    static int blocks_x(Args const& args) { return (args.n + COLUMNS - 1) / COLUMNS * args.splits; }
+    // Whole groups.
+    NMSPARSE_DEVICE static int part(int group) { return group < PART ? PART / group * group : group; }
+    NMSPARSE_DEVICE static int splits(int k, int group) { return (k + part(group) - 1) / part(group); }
+    static int blocks_x(Args const& args) { return (args.n + COLUMNS - 1) / COLUMNS * splits(args.k, args.group); }
     static int blocks_y(Args const& args) { return args.tokens; }
 
     template <int PHASE>
     NMSPARSE_DEVICE static void phase(Args const& args, Shared& shared, Place place) {
-        int const split = place.block_x % args.splits, first = place.block_x / args.splits * COLUMNS;
+        int const all = splits(args.k, args.group), split = place.block_x % all, token = place.block_y;
+        int const first = split * part(args.group), column = place.block_x / all * COLUMNS;
+        int const count = args.k - first < part(args.group) ? args.k - first : part(args.group);
         if constexpr (PHASE == 0) {
+            for (int i = place.thread; i < count; i += THREADS) load(args, shared, token, first, i);
+        } else if constexpr (PHASE == 1) {
+            for (int i = place.thread; i < count; i += THREADS) 
+                shared.keep[i] = is_kept_of(shared.scores, i, args.group, args.keep);
+        } else if constexpr (PHASE == 2) {
+            for (int i = place.thread; i < count; i += THREADS) list(args, shared, first, i);
+            if (args.z != nullptr && column == 0) moments(shared, place.thread, count);
+        } else if constexpr (PHASE == 3) {
+            if (args.z != nullptr && column == 0 && place.thread < 2 * PARTS)
+                sum_of<THREADS / PARTS, 1>(shared.moments[place.thread / PARTS] + place.thread % PARTS * (THREADS / PARTS));
+        } else if constexpr (PHASE == 4) {
             int const warp = place.thread / LANES, lane = place.thread % LANES;
             float sums[8] = {};
-            if (first + 8 * lane < args.n) add_rows(args, place.block_y, split, warp, first + 8 * lane, sums);
+            if (column + 8 * lane < args.n)
+                add_rows(args, shared, warp, count / args.group * args.keep, column + 8 * lane, sums);
+#pragma unroll
             for (int i = 0; i < 8; ++i) shared.sums[warp][8 * lane + i] = sums[i];
         } else {
-            int const column = first + place.thread;
-            if (column >= args.n) return;
+            if (args.z != nullptr && column == 0 && place.thread < 2)
+                (place.thread == 0 ? args.z : args.kept)[int64_t(token) * all + split] =
+                    sum_of<PARTS, THREADS / PARTS>(shared.moments[place.thread]);
+            if (column + place.thread >= args.n) return;
             float sum = 0;
             for (int warp = 0; warp < WARPS; ++warp) sum += shared.sums[warp][place.thread];
-            args.partial[(int64_t(place.block_y) * args.splits + split) * args.n + column] = sum;
+            args.partial[(int64_t(token) * all + split) * args.n + column + place.thread] = sum;
         }
     }
 
-    NMSPARSE_DEVICE static void add_rows(Args const& args, int token, int split, int warp, int column, float (&sums)[8]) {
-        int const part = (args.length + args.splits - 1) / args.splits;
-        int const end = part * (split + 1) < args.length ? part * (split + 1) : args.length;
-        int32_t const* rows = args.rows + int64_t(token) * args.length;
-        float const* values = args.values + int64_t(token) * args.length;
+    NMSPARSE_DEVICE static void load(Args const& args, Shared& shared, int token, int first, int i) {
+        int const channel = args.permutation == nullptr ? first + i : args.permutation[first + i];
+        shared.z[i] = shifted(args, token, channel);
+        shared.scores[i] = score(shared.z[i], args.channel_scale == nullptr ? 1 : args.channel_scale[channel]);
+    }
+
+    NMSPARSE_DEVICE static void list(Args const& args, Shared& shared, int first, int i) {
+        if (!shared.keep[i]) return;
+        int const begin = i / args.group * args.group;
+        int at = i / args.group * args.keep;
+        for (int j = begin; j < i; ++j) at += shared.keep[j];
+        T value;
+        narrow(shared.z[i], value);
+        shared.rows[at] = first + i;
+        shared.values[at] = widen(value);
+    }
+
+    NMSPARSE_DEVICE static void moments(Shared& shared, int thread, int count) {
+        Moments z, kept;
+        for (int i = thread; i < count; i += THREADS) {
+            z.add({1, shared.z[i], 0});
+            kept.add({1, shared.keep[i] ? shared.z[i] : 0, 0});
+        }
+        shared.moments[0][thread] = z;
+        shared.moments[1][thread] = kept;
+    }
+
+    NMSPARSE_DEVICE static void add_rows(Args const& args, Shared const& shared, int warp, int length, int column,
+                                         float (&sums)[8]) {
         // FLIGHT rows are asked for before the first is used.
-        for (int at = part * split + warp; at < end; at += WARPS * FLIGHT) {
+        for (int at = warp; at < length; at += WARPS * FLIGHT) {
             Eight<T> weights[FLIGHT];
 #pragma unroll
             for (int i = 0; i < FLIGHT; ++i) {
-                int const from = at + i * WARPS < end ? at + i * WARPS : at;
-                weights[i] = *reinterpret_cast<Eight<T> const*>(args.w + int64_t(rows[from]) * args.n + column);
+                int const from = at + i * WARPS < length ? at + i * WARPS : at;
+                weights[i] = *reinterpret_cast<Eight<T> const*>(args.w + int64_t(shared.rows[from]) * args.n + column);
             }
 #pragma unroll
             for (int i = 0; i < FLIGHT; ++i) {
-                if (at + i * WARPS >= end) break;
-                float const value = values[at + i * WARPS];
+                if (at + i * WARPS >= length) break;
+                float const value = shared.values[at + i * WARPS];
+#pragma unroll
                 for (int j = 0; j < 8; ++j) sums[j] += value * widen(weights[i].at[j]);
             }
         }
     }
 };
 
+// A block has 32 columns of one token; a warp sums every eighth part of them.
 template <class T>
 struct GemvSum {
-    static constexpr int THREADS = 256, PHASES = 1;
+    static constexpr int THREADS = 256, PHASES = 3, COLUMNS = 32, WARPS = THREADS / COLUMNS, PARTS = 16;
 
     struct Args {
         float const* partial;         // [tokens, splits, n]
-        float const *nu, *eta;        // [tokens] or null
+        Moments const *z, *kept;      // [tokens, parts] or null
+        float const* eta;             // [tokens] or null
         float const *row_sum, *bias;  // [n] or null
         T* y;                         // [tokens, n]
-        int tokens, n, splits;
+        int tokens, n, splits, parts;
     };
 
-    struct Shared {};
+    struct Shared {
+        float sums[WARPS][COLUMNS];
+        Moments moments[2][PARTS];
+    };
 
-    static int blocks_x(Args const& args) { return (args.n + THREADS - 1) / THREADS; }
+    static int blocks_x(Args const& args) { return (args.n + COLUMNS - 1) / COLUMNS; }
     static int blocks_y(Args const& args) { return args.tokens; }
 
     template <int PHASE>
-    NMSPARSE_DEVICE static void phase(Args const& args, Shared&, Place place) {
-        int const column = place.block_x * THREADS + place.thread, token = place.block_y;
-        if (column >= args.n) return;
-        float sum = 0;
-        for (int split = 0; split < args.splits; ++split)
-            sum += args.partial[(int64_t(token) * args.splits + split) * args.n + column];
-        if (args.nu != nullptr) sum *= args.nu[token];
-        if (args.eta != nullptr && args.row_sum != nullptr) sum += args.eta[token] * args.row_sum[column];
-        if (args.bias != nullptr) sum += args.bias[column];
-        narrow(sum, args.y[int64_t(token) * args.n + column]);
+    NMSPARSE_DEVICE static void phase(Args const& args, Shared& shared, Place place) {
+        int const warp = place.thread / COLUMNS, lane = place.thread % COLUMNS, token = place.block_y;
+        int const column = place.block_x * COLUMNS + lane;
+        if constexpr (PHASE == 0) {
+            if (args.z != nullptr && place.thread < 2 * PARTS) moments(args, shared, token, place.thread);
+            float sum = 0;
+            if (column < args.n)
+#pragma unroll 8
+                for (int split = warp; split < args.splits; split += WARPS)
+                    sum += args.partial[(int64_t(token) * args.splits + split) * args.n + column];
+            shared.sums[warp][lane] = sum;
+        } else if constexpr (PHASE == 1) {
+            if (args.z != nullptr && place.thread < 2) sum_of<PARTS, 1>(shared.moments[place.thread]);
+        } else {
+            if (warp != 0 || column >= args.n) return;
+            float sum = 0;
+            for (int i = 0; i < WARPS; ++i) sum += shared.sums[i][lane];
+            if (args.z != nullptr) sum *= token_scale(shared.moments[0][0], shared.moments[1][0]);
+            if (args.eta != nullptr && args.row_sum != nullptr) sum += args.eta[token] * args.row_sum[column];
+            if (args.bias != nullptr) sum += args.bias[column];
+            narrow(sum, args.y[int64_t(token) * args.n + column]);
+        }
+    }
+
+    NMSPARSE_DEVICE static void moments(Args const& args, Shared& shared, int token, int thread) {
+        Moments const* from = (thread < PARTS ? args.z : args.kept) + int64_t(token) * args.parts;
+        Moments sum;
+        for (int part = thread % PARTS; part < args.parts; part += PARTS) sum.add(from[part]);
+        shared.moments[thread / PARTS][thread % PARTS] = sum;
     }
 };
 

@@ -43,6 +43,8 @@ struct Gemm {
     float const *row_sum, *bias;  // [n] or null
     void* y;
     int tokens, padded, k, n;  // padded as Pack has it; of a dense product it is `tokens`
+    float* partial = nullptr;  // [tokens, splits, n]: where skinny_gemm_sm90 leaves a w of each part of K, instead of y
+    int splits = 1;
 };
 
 // The tiles of tokens x columns that a block computes: tactics, of which TensorRT measures the fastest.
@@ -68,5 +70,11 @@ cudaError_t sparse_gemm_sm90(Tile tile, Gemm const& args, cudaStream_t stream);
 
 template <class T>
 cudaError_t dense_gemm(Tile tile, Gemm const& args, cudaStream_t stream);
+
+// The same on compute capability 9.0 only; skinny is for few tokens.
+template <class T>
+cudaError_t dense_gemm_sm90(Tile tile, Gemm const& args, cudaStream_t stream);
+template <class T>
+cudaError_t skinny_gemm_sm90(Gemm const& args, cudaStream_t stream);
 
 }  // namespace nmsparse

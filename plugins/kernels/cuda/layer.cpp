@@ -6,21 +6,29 @@ namespace nmsparse {
 
 namespace {
 
-constexpr int GEMV_BLOCKS = 256;  // about two for each SM of a large GPU: a list is split until there are so many
+constexpr int SKINNY_TOKENS = 64, SKINNY_BLOCKS = 264;  // a tile's tokens; two blocks for each SM of an H100
 constexpr size_t ALIGNMENT = 256;
 
 int up(int value, int to) { return (value + to - 1) / to * to; }
 
 // What a path keeps in the workspace.
 struct Buffers {
-    float *eta = nullptr, *nu = nullptr, *values = nullptr, *partial = nullptr;
-    int32_t* rows = nullptr;
+    float *eta = nullptr, *nu = nullptr, *partial = nullptr;
     Moments *z = nullptr, *kept = nullptr;
     void *packed = nullptr, *pruned = nullptr;
     uint32_t* metadata = nullptr;
-    int padded, length, parts, splits;
+    int padded, parts, splits = 1;  // parts: of a token, with moments of their own; splits: of K, with sums of their own
     size_t bytes = 0;
 };
+
+// How many parts of K, of whole steps of 64 channels, give skinny_gemm_sm90 blocks enough.
+int skinny_splits(Layer const& layer) {
+    int const wanted = SKINNY_BLOCKS * 128 / up(layer.n, 128);
+    int splits = 1;
+    for (int i = 2; i <= wanted; ++i)
+        if (layer.k % (64 * i) == 0) splits = i;
+    return splits;
+}
 
 Buffers lay_out(Layer const& layer, int tokens, void* workspace) {
     Buffers buffers;
@@ -29,30 +37,28 @@ Buffers lay_out(Layer const& layer, int tokens, void* workspace) {
         buffers.bytes += (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT;
     };
     Path const path = path_of(layer, tokens);
-    auto const rows = size_t(tokens);
-    int const places = MAX_GROUP / layer.group * layer.group;
     bool const wgmma = order_of(layer) == MetadataOrder::WGMMA;
+    bool const skinny = path == Path::DENSE && wgmma && tokens <= SKINNY_TOKENS;
     buffers.padded = path == Path::SPARSE ? up(tokens, wgmma ? WGMMA_TOKENS : Pack<__half>::TOKENS) : tokens;
-    buffers.length = layer.k / layer.group * layer.keep;
-    buffers.parts = (layer.k + places - 1) / places;
-    int const columns = (layer.n + Gemv<__half>::COLUMNS - 1) / Gemv<__half>::COLUMNS;
-    buffers.splits = std::clamp(GEMV_BLOCKS / (columns * tokens), 1, std::max(1, buffers.length / 64));
-    if (layer.shift_mode >= ShiftMode::TOKEN_MEAN) take(buffers.eta, buffers.padded * sizeof(float));
+    auto const rows = size_t(buffers.padded);
+    if (path == Path::GEMV)
+        buffers.parts = buffers.splits = Gemv<__half>::splits(layer.k, layer.group);
+    else if (path == Path::SPARSE)
+        buffers.parts = Pack<__half>::parts(layer.k);
+    else
+        buffers.parts = Select<__half>::parts(layer.k, layer.group);
+    if (skinny) buffers.splits = skinny_splits(layer);
+    if (layer.shift_mode >= ShiftMode::TOKEN_MEAN) take(buffers.eta, rows * sizeof(float));
     if (layer.variance != 0) {
-        take(buffers.nu, buffers.padded * sizeof(float));
-        if (path != Path::SPARSE) {
-            take(buffers.z, rows * buffers.parts * sizeof(Moments));
-            take(buffers.kept, rows * buffers.parts * sizeof(Moments));
-        }
+        take(buffers.z, rows * buffers.parts * sizeof(Moments));
+        take(buffers.kept, rows * buffers.parts * sizeof(Moments));
+        if (path != Path::GEMV) take(buffers.nu, rows * sizeof(float));
     }
-    if (path == Path::GEMV) {
-        take(buffers.rows, rows * buffers.length * sizeof(int32_t));
-        take(buffers.values, rows * buffers.length * sizeof(float));
-        take(buffers.partial, rows * buffers.splits * layer.n * sizeof(float));
-    } else if (path == Path::SPARSE) {
-        take(buffers.packed, size_t(buffers.padded) * layer.k / 2 * sizeof(__half));
-        take(buffers.metadata, size_t(buffers.padded) * up(layer.k, wgmma ? WGMMA_CHANNELS : 32) / 32 * sizeof(uint32_t));
-    } else {
+    if (path == Path::GEMV || skinny) take(buffers.partial, rows * buffers.splits * layer.n * sizeof(float));
+    if (path == Path::SPARSE) {
+        take(buffers.packed, rows * layer.k / 2 * sizeof(__half));
+        take(buffers.metadata, rows * up(layer.k, wgmma ? WGMMA_CHANNELS : 32) / 32 * sizeof(uint32_t));
+    } else if (path == Path::DENSE) {
         take(buffers.pruned, rows * layer.k * sizeof(__half));
     }
     return buffers;
@@ -82,7 +88,7 @@ MetadataOrder order_of(Layer const& layer) { return layer.sm == 90 ? MetadataOrd
 size_t workspace_bytes(Layer const& layer, int max_tokens) {
     size_t bytes = 0;
     // Each path is largest where it ends.
-    for (int const tokens : {layer.gemv_tokens, layer.sparse_tokens - 1, max_tokens})
+    for (int const tokens : {layer.gemv_tokens, SKINNY_TOKENS, layer.sparse_tokens - 1, max_tokens})
         if (tokens >= 1) bytes = std::max(bytes, lay_out(layer, std::min(tokens, max_tokens), nullptr).bytes);
     return bytes;
 }
@@ -104,40 +110,52 @@ cudaError_t run_layer(Layer const& layer, Tensors const& tensors, int tokens, Ti
             bool const median = layer.shift_mode == ShiftMode::TOKEN_MEDIAN;
             return launch<TokenShift<T>>({x, at.eta, tokens, layer.k, median}, stream);
         });
+    auto* const y = static_cast<T*>(tensors.y);
+    if (path_of(layer, tokens) == Path::GEMV) {
+        next([&] {
+            return launch<Gemv<T>>({x, static_cast<T const*>(tensors.w), tensors.channel_scale, shift, at.eta,
+                                    tensors.permutation, at.partial, at.z, at.kept, tokens, layer.k, layer.n, layer.keep,
+                                    layer.group},
+                                   stream);
+        });
+        next([&] {
+            return launch<GemvSum<T>>(
+                {at.partial, at.z, at.kept, at.eta, tensors.row_sum, tensors.bias, y, tokens, layer.n, at.splits, at.parts}, stream);
+        });
+        return error;
+    }
     if (at.packed != nullptr)
         next([&] {
             return launch<Pack<T>>({x, tensors.channel_scale, shift, at.eta, tensors.permutation,
-                                    static_cast<T*>(at.packed), at.metadata, at.nu, tokens, at.padded, layer.k, layer.keep,
-                                    order_of(layer)},
+                                    static_cast<T*>(at.packed), at.metadata, at.z, at.kept, tokens, at.padded, layer.k,
+                                    layer.keep, order_of(layer)},
                                    stream);
         });
     else
         next([&] {
-            return launch<Select<T>>({x, tensors.channel_scale, shift, at.eta, tensors.permutation, at.rows, at.values,
+            return launch<Select<T>>({x, tensors.channel_scale, shift, at.eta, tensors.permutation,
                                       static_cast<T*>(at.pruned), at.z, at.kept, tokens, layer.k, layer.keep, layer.group},
                                      stream);
         });
-    if (at.z != nullptr)
-        next([&] { return launch<TokenScale>({at.z, at.kept, at.nu, tokens, at.parts}, stream); });
-    if (at.rows != nullptr) {
+    if (at.partial != nullptr) {
+        Gemm const gemm{at.pruned, nullptr, tensors.w, nullptr, nullptr, nullptr, nullptr, nullptr,
+                        tokens, tokens, layer.k, layer.n, at.partial, at.splits};
+        next([&] { return skinny_gemm_sm90<T>(gemm, stream); });
         next([&] {
-            return launch<Gemv<T>>({at.rows, at.values, static_cast<T const*>(tensors.w), at.partial, tokens, at.length,
-                                    layer.n, at.splits},
-                                   stream);
-        });
-        next([&] {
-            return launch<GemvSum<T>>({at.partial, at.nu, at.eta, tensors.row_sum, tensors.bias,
-                                       static_cast<T*>(tensors.y), tokens, layer.n, at.splits},
+            return launch<GemvSum<T>>({at.partial, at.z, at.kept, at.eta, tensors.row_sum, tensors.bias, y, tokens, layer.n,
+                                       at.splits, at.parts},
                                       stream);
         });
         return error;
     }
+    if (at.z != nullptr)
+        next([&] { return launch<TokenScale>({at.z, at.kept, at.nu, at.padded, at.parts}, stream); });
     Gemm const gemm{at.packed != nullptr ? at.packed : at.pruned, at.metadata, tensors.w, at.nu, at.eta, tensors.row_sum,
-                    tensors.bias, tensors.y, tokens, at.padded, layer.k, layer.n};
+                    tensors.bias, y, tokens, at.padded, layer.k, layer.n};
+    bool const wgmma = order_of(layer) == MetadataOrder::WGMMA;
     next([&] {
-        if (at.packed == nullptr) return dense_gemm<T>(tile, gemm, stream);
-        return order_of(layer) == MetadataOrder::WGMMA ? sparse_gemm_sm90<T>(tile, gemm, stream)
-                                                       : sparse_gemm<T>(tile, gemm, stream);
+        if (at.packed == nullptr) return wgmma ? dense_gemm_sm90<T>(tile, gemm, stream) : dense_gemm<T>(tile, gemm, stream);
+        return wgmma ? sparse_gemm_sm90<T>(tile, gemm, stream) : sparse_gemm<T>(tile, gemm, stream);
     });
     return error;
 }

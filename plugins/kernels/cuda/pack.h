@@ -1,9 +1,9 @@
 // 2:4 for the tensor cores: from X[T, K] to the kept values, their metadata in the order that mma.sp or wgmma is loaded
 // from, and each token's scale, in one pass.
 //
-// A block has 32 tokens and 8 warps; warp w has the tokens w, w + 8, w + 16 and w + 24, because their metadata lie
-// side by side. A lane takes 32 channels of its four tokens at a time: 64 bytes of X in, 32 bytes of values and 16
-// bytes of metadata out.
+// A block has 1024 channels of 32 tokens and 8 warps; warp w has the tokens w, w + 8, w + 16 and w + 24, because their
+// metadata lie side by side. A lane takes 32 channels of its four tokens: 64 bytes of X in, 32 bytes of values and 16
+// bytes of metadata out. What the token's scale is made of is left as moments of the block's channels.
 //
 // values   [padded, K / 2], the kept channels in their order. 1:4 fills up with a zero.
 // metadata words of 32 bits. PTX wants the 2-bit places of 16 channels in 16 bits; of 32 channels a token t owns two
@@ -26,7 +26,7 @@ constexpr int WGMMA_TOKENS = 64, WGMMA_CHANNELS = 128;  // of a block of metadat
 
 template <class T>
 struct Pack {
-    static constexpr int THREADS = 256, PHASES = 2, TOKENS = 32, CHANNELS = 32, LANES = 32, ROWS = 4;
+    static constexpr int THREADS = 256, PHASES = 3, TOKENS = 32, CHANNELS = 32, LANES = 32, ROWS = 4, EIGHTHS = 8;
 
     struct Args {
         T const* x;                  // [tokens, k]
@@ -36,7 +36,8 @@ struct Pack {
         int32_t const* permutation;  // [k] or null: place -> channel; the rows of W are in the order of the places
         T* values;                   // [padded, k / 2]
         uint32_t* metadata;          // [k / 32, padded] words, k up to the next 128 for WGMMA
-        float* nu;                   // [padded] or null
+        Moments* z;                  // [padded, blocks_y] or null
+        Moments* kept;               // likewise
         int tokens, padded, k, keep;
         MetadataOrder order;
     };
@@ -50,50 +51,51 @@ struct Pack {
     };
 
     static int blocks_x(Args const& args) { return args.padded / TOKENS; }
-    static int blocks_y(Args const&) { return 1; }
+    NMSPARSE_DEVICE static int parts(int k) { return (k + LANES * CHANNELS - 1) / (LANES * CHANNELS); }
+    NMSPARSE_DEVICE static int blocks_y(Args const& args) { return parts(args.k); }
 
     template <int PHASE>
     NMSPARSE_DEVICE static void phase(Args const& args, Shared& shared, Place place) {
         if constexpr (PHASE == 0)
             pack(args, shared, place);
-        else if (args.nu != nullptr && place.thread < TOKENS)
-            scale(args, shared, place);
+        else if (args.z != nullptr)
+            merge<PHASE>(args, shared, place);
     }
 
     NMSPARSE_DEVICE static void pack(Args const& args, Shared& shared, Place place) {
         int const warp = place.thread / LANES, lane = place.thread % LANES, first = place.block_x * TOKENS;
-        Moments of_z[ROWS], of_kept[ROWS];
-        for (int chunk = lane; chunk < args.k / CHANNELS; chunk += LANES) {
+        int const chunk = place.block_y * LANES + lane;
+        if (chunk < args.k / CHANNELS) {
             uint32_t halves[ROWS][2];
 #pragma unroll
             for (int row = 0; row < ROWS; ++row) {
                 int const token = first + warp + 8 * row;
-                float z[CHANNELS], kept[CHANNELS];
-                load(args, token, chunk * CHANNELS, z);
-                Eight<T> out[2];
-                halves[row][0] = choose(args, chunk * CHANNELS, z, kept, out[0]);
-                halves[row][1] = choose(args, chunk * CHANNELS + 16, z + 16, kept + 16, out[1]);
                 auto* to = reinterpret_cast<Eight<T>*>(args.values + int64_t(token) * (args.k / 2) + chunk * 16);
-                to[0] = out[0];
-                to[1] = out[1];
-                if (args.nu != nullptr) {
-                    of_z[row].add(Moments::of(z));
-                    of_kept[row].add(Moments::of(kept));
+                Moments of_z, of_kept;
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    float z[16], kept[16];
+                    Eight<T> out;
+                    load(args, token, chunk * CHANNELS + 16 * half, z);
+                    halves[row][half] = choose(args, chunk * CHANNELS + 16 * half, z, kept, out);
+                    to[half] = out;
+                    if (args.z != nullptr) {
+                        of_z.add(Moments::of(z));
+                        of_kept.add(Moments::of(kept));
+                    }
                 }
+                shared.z[warp + 8 * row][lane] = of_z;
+                shared.kept[warp + 8 * row][lane] = of_kept;
             }
             store(args, place, chunk, {{halves[0][0] | halves[1][0] << 16, halves[0][1] | halves[1][1] << 16,
                                         halves[2][0] | halves[3][0] << 16, halves[2][1] | halves[3][1] << 16}});
+            return;
         }
-        if (args.order == MetadataOrder::WGMMA) {
-            int const chunk = args.k / CHANNELS + lane, end = (args.k + WGMMA_CHANNELS - 1) / WGMMA_CHANNELS * WGMMA_CHANNELS;
-            if (chunk * CHANNELS < end) store(args, place, chunk, {{0x44444444, 0x44444444, 0x44444444, 0x44444444}});
-        }
-        if (args.nu != nullptr)
 #pragma unroll
-            for (int row = 0; row < ROWS; ++row) {
-                shared.z[warp + 8 * row][lane] = of_z[row];
-                shared.kept[warp + 8 * row][lane] = of_kept[row];
-            }
+        for (int row = 0; row < ROWS; ++row) shared.z[warp + 8 * row][lane] = shared.kept[warp + 8 * row][lane] = {};
+        int const end = (args.k + WGMMA_CHANNELS - 1) / WGMMA_CHANNELS * WGMMA_CHANNELS;
+        if (args.order == MetadataOrder::WGMMA && chunk * CHANNELS < end)
+            store(args, place, chunk, {{0x44444444, 0x44444444, 0x44444444, 0x44444444}});
     }
 
     // Of a warp's rows, the lo and hi of 0 and 1, and of 2 and 3. In both orders the warps of a block fill 128 bytes.
@@ -109,21 +111,21 @@ struct Pack {
         }
     }
 
-    // z of 32 channels from `place` on; of a row beyond the last token, zeros.
-    NMSPARSE_DEVICE static void load(Args const& args, int token, int place, float (&z)[CHANNELS]) {
+    // z of 16 channels from `place` on; of a row beyond the last token, zeros.
+    NMSPARSE_DEVICE static void load(Args const& args, int token, int place, float (&z)[16]) {
         if (token >= args.tokens) {
 #pragma unroll
-            for (int i = 0; i < CHANNELS; ++i) z[i] = 0;
+            for (int i = 0; i < 16; ++i) z[i] = 0;
             return;
         }
         T const* row = args.x + int64_t(token) * args.k;
         if (args.permutation != nullptr) {
 #pragma unroll
-            for (int i = 0; i < CHANNELS; ++i) z[i] = widen(row[args.permutation[place + i]]);
+            for (int i = 0; i < 16; ++i) z[i] = widen(row[args.permutation[place + i]]);
         } else {
             auto const* from = reinterpret_cast<Eight<T> const*>(row + place);
 #pragma unroll
-            for (int i = 0; i < CHANNELS; i += 8) {
+            for (int i = 0; i < 16; i += 8) {
                 Eight<T> const eight = from[i / 8];
 #pragma unroll
                 for (int j = 0; j < 8; ++j) z[i + j] = widen(eight.at[j]);
@@ -131,10 +133,10 @@ struct Pack {
         }
         if (args.eta != nullptr)
 #pragma unroll
-            for (int i = 0; i < CHANNELS; ++i) z[i] -= args.eta[token];
+            for (int i = 0; i < 16; ++i) z[i] -= args.eta[token];
         else if (args.shift != nullptr)
 #pragma unroll
-            for (int i = 0; i < CHANNELS; ++i) z[i] -= args.shift[channel(args, place + i)];
+            for (int i = 0; i < 16; ++i) z[i] -= args.shift[channel(args, place + i)];
     }
 
     NMSPARSE_DEVICE static int channel(Args const& args, int place) {
@@ -178,13 +180,25 @@ struct Pack {
         return metadata;
     }
 
-    NMSPARSE_DEVICE static void scale(Args const& args, Shared& shared, Place place) {
-        Moments z, kept;
-        for (int lane = 0; lane < LANES; ++lane) {
-            z.add(shared.z[place.thread][lane]);
-            kept.add(shared.kept[place.thread][lane]);
+    // Of each token's 32 moments eight, and of these one; always in the same order.
+    template <int PHASE>
+    NMSPARSE_DEVICE static void merge(Args const& args, Shared& shared, Place place) {
+        int const token = PHASE == 1 ? place.thread / EIGHTHS : place.thread, part = PHASE == 1 ? place.thread % EIGHTHS : 0;
+        if (token >= TOKENS) return;
+        constexpr int STRIDE = PHASE == 1 ? EIGHTHS : 1, COUNT = PHASE == 1 ? LANES / EIGHTHS : EIGHTHS;
+        Moments z = shared.z[token][part], kept = shared.kept[token][part];
+        for (int i = 1; i < COUNT; ++i) {
+            z.add(shared.z[token][part + i * STRIDE]);
+            kept.add(shared.kept[token][part + i * STRIDE]);
         }
-        args.nu[place.block_x * TOKENS + place.thread] = token_scale(z, kept);
+        if (PHASE == 1) {
+            shared.z[token][part] = z;
+            shared.kept[token][part] = kept;
+        } else {
+            int64_t const at = int64_t(place.block_x * TOKENS + token) * blocks_y(args) + place.block_y;
+            args.z[at] = z;
+            args.kept[at] = kept;
+        }
     }
 };
 

@@ -1,5 +1,5 @@
-// Any N:M: from X[T, K] to the kept channels of each token, as a list for the row-skipping GEMV or beside zeros for a
-// dense GEMM, and the moments that its scale is made of.
+// Any N:M: from X[T, K] to the kept channels of each token beside zeros, for a dense GEMM, and the moments that its scale
+// is made of.
 //
 // A block has some whole groups of one token. A thread ranks a channel by counting who goes before it in its group.
 #pragma once
@@ -18,9 +18,7 @@ struct Select {
         float const* shift;          // [k] or null
         float const* eta;            // [tokens] or null
         int32_t const* permutation;  // [k] or null: place -> channel; the rows of W are in the order of the places
-        int32_t* rows;               // [tokens, k / group * keep] or null: the kept places, rising
-        float* values;               // [tokens, k / group * keep]: z there, as T has it
-        T* pruned;                   // [tokens, k] or null
+        T* pruned;                   // [tokens, k]
         Moments* z;                  // [tokens, blocks_y] or null
         Moments* kept;               // likewise
         int tokens, k, keep, group;  // group is at most PLACES
@@ -32,24 +30,20 @@ struct Select {
         Moments of_z[THREADS], of_kept[THREADS];
     };
 
-    NMSPARSE_DEVICE static int places(Args const& args) { return PLACES / args.group * args.group; }
+    NMSPARSE_DEVICE static int places(int group) { return PLACES / group * group; }
+    NMSPARSE_DEVICE static int parts(int k, int group) { return (k + places(group) - 1) / places(group); }
     static int blocks_x(Args const& args) { return args.tokens; }  // y has room for 65,535 only
-    NMSPARSE_DEVICE static int blocks_y(Args const& args) { return (args.k + places(args) - 1) / places(args); }
+    NMSPARSE_DEVICE static int blocks_y(Args const& args) { return parts(args.k, args.group); }
 
     template <int PHASE>
     NMSPARSE_DEVICE static void phase(Args const& args, Shared& shared, Place place) {
-        int const token = place.block_x, first = place.block_y * places(args);
-        int const count = args.k - first < places(args) ? args.k - first : places(args);
+        int const token = place.block_x, first = place.block_y * places(args.group);
+        int const count = args.k - first < places(args.group) ? args.k - first : places(args.group);
         if constexpr (PHASE == 0) {
             for (int i = place.thread; i < count; i += THREADS) load(args, shared, token, first, i);
         } else if constexpr (PHASE == 1) {
-            for (int i = place.thread; i < count; i += THREADS) {
-                int const begin = i / args.group * args.group;
-                int rank = 0;
-                for (int j = begin; j < begin + args.group; ++j)
-                    rank += before(shared.scores[j], j, shared.scores[i], i);
-                shared.keep[i] = rank < args.keep;
-            }
+            for (int i = place.thread; i < count; i += THREADS)
+                shared.keep[i] = is_kept_of(shared.scores, i, args.group, args.keep);
         } else if constexpr (PHASE == 2) {
             for (int i = place.thread; i < count; i += THREADS) write(args, shared, token, first, i);
             if (args.z != nullptr) moments(shared, place.thread, count);
@@ -71,11 +65,7 @@ struct Select {
 
     NMSPARSE_DEVICE static void load(Args const& args, Shared& shared, int token, int first, int i) {
         int const channel = args.permutation == nullptr ? first + i : args.permutation[first + i];
-        float z = widen(args.x[int64_t(token) * args.k + channel]);
-        if (args.eta != nullptr)
-            z -= args.eta[token];
-        else if (args.shift != nullptr)
-            z -= args.shift[channel];
+        float const z = shifted(args, token, channel);
         shared.z[i] = z;
         shared.scores[i] = score(z, args.channel_scale == nullptr ? 1 : args.channel_scale[channel]);
     }
@@ -83,14 +73,7 @@ struct Select {
     NMSPARSE_DEVICE static void write(Args const& args, Shared& shared, int token, int first, int i) {
         T value;
         narrow(shared.keep[i] ? shared.z[i] : 0, value);
-        if (args.pruned != nullptr) args.pruned[int64_t(token) * args.k + first + i] = value;
-        if (args.rows == nullptr || !shared.keep[i]) return;
-        int earlier = 0;
-        for (int j = i / args.group * args.group; j < i; ++j) earlier += shared.keep[j];
-        int64_t const at =
-            int64_t(token) * (args.k / args.group * args.keep) + (first + i) / args.group * args.keep + earlier;
-        args.rows[at] = first + i;
-        args.values[at] = widen(value);
+        args.pruned[int64_t(token) * args.k + first + i] = value;
     }
 
     NMSPARSE_DEVICE static void moments(Shared& shared, int thread, int count) {

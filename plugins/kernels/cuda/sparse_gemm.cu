@@ -5,6 +5,8 @@
 
 namespace nmsparse {
 
+namespace {  // or the linker takes one file's template for the other's
+
 template <class T, Tile TILE, class E = typename Element<T>::type, class Shape = ShapeOf<TILE>>
 using SparseKernel = cutlass::gemm::device::SparseGemmWithVisitor<
     E, Row, E, Row, E, Row, float, cutlass::arch::OpClassTensorOp, cutlass::arch::Sm80, typename Shape::Block,
@@ -24,6 +26,8 @@ cudaError_t sparse_gemm_of(Gemm const& args, cudaStream_t stream) {
     cutlass::Status const status = Kernel::can_implement(arguments);
     return status_of(status == cutlass::Status::kSuccess ? Kernel()(arguments, nullptr, stream) : status);
 }
+
+}  // namespace
 
 template <class T>
 cudaError_t sparse_gemm(Tile tile, Gemm const& args, cudaStream_t stream) {
