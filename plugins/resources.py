@@ -44,8 +44,10 @@ def name(mangled: str) -> str:
     ours = re.search(r"8nmsparse3runINS_\d+([A-Z][a-z]+(?:[A-Z][a-z]+)?)(I|E)", mangled)
     if ours is not None:
         return f"{ours[1]}<{dtype}>" if ours[2] == "I" else ours[1]
-    if wgmma := re.search(r"SparseGemmSm90I.*4TileE(\d)E", mangled):
-        return f"sparse_gemm_sm90<{dtype}, {TILE_NAMES[int(wgmma[1])]}>"
+    if wgmma := re.search(r"(Dense|Sparse)GemmSm90I.*4TileE(\d)E", mangled):
+        return f"{wgmma[1].lower()}_gemm_sm90<{dtype}, {TILE_NAMES[int(wgmma[2])]}>"
+    if "SkinnyGemmSm90I" in mangled:
+        return f"skinny_gemm_sm90<{dtype}, wide>"
     for substring, kernel in GEMMS.items():
         tile = re.search(r"GemmShapeILi(\d+ELi\d+E)Li", mangled)
         if substring in mangled and tile is not None:

@@ -100,14 +100,14 @@ def test_sparse_gemm_is_sparse_tensor_core_instructions(library: Path, sm: str) 
     assert not any(re.search(r"\b(LDL|STL)\b", text) for text in functions), "no local memory"
 
 
-def test_sparse_gemm_of_an_h100_is_sparse_wgmma(library: Path) -> None:
+def test_gemms_of_an_h100_are_wgmma(library: Path) -> None:
     functions = machine_code(library, WGMMA)
-    assert len(functions) == 6  # three tiles in two dtypes
-    assert all("SparseGemmSm90" in text.splitlines()[0] for text in functions)
+    assert len(functions) == 14  # in two dtypes: three tiles of the sparse and of the dense one, and the skinny one
     for text in functions:
         products = set(re.findall(r"HGMMA\S*", text))
-        assert len(products) == 1, "no dense product"
-        assert products.pop().startswith("HGMMA.SP.64x128x32.F32")
+        sparse = "SparseGemmSm90" in text.splitlines()[0]
+        assert len(products) == 1, "nothing but sparse products, or but dense ones"
+        assert products.pop().startswith("HGMMA.SP.64x128x32.F32" if sparse else "HGMMA.64x")
         assert not re.search(r"\b(LDL|STL)\b", text), "no local memory"
 
 

@@ -1,5 +1,5 @@
-// What the sparse GEMM of an H100 asks of CUDA, on a machine without one: the object that is shipped is linked with a
-// runtime that only looks. Its copies in and out of shared memory are described by maps: each must end where its tensor
+// What the sparse GEMM of an H100 asks of CUDA, on a machine without one: the objects that are shipped are linked with a
+// runtime that only looks. All of them: the linker once took a template of another GEMM's object for this one's. Its copies in and out of shared memory are described by maps: each must end where its tensor
 // ends, y after the last token. Prints what fails; the exit status is the number of failures.
 #include <cuda.h>
 
@@ -80,6 +80,9 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) { return *va
 cudaError_t cudaFuncSetAttribute(void const*, cudaFuncAttribute attribute, int value) {
     if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) CHECK(value <= 227 << 10);
     return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int* blocks, void const*, int, size_t, unsigned) {
+    return *blocks = 1, cudaSuccess;
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 cudaError_t cudaLaunchKernelExC(cudaLaunchConfig_t const*, void const*, void**) { return ++launches, cudaSuccess; }

@@ -74,6 +74,7 @@ cudaError_t skinny_gemm_sm90(Gemm const& args, cudaStream_t stream) {
 
 template cudaError_t dense_gemm_sm90<NMSPARSE_TYPE>(Tile, Gemm const&, cudaStream_t);
 template cudaError_t skinny_gemm_sm90<NMSPARSE_TYPE>(Gemm const&, cudaStream_t);
+NMSPARSE_SHARED(skinny_gemm_sm90, Skinny<typename Element<NMSPARSE_TYPE>::type>::Kernel::SharedStorageSize)
 NMSPARSE_SHARED(dense_gemm_sm90, Parts<typename Element<NMSPARSE_TYPE>::type, of.value>::Kernel::SharedStorageSize)
 
 }  // namespace nmsparse
