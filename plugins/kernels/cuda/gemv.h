@@ -131,10 +131,10 @@ struct Gemv {
     }
 };
 
-// A block has 32 columns of one token; a warp sums every eighth part of them.
+// A block has some columns of one token: 32 where there are many parts, of which a warp then sums every eighth.
 template <class T>
 struct GemvSum {
-    static constexpr int THREADS = 256, PHASES = 3, COLUMNS = 32, WARPS = THREADS / COLUMNS, PARTS = 16;
+    static constexpr int THREADS = 256, PHASES = 3, MANY = 8, PARTS = 16;
 
     struct Args {
         float const* partial;         // [tokens, splits, n]
@@ -146,31 +146,31 @@ struct GemvSum {
     };
 
     struct Shared {
-        float sums[WARPS][COLUMNS];
+        float sums[THREADS];
         Moments moments[2][PARTS];
     };
 
-    static int blocks_x(Args const& args) { return (args.n + COLUMNS - 1) / COLUMNS; }
+    NMSPARSE_DEVICE static int columns(Args const& args) { return args.splits < MANY ? THREADS : THREADS / MANY; }
+    static int blocks_x(Args const& args) { return (args.n + columns(args) - 1) / columns(args); }
     static int blocks_y(Args const& args) { return args.tokens; }
 
     template <int PHASE>
     NMSPARSE_DEVICE static void phase(Args const& args, Shared& shared, Place place) {
-        int const warp = place.thread / COLUMNS, lane = place.thread % COLUMNS, token = place.block_y;
-        int const column = place.block_x * COLUMNS + lane;
+        int const own = columns(args), token = place.block_y, column = place.block_x * own + place.thread % own;
         if constexpr (PHASE == 0) {
             if (args.z != nullptr && place.thread < 2 * PARTS) moments(args, shared, token, place.thread);
             float sum = 0;
             if (column < args.n)
 #pragma unroll 8
-                for (int split = warp; split < args.splits; split += WARPS)
+                for (int split = place.thread / own; split < args.splits; split += THREADS / own)
                     sum += args.partial[(int64_t(token) * args.splits + split) * args.n + column];
-            shared.sums[warp][lane] = sum;
+            shared.sums[place.thread] = sum;
         } else if constexpr (PHASE == 1) {
             if (args.z != nullptr && place.thread < 2) sum_of<PARTS, 1>(shared.moments[place.thread]);
         } else {
-            if (warp != 0 || column >= args.n) return;
+            if (place.thread >= own || column >= args.n) return;
             float sum = 0;
-            for (int i = 0; i < WARPS; ++i) sum += shared.sums[i][lane];
+            for (int i = place.thread; i < THREADS; i += own) sum += shared.sums[i];
             if (args.z != nullptr) sum *= token_scale(shared.moments[0][0], shared.moments[1][0]);
             if (args.eta != nullptr && args.row_sum != nullptr) sum += args.eta[token] * args.row_sum[column];
             if (args.bias != nullptr) sum += args.bias[column];

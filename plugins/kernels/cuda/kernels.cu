@@ -13,9 +13,9 @@ __device__ __forceinline__ void run_phases(typename Kernel::Args const& args, ty
     }
 }
 
-// Three blocks on an SM hide what one waits for; none of the kernels needs stack for that.
+// Two blocks on an SM hide what one waits for; none of the kernels needs stack for that.
 template <class Kernel>
-__global__ void __launch_bounds__(Kernel::THREADS, 3) run(typename Kernel::Args args) {
+__global__ void __launch_bounds__(Kernel::THREADS, 2) run(typename Kernel::Args args) {
     // Raw, because what a block shares may not be constructed.
     __shared__ alignas(16) unsigned char raw[sizeof(typename Kernel::Shared)];
     run_phases<Kernel>(args, reinterpret_cast<typename Kernel::Shared&>(raw),

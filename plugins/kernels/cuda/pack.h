@@ -68,24 +68,23 @@ struct Pack {
         if (chunk < args.k / CHANNELS) {
             uint32_t halves[ROWS][2];
 #pragma unroll
-            for (int row = 0; row < ROWS; ++row) {
-                int const token = first + warp + 8 * row;
-                auto* to = reinterpret_cast<Eight<T>*>(args.values + int64_t(token) * (args.k / 2) + chunk * 16);
-                Moments of_z, of_kept;
+            for (int half = 0; half < 2; ++half) {
+                int const channel = chunk * CHANNELS + 16 * half;
+                float scale[16], z[16], kept[16];
+                load_scale(args, channel, scale);
 #pragma unroll
-                for (int half = 0; half < 2; ++half) {
-                    float z[16], kept[16];
+                for (int row = 0; row < ROWS; ++row) {
+                    int const token = first + warp + 8 * row;
                     Eight<T> out;
-                    load(args, token, chunk * CHANNELS + 16 * half, z);
-                    halves[row][half] = choose(args, chunk * CHANNELS + 16 * half, z, kept, out);
-                    to[half] = out;
-                    if (args.z != nullptr) {
-                        of_z.add(Moments::of(z));
-                        of_kept.add(Moments::of(kept));
-                    }
+                    load(args, token, channel, z);
+                    halves[row][half] = choose(args, scale, z, kept, out);
+                    *reinterpret_cast<Eight<T>*>(args.values + (int64_t(token) * args.k + channel) / 2) = out;
+                    if (args.z == nullptr) continue;
+                    Moments &of_z = shared.z[warp + 8 * row][lane], &of_kept = shared.kept[warp + 8 * row][lane];
+                    if (half == 0) of_z = of_kept = {};
+                    of_z.add(Moments::of(z));
+                    of_kept.add(Moments::of(kept));
                 }
-                shared.z[warp + 8 * row][lane] = of_z;
-                shared.kept[warp + 8 * row][lane] = of_kept;
             }
             store(args, place, chunk, {{halves[0][0] | halves[1][0] << 16, halves[0][1] | halves[1][1] << 16,
                                         halves[2][0] | halves[3][0] << 16, halves[2][1] | halves[3][1] << 16}});
@@ -139,12 +138,30 @@ struct Pack {
             for (int i = 0; i < 16; ++i) z[i] -= args.shift[channel(args, place + i)];
     }
 
+    // By fours: a load for each channel, 128 bytes apart over the lanes, takes longer than all else.
+    NMSPARSE_DEVICE static void load_scale(Args const& args, int place, float (&scale)[16]) {
+        struct alignas(16) Four {
+            float at[4];
+        };
+#pragma unroll
+        for (int i = 0; i < 16; i += 4) {
+            Four four{{1, 1, 1, 1}};
+            if (args.channel_scale != nullptr && args.permutation == nullptr)
+                four = *reinterpret_cast<Four const*>(args.channel_scale + place + i);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                scale[i + j] = args.channel_scale != nullptr && args.permutation != nullptr
+                                   ? args.channel_scale[args.permutation[place + i + j]]
+                                   : four.at[j];
+        }
+    }
+
     NMSPARSE_DEVICE static int channel(Args const& args, int place) {
         return args.permutation == nullptr ? place : args.permutation[place];
     }
 
     // Of 16 channels: the kept ones as numbers beside zeros, packed, and their places in 16 bits.
-    NMSPARSE_DEVICE static uint32_t choose(Args const& args, int place, float const* z, float* kept, Eight<T>& out) {
+    NMSPARSE_DEVICE static uint32_t choose(Args const& args, float const* scale, float const* z, float* kept, Eight<T>& out) {
         uint32_t metadata = 0;
 #pragma unroll
         for (int group = 0; group < 4; ++group) {
@@ -152,9 +169,7 @@ struct Pack {
             float scores[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i)
-                scores[i] = score(of[i], args.channel_scale == nullptr
-                                             ? 1
-                                             : args.channel_scale[channel(args, place + 4 * group + i)]);
+                scores[i] = score(of[i], scale[4 * group + i]);
             bool keep[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
