@@ -29,16 +29,17 @@ RESOURCES = Path(__file__).parents[1] / "plugins" / "resources.csv"
 BANDWIDTH_SHARE, PRODUCT_SHARE, LAUNCH = 0.85, 0.8, 2e-6
 # Sparse tensor cores are twice as fast on paper. Measured with cuSPARSELt on an H100, 8192 cubed: arXiv 2603.05232.
 SPARSE_RATE = 1.59
-# The share of Hopper's peak that `mma` reaches, which our dense GEMM uses there, while our sparse one and a vendor's
-# dense one use wgmma: 62.9 % on average in Luo et al. 2024, arXiv 2402.13499.
-HOPPER_MMA = 0.629
 REGISTERS = 65536  # of an SM
 TILES = {
     "wide": (128, 128, 3, 128),
     "tall": (128, 64, 3, 128),
     "small": (64, 64, 4, 128),
 }  # rows, columns, stages, threads
-WGMMA_TILES = {"wide": (256, 128), "tall": (128, 128), "small": (64, 128)}  # one to an SM
+# An H100's, by wgmma, one to an SM.
+WGMMA_TILES = {
+    "sparse": {"wide": (256, 128), "tall": (128, 128), "small": (64, 128)},
+    "dense": {"wide": (128, 256), "tall": (64, 256), "small": (64, 128)},
+}
 SIZE = 2  # bytes of float16
 
 
@@ -52,7 +53,6 @@ class Gpu:
     bandwidth: float
     sms: int
     shared: int  # bytes of an SM
-    mma_share: float = 1.0
 
     def seconds(self, moved: float, products: float = 0.0, rate: float = 1.0) -> float:
         """Return what a kernel takes that moves so many bytes and does so many products at `rate` times the peak."""
@@ -63,7 +63,7 @@ class Gpu:
 GPUS = (
     Gpu("A100 SXM", "sm_80", 312e12, 2039e9, 108, 164 << 10),
     Gpu("RTX 4090", "sm_89", 165e12, 1008e9, 128, 100 << 10),
-    Gpu("H100 SXM", "sm_90", 989e12, 3352e9, 132, 228 << 10, HOPPER_MMA),
+    Gpu("H100 SXM", "sm_90", 989e12, 3352e9, 132, 228 << 10),
     Gpu("RTX 5090", "sm_120", 209e12, 1792e9, 170, 100 << 10),
 )
 
@@ -71,22 +71,21 @@ GPUS = (
 def gemm(gpu: Gpu, registers: dict[tuple[str, str], int], kind: str, t: int, k: int, n: int) -> float:
     """Return the seconds of a `sparse` or `dense` GEMM of ours with its best tile: x[t, k] by w[k, n]."""
     sparse = kind == "sparse"
-    wgmma = sparse and gpu.sm == "sm_90"
     moved = SIZE * (t * k / (2 if sparse else 1) + k * n + t * n) + (t * k / 8 if sparse else 0)
     best = float("inf")
     for tile, (rows, columns, stages, threads) in TILES.items():
         of_stage = 64 * (SIZE * rows / (2 if sparse else 1) + SIZE * columns + (rows / 8 if sparse else 0))
         used = registers[f"{kind}_gemm<float16, {tile}>", gpu.sm]
         resident = max(1, min(REGISTERS // (used * threads), int(gpu.shared // (stages * of_stage))))
-        if wgmma:
-            (rows, columns), resident = WGMMA_TILES[tile], 1
+        if gpu.sm == "sm_90":
+            (rows, columns), resident = WGMMA_TILES[kind][tile], 1
         tiles = ceil(t / rows) * ceil(n / columns)
         waves = ceil(tiles / (gpu.sms * resident))
         products = waves * gpu.sms * resident * rows * columns * k
         # A tile of which fewer share an SM is not faster for it: with one wave, only the SMs that have a tile count.
         if waves == 1:
             products = ceil(tiles / gpu.sms) * gpu.sms * rows * columns * k
-        best = min(best, gpu.seconds(moved, products, (1 if wgmma else gpu.mma_share) * (SPARSE_RATE if sparse else 1)))
+        best = min(best, gpu.seconds(moved, products, SPARSE_RATE if sparse else 1))
     return best
 
 
@@ -103,15 +102,13 @@ def paths(
     scale = gpu.seconds(t * 64)
     found = {
         "dense": gpu.seconds(SIZE * 2 * t * k) + scale + gemm(gpu, registers, "dense", t, k, n),
-        # Lists of an index and a float; each token reads its own rows of w.
-        "gemv": gpu.seconds(SIZE * t * k + 8 * t * kept)
-        + scale
-        + gpu.seconds(8 * t * kept + SIZE * t * kept * n)
-        + gpu.seconds(8 * t * n),
+        # Each token reads its own rows of w, and its sums of each 256 channels are added.
+        "gemv": gpu.seconds(SIZE * t * k + SIZE * t * kept * n + 4 * t * n * k / 256)
+        + gpu.seconds(4 * t * n * k / 256 + SIZE * t * n),
     }
     if group == 4 and keep <= 2 and k % 64 == 0:
         packed = gpu.seconds(SIZE * t * k * 1.5 + t * k / 8)
-        found["sparse"] = packed + gemm(gpu, registers, "sparse", t, k, n)
+        found["sparse"] = packed + scale + gemm(gpu, registers, "sparse", t, k, n)
     return found
 
 

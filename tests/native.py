@@ -19,9 +19,7 @@ ARGS: dict[str, Any] = {
     "token_shift": structure(("x", "eta"), ("tokens", "k"), ("median",)),
     "token_scale": structure(("z", "kept", "nu"), ("tokens", "parts")),
     "gemv": structure(("x", "w", *COMMON[1:], "partial", "z", "kept"), ("tokens", "k", "n", "keep", "group")),
-    "gemv_sum": structure(
-        ("partial", "z", "kept", "eta", "row_sum", "bias", "y"), ("tokens", "n", "splits", "parts")
-    ),
+    "gemv_sum": structure(("partial", "z", "kept", "eta", "row_sum", "bias", "y"), ("tokens", "n", "splits", "parts")),
 }
 MMA, WGMMA = range(2)  # the orders of metadata
 

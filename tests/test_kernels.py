@@ -262,5 +262,7 @@ def test_gemv_never_reads_a_dropped_row(native: Native) -> None:
     w = torch.full((k, n), torch.nan, dtype=torch.float16)
     w[zs[0] != 0] = 1
     partial = torch.empty(1, 1, n)
-    native.run("gemv", torch.float16, **given_to_kernel(x, params), w=w, partial=partial, tokens=1, k=k, n=n, keep=2, group=4)
+    native.run(
+        "gemv", torch.float16, **given_to_kernel(x, params), w=w, partial=partial, tokens=1, k=k, n=n, keep=2, group=4
+    )
     torch.testing.assert_close(partial[0, 0], zs.sum().expand(n))

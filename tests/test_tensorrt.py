@@ -169,8 +169,9 @@ def test_layers_are_counted_once_for_all_profiles() -> None:
 def test_a_table_of_paths(tmp_path: Path) -> None:
     layer = {"sm": "sm_90", "dtype": "float16", "pattern": "2:4", "k": "64", "n": "96"}
     shipped = dispatch.read(None)
-    assert [(row.gemv_tokens, row.sparse_tokens) for row in shipped] == [(1, 1024)]
-    assert "not measured" in dispatch.choose(shipped, layer).source
+    assert [(row.sm, row.gemv_tokens, row.sparse_tokens) for row in shipped] == [("*", 1, 1024), ("sm_90", 1, 64)]
+    assert "measured on an H200" in dispatch.choose(shipped, layer).source
+    assert "not measured" in dispatch.choose(shipped, {**layer, "sm": "sm_80"}).source
     rows = [
         dispatch.Row("sm_90", "*", "*", "*", "*", 2, 0, "one key"),
         dispatch.Row("*", "float16", "2:4", "*", "*", 3, 0, "two keys"),
