@@ -57,7 +57,7 @@ struct Gemv {
         if constexpr (PHASE == 0) {
             for (int i = place.thread; i < count; i += THREADS) load(args, shared, token, first, i);
         } else if constexpr (PHASE == 1) {
-            for (int i = place.thread; i < count; i += THREADS) 
+            for (int i = place.thread; i < count; i += THREADS)
                 shared.keep[i] = is_kept_of(shared.scores, i, args.group, args.keep);
         } else if constexpr (PHASE == 2) {
             for (int i = place.thread; i < count; i += THREADS) list(args, shared, first, i);
