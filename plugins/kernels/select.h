@@ -23,6 +23,27 @@ NMSPARSE_DEVICE float shifted(Args const& args, int token, int channel) {
     return args.shift != nullptr ? x - args.shift[channel] : x;
 }
 
+// Leaves z and the score of the channel at place `first` + i in shared.z[i] and shared.scores[i].
+template <class Args, class Shared>
+NMSPARSE_DEVICE void load(Args const& args, Shared& shared, int token, int first, int i) {
+    int const channel = args.permutation == nullptr ? first + i : args.permutation[first + i];
+    float const z = shifted(args, token, channel);
+    shared.z[i] = z;
+    shared.scores[i] = score(z, args.channel_scale == nullptr ? 1 : args.channel_scale[channel]);
+}
+
+// Leaves the moments of every THREADS-th channel from `thread` on, and of what is kept of them.
+template <int THREADS, class Shared>
+NMSPARSE_DEVICE void moments(Shared const& shared, int thread, int count, Moments& of_z, Moments& of_kept) {
+    Moments z, kept;
+    for (int i = thread; i < count; i += THREADS) {
+        z.add({1, shared.z[i], 0});
+        kept.add({1, shared.keep[i] ? shared.z[i] : 0, 0});
+    }
+    of_z = z;
+    of_kept = kept;
+}
+
 // Whether the channel `i` of `scores`, which begin with a whole group, is kept in its group of GROUP; 0 is any group.
 template <int GROUP = 0>
 NMSPARSE_DEVICE bool is_kept(float const* scores, int i, int group, int keep) {

@@ -1,6 +1,7 @@
-// What the sparse GEMM of an H100 asks of CUDA, on a machine without one: the objects that are shipped are linked with a
-// runtime that only looks. All of them: the linker once took a template of another GEMM's object for this one's. Its copies in and out of shared memory are described by maps: each must end where its tensor
-// ends, y after the last token. Prints what fails; the exit status is the number of failures.
+// What the GEMMs of an H100 ask of CUDA, on a machine without one: the objects that are shipped are linked with a runtime
+// that only looks. All of them: the linker once took a template of another GEMM's object for the sparse one's. Their
+// copies in and out of shared memory are described by maps: each must end where its tensor ends, y after the last token.
+// Prints what fails; the exit status is the number of failures.
 #include <cuda.h>
 
 #include <cstring>
@@ -28,7 +29,7 @@ CUresult encode(CUtensorMap*, CUtensorMapDataType type, cuuint32_t rank, void* a
                 cuuint64_t const* strides, cuuint32_t const*, cuuint32_t const*, CUtensorMapInterleave, CUtensorMapSwizzle,
                 CUtensorMapL2promotion, CUtensorMapFloatOOBfill) {
     ++maps;
-    uint64_t const element = type == CU_TENSOR_MAP_DATA_TYPE_UINT64 ? 8 : 2;
+    uint64_t const element = type == CU_TENSOR_MAP_DATA_TYPE_UINT64 ? 8 : type == CU_TENSOR_MAP_DATA_TYPE_FLOAT32 ? 4 : 2;
     uint64_t end = sizes[0] * element;
     for (cuuint32_t i = 1; i < rank; ++i) {
         end += (sizes[i] - 1) * strides[i - 1];
@@ -62,6 +63,19 @@ void runs(Tile tile, int tokens, int k, int n) {
     asked.n = n - 4;  // no multiple of 16 bytes
     CHECK(sparse_gemm_sm90<T>(tile, asked, nullptr) == cudaErrorInvalidValue);
     CHECK(maps == 4 && launches == 1);
+    asked.n = n;
+    tensors[0].bytes *= 2;
+    tensors[1] = {};
+    maps = launches = 0;
+    CHECK(dense_gemm_sm90<T>(tile, asked, nullptr) == cudaSuccess);
+    CHECK(maps == 3 && launches == 1);
+    asked.y = nullptr;
+    asked.partial = reinterpret_cast<float*>(memory[3]);
+    asked.splits = k % 192 == 0 ? 3 : 1;
+    tensors[3].bytes = uint64_t(tokens) * asked.splits * n * sizeof(float);
+    maps = launches = 0;
+    CHECK(skinny_gemm_sm90<T>(asked, nullptr) == cudaSuccess);
+    CHECK(maps == 3 && launches == 1);
 }
 
 }  // namespace

@@ -23,14 +23,20 @@ void walk_block(typename Kernel::Args const& args, typename Kernel::Shared& shar
     if constexpr (PHASE + 1 < Kernel::PHASES) walk_block<Kernel, PHASE + 1>(args, shared, place);
 }
 
+// Of a row of a and a column of w, from one step of K to another.
+template <class T>
+float product(T const* a, Gemm const& args, int row, int column, int from, int to) {
+    auto const* w = static_cast<T const*>(args.w);
+    float sum = 0;
+    for (int i = from; i < to; ++i) sum += widen(a[int64_t(row) * args.k + i]) * widen(w[int64_t(i) * args.n + column]);
+    return sum;
+}
+
 template <class T>
 void multiply(T const* a, Gemm const& args) {
-    auto const* w = static_cast<T const*>(args.w);
     for (int row = 0; row < args.tokens; ++row)
         for (int column = 0; column < args.n; ++column) {
-            float sum = 0;
-            for (int i = 0; i < args.k; ++i)
-                sum += widen(a[int64_t(row) * args.k + i]) * widen(w[int64_t(i) * args.n + column]);
+            float sum = product(a, args, row, column, 0, args.k);
             if (args.nu != nullptr) sum *= args.nu[row];
             if (args.eta != nullptr && args.row_sum != nullptr) sum += args.eta[row] * args.row_sum[column];
             if (args.bias != nullptr) sum += args.bias[column];
@@ -83,15 +89,11 @@ cudaError_t dense_gemm_sm90(Tile, Gemm const& args, cudaStream_t) {
 template <class T>
 cudaError_t skinny_gemm_sm90(Gemm const& args, cudaStream_t) {
     int const part = args.k / args.splits;
-    auto const *a = static_cast<T const*>(args.a), *w = static_cast<T const*>(args.w);
     for (int token = 0; token < args.tokens; ++token)
         for (int split = 0; split < args.splits; ++split)
-            for (int column = 0; column < args.n; ++column) {
-                float sum = 0;
-                for (int i = part * split; i < part * (split + 1); ++i)
-                    sum += widen(a[int64_t(token) * args.k + i]) * widen(w[int64_t(i) * args.n + column]);
-                args.partial[(int64_t(token) * args.splits + split) * args.n + column] = sum;
-            }
+            for (int column = 0; column < args.n; ++column)
+                args.partial[(int64_t(token) * args.splits + split) * args.n + column] =
+                    product(static_cast<T const*>(args.a), args, token, column, part * split, part * (split + 1));
     return cudaSuccess;
 }
 

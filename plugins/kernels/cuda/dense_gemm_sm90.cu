@@ -18,17 +18,11 @@ struct PlanOf<Tile::SMALL> : InTurn<64, 128, 64, Shape<_1, _1, _1>> {};
 using Dense = cutlass::arch::OpClassTensorOp;
 
 template <class E, Tile TILE>
-struct Parts {
-    using Plan = PlanOf<TILE>;
-    using Fusion = Fused<E, typename Plan::Block>;
-    using Store = StoreOf<Plan, Dense, E, Row, typename Fusion::Tree>;
-    using Multiply = MultiplyOf<Plan, Dense, E, Row, 8, Row, Store>;
-    using Kernel = gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Multiply, Store>;
-};
+using DenseParts = Parts<PlanOf<TILE>, Dense, E, 8>;
 
 // For its name, by which resources.py knows it.
 template <class E, Tile TILE>
-struct DenseGemmSm90 : Parts<E, TILE>::Kernel {};
+struct DenseGemmSm90 : DenseParts<E, TILE>::Kernel {};
 
 // For few tokens, where reading W is all that takes time: the product turned round, so that W has the side of 128, and K
 // in parts, so that there are blocks for every SM; GemvSum adds the parts.
@@ -50,7 +44,7 @@ template <class T>
 cudaError_t dense_gemm_sm90(Tile tile, Gemm const& args, cudaStream_t stream) {
     return with_tile(tile, [&](auto of) {
         using E = typename Element<T>::type;
-        using Fusion = typename Parts<E, of.value>::Fusion;
+        using Fusion = typename DenseParts<E, of.value>::Fusion;
         return run<DenseGemmSm90<E, of.value>>(
             {gemm::GemmUniversalMode::kGemm,
              {args.tokens, args.n, args.k, 1},
@@ -75,6 +69,6 @@ cudaError_t skinny_gemm_sm90(Gemm const& args, cudaStream_t stream) {
 template cudaError_t dense_gemm_sm90<NMSPARSE_TYPE>(Tile, Gemm const&, cudaStream_t);
 template cudaError_t skinny_gemm_sm90<NMSPARSE_TYPE>(Gemm const&, cudaStream_t);
 NMSPARSE_SHARED(skinny_gemm_sm90, Skinny<typename Element<NMSPARSE_TYPE>::type>::Kernel::SharedStorageSize)
-NMSPARSE_SHARED(dense_gemm_sm90, Parts<typename Element<NMSPARSE_TYPE>::type, of.value>::Kernel::SharedStorageSize)
+NMSPARSE_SHARED(dense_gemm_sm90, DenseParts<typename Element<NMSPARSE_TYPE>::type, of.value>::Kernel::SharedStorageSize)
 
 }  // namespace nmsparse

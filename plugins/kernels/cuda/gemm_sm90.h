@@ -68,6 +68,15 @@ using MultiplyOf = typename gemm::collective::CollectiveBuilder<
     gemm::collective::StageCountAutoCarveout<int(sizeof(typename Store::SharedStorage))>,
     typename Plan::Mainloop>::CollectiveOp;
 
+// A GEMM of row-major operands with the epilogue above.
+template <class Plan, class Class, class E, int ALIGNED>
+struct Parts {
+    using Fusion = Fused<E, typename Plan::Block>;
+    using Store = StoreOf<Plan, Class, E, Row, typename Fusion::Tree>;
+    using Multiply = MultiplyOf<Plan, Class, E, Row, ALIGNED, Row, Store>;
+    using Kernel = gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Multiply, Store>;
+};
+
 template <class Kernel>
 cudaError_t run(typename gemm::device::GemmUniversalAdapter<Kernel>::Arguments const& arguments, cudaStream_t stream) {
     using Adapter = gemm::device::GemmUniversalAdapter<Kernel>;

@@ -1,7 +1,7 @@
 // y = nu * (zs W) + eta * row_sum + bias for a few tokens, reading only the rows of W[K, N] that a token keeps.
 //
-// Gemv: a block has 256 columns of one token and a part of its groups. It chooses the channels of its part itself: they
-// are few, and a kernel of its own for them would take as long as reading the rows. Then a warp takes every eighth row
+// Gemv: a block has 256 columns of one token and a part of its groups. It chooses the channels of its part itself: a
+// kernel of its own for that took a third of the time. Then a warp takes every eighth row
 // of the list, a lane 8 columns, 16 bytes a row. GemvSum adds the parts in their order, so that the result is the same
 // every time.
 #pragma once
@@ -61,7 +61,9 @@ struct Gemv {
                 shared.keep[i] = is_kept_of(shared.scores, i, args.group, args.keep);
         } else if constexpr (PHASE == 2) {
             for (int i = place.thread; i < count; i += THREADS) list(args, shared, first, i);
-            if (args.z != nullptr && column == 0) moments(shared, place.thread, count);
+            if (args.z != nullptr && column == 0)
+                moments<THREADS>(shared, place.thread, count, shared.moments[0][place.thread],
+                                 shared.moments[1][place.thread]);
         } else if constexpr (PHASE == 3) {
             if (args.z != nullptr && column == 0 && place.thread < 2 * PARTS)
                 sum_of<THREADS / PARTS, 1>(shared.moments[place.thread / PARTS] + place.thread % PARTS * (THREADS / PARTS));
@@ -83,12 +85,6 @@ struct Gemv {
         }
     }
 
-    NMSPARSE_DEVICE static void load(Args const& args, Shared& shared, int token, int first, int i) {
-        int const channel = args.permutation == nullptr ? first + i : args.permutation[first + i];
-        shared.z[i] = shifted(args, token, channel);
-        shared.scores[i] = score(shared.z[i], args.channel_scale == nullptr ? 1 : args.channel_scale[channel]);
-    }
-
     NMSPARSE_DEVICE static void list(Args const& args, Shared& shared, int first, int i) {
         if (!shared.keep[i]) return;
         int const begin = i / args.group * args.group;
@@ -98,16 +94,6 @@ struct Gemv {
         narrow(shared.z[i], value);
         shared.rows[at] = first + i;
         shared.values[at] = widen(value);
-    }
-
-    NMSPARSE_DEVICE static void moments(Shared& shared, int thread, int count) {
-        Moments z, kept;
-        for (int i = thread; i < count; i += THREADS) {
-            z.add({1, shared.z[i], 0});
-            kept.add({1, shared.keep[i] ? shared.z[i] : 0, 0});
-        }
-        shared.moments[0][thread] = z;
-        shared.moments[1][thread] = kept;
     }
 
     NMSPARSE_DEVICE static void add_rows(Args const& args, Shared const& shared, int warp, int length, int column,

@@ -38,7 +38,7 @@ Buffers lay_out(Layer const& layer, int tokens, void* workspace) {
     };
     Path const path = path_of(layer, tokens);
     bool const wgmma = order_of(layer) == MetadataOrder::WGMMA;
-    bool const skinny = path == Path::DENSE && wgmma && tokens <= SKINNY_TOKENS;
+    bool const skinny = path == Path::DENSE && wgmma && tokens <= SKINNY_TOKENS, summed = path == Path::GEMV || skinny;
     buffers.padded = path == Path::SPARSE ? up(tokens, wgmma ? WGMMA_TOKENS : Pack<__half>::TOKENS) : tokens;
     auto const rows = size_t(buffers.padded);
     if (path == Path::GEMV)
@@ -52,9 +52,9 @@ Buffers lay_out(Layer const& layer, int tokens, void* workspace) {
     if (layer.variance != 0) {
         take(buffers.z, rows * buffers.parts * sizeof(Moments));
         take(buffers.kept, rows * buffers.parts * sizeof(Moments));
-        if (path != Path::GEMV) take(buffers.nu, rows * sizeof(float));
+        if (!summed) take(buffers.nu, rows * sizeof(float));
     }
-    if (path == Path::GEMV || skinny) take(buffers.partial, rows * buffers.splits * layer.n * sizeof(float));
+    if (summed) take(buffers.partial, rows * buffers.splits * layer.n * sizeof(float));
     if (path == Path::SPARSE) {
         take(buffers.packed, rows * layer.k / 2 * sizeof(__half));
         take(buffers.metadata, rows * up(layer.k, wgmma ? WGMMA_CHANNELS : 32) / 32 * sizeof(uint32_t));
@@ -110,7 +110,8 @@ cudaError_t run_layer(Layer const& layer, Tensors const& tensors, int tokens, Ti
             bool const median = layer.shift_mode == ShiftMode::TOKEN_MEDIAN;
             return launch<TokenShift<T>>({x, at.eta, tokens, layer.k, median}, stream);
         });
-    auto* const y = static_cast<T*>(tensors.y);
+    typename GemvSum<T>::Args const sums{at.partial, at.z, at.kept, at.eta, tensors.row_sum, tensors.bias,
+                                         static_cast<T*>(tensors.y), tokens, layer.n, at.splits, at.parts};
     if (path_of(layer, tokens) == Path::GEMV) {
         next([&] {
             return launch<Gemv<T>>({x, static_cast<T const*>(tensors.w), tensors.channel_scale, shift, at.eta,
@@ -118,10 +119,7 @@ cudaError_t run_layer(Layer const& layer, Tensors const& tensors, int tokens, Ti
                                     layer.group},
                                    stream);
         });
-        next([&] {
-            return launch<GemvSum<T>>(
-                {at.partial, at.z, at.kept, at.eta, tensors.row_sum, tensors.bias, y, tokens, layer.n, at.splits, at.parts}, stream);
-        });
+        next([&] { return launch<GemvSum<T>>(sums, stream); });
         return error;
     }
     if (at.packed != nullptr)
@@ -141,17 +139,13 @@ cudaError_t run_layer(Layer const& layer, Tensors const& tensors, int tokens, Ti
         Gemm const gemm{at.pruned, nullptr, tensors.w, nullptr, nullptr, nullptr, nullptr, nullptr,
                         tokens, tokens, layer.k, layer.n, at.partial, at.splits};
         next([&] { return skinny_gemm_sm90<T>(gemm, stream); });
-        next([&] {
-            return launch<GemvSum<T>>({at.partial, at.z, at.kept, at.eta, tensors.row_sum, tensors.bias, y, tokens, layer.n,
-                                       at.splits, at.parts},
-                                      stream);
-        });
+        next([&] { return launch<GemvSum<T>>(sums, stream); });
         return error;
     }
     if (at.z != nullptr)
         next([&] { return launch<TokenScale>({at.z, at.kept, at.nu, at.padded, at.parts}, stream); });
     Gemm const gemm{at.packed != nullptr ? at.packed : at.pruned, at.metadata, tensors.w, at.nu, at.eta, tensors.row_sum,
-                    tensors.bias, y, tokens, at.padded, layer.k, layer.n};
+                    tensors.bias, tensors.y, tokens, at.padded, layer.k, layer.n};
     bool const wgmma = order_of(layer) == MetadataOrder::WGMMA;
     next([&] {
         if (at.packed == nullptr) return wgmma ? dense_gemm_sm90<T>(tile, gemm, stream) : dense_gemm<T>(tile, gemm, stream);

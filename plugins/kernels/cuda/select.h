@@ -46,7 +46,8 @@ struct Select {
                 shared.keep[i] = is_kept_of(shared.scores, i, args.group, args.keep);
         } else if constexpr (PHASE == 2) {
             for (int i = place.thread; i < count; i += THREADS) write(args, shared, token, first, i);
-            if (args.z != nullptr) moments(shared, place.thread, count);
+            if (args.z != nullptr)
+                moments<THREADS>(shared, place.thread, count, shared.of_z[place.thread], shared.of_kept[place.thread]);
         } else if (args.z != nullptr) {
             // 256 moments to 16, and these to one; always in the same order.
             constexpr int STRIDE = PHASE == 3 ? 1 : PARTS;
@@ -63,27 +64,10 @@ struct Select {
         }
     }
 
-    NMSPARSE_DEVICE static void load(Args const& args, Shared& shared, int token, int first, int i) {
-        int const channel = args.permutation == nullptr ? first + i : args.permutation[first + i];
-        float const z = shifted(args, token, channel);
-        shared.z[i] = z;
-        shared.scores[i] = score(z, args.channel_scale == nullptr ? 1 : args.channel_scale[channel]);
-    }
-
     NMSPARSE_DEVICE static void write(Args const& args, Shared& shared, int token, int first, int i) {
         T value;
         narrow(shared.keep[i] ? shared.z[i] : 0, value);
         args.pruned[int64_t(token) * args.k + first + i] = value;
-    }
-
-    NMSPARSE_DEVICE static void moments(Shared& shared, int thread, int count) {
-        Moments z, kept;
-        for (int i = thread; i < count; i += THREADS) {
-            z.add({1, shared.z[i], 0});
-            kept.add({1, shared.keep[i] ? shared.z[i] : 0, 0});
-        }
-        shared.of_z[thread] = z;
-        shared.of_kept[thread] = kept;
     }
 };
 

@@ -20,17 +20,11 @@ struct PlanOf<Tile::SMALL> : InTurn<64, 128, WGMMA_CHANNELS, Shape<_1, _1, _1>> 
 using Sparse = cutlass::arch::OpClassSparseTensorOp;
 
 template <class E, Tile TILE>
-struct Parts {
-    using Plan = PlanOf<TILE>;
-    using Fusion = Fused<E, typename Plan::Block>;
-    using Store = StoreOf<Plan, Sparse, E, Row, typename Fusion::Tree>;
-    using Multiply = MultiplyOf<Plan, Sparse, E, Row, 16, Row, Store>;
-    using Kernel = gemm::kernel::GemmUniversal<Shape<int, int, int, int>, Multiply, Store>;
-};
+using SparseParts = Parts<PlanOf<TILE>, Sparse, E, 16>;
 
 // For its name, by which resources.py knows it.
 template <class E, Tile TILE>
-struct SparseGemmSm90 : Parts<E, TILE>::Kernel {};
+struct SparseGemmSm90 : SparseParts<E, TILE>::Kernel {};
 
 }  // namespace
 
@@ -38,7 +32,7 @@ template <class T>
 cudaError_t sparse_gemm_sm90(Tile tile, Gemm const& args, cudaStream_t stream) {
     return with_tile(tile, [&](auto of) {
         using E = typename Element<T>::type;
-        using Of = Parts<E, of.value>;
+        using Of = SparseParts<E, of.value>;
         using Config = typename Of::Multiply::SparseConfig;
         static_assert(typename Config::TensorEAtomM{} == WGMMA_TOKENS && typename Config::TensorEAtomK{} == WGMMA_CHANNELS);
         // The metadata are rounded up to whole blocks; beyond the tokens and K the copies into shared memory fill in zeros.
@@ -54,6 +48,6 @@ cudaError_t sparse_gemm_sm90(Tile tile, Gemm const& args, cudaStream_t stream) {
 }
 
 template cudaError_t sparse_gemm_sm90<NMSPARSE_TYPE>(Tile, Gemm const&, cudaStream_t);
-NMSPARSE_SHARED(sparse_gemm_sm90, Parts<typename Element<NMSPARSE_TYPE>::type, of.value>::Kernel::SharedStorageSize)
+NMSPARSE_SHARED(sparse_gemm_sm90, SparseParts<typename Element<NMSPARSE_TYPE>::type, of.value>::Kernel::SharedStorageSize)
 
 }  // namespace nmsparse
