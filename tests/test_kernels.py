@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from native import DENSE, GEMV, MMA, SPARSE, WGMMA, Native
 from torch import Tensor
 
+from converter.runtimes.layer import TILES
 from converter.sparsity.linear import SHIFT_MODES, Params, SparseLinear, bake, prune, token_scale, token_shift
 
 DTYPES = [torch.float16, torch.bfloat16]
@@ -138,7 +139,7 @@ def test_gemv_reads_the_kept_rows_and_no_other(
         partial, moments = torch.full((5, splits, n), torch.nan), torch.full((2, 5, splits, 3), torch.nan)
         shape = {"tokens": 5, "k": k, "n": n, "keep": keep, "group": group}
         native.run("gemv", dtype, **kernel, w=w, partial=partial, z=moments[0], kept=moments[1], **shape)
-        # A row with Inf or NaN gives NaN wherever W is 0: such tokens are seen in their own columns only.
+        # A kept Inf or NaN gives NaN wherever W is 0: see the next test.
         finite = zs.isfinite().all(-1)
         assert torch.equal(partial.sum(1)[finite], expected[finite, first : first + 512])
     nu = torch.empty(5)
@@ -173,7 +174,9 @@ def test_token_median_of_any_bits(native: Native, data: st.DataObject) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("tokens", "k", "n"), [(1, 576, 1536), (3, 1536, 576), (8, 64, 8), (2, 96, 264)])
+@pytest.mark.parametrize(
+    ("tokens", "k", "n"), [(1, 576, 1536), (3, 1536, 576), (8, 64, 8), (2, 96, 264), (1, 2048, 40), (2, 14336, 72)]
+)
 @pytest.mark.parametrize("shift_mode", ["none", "token_median"])
 def test_decode_is_the_layer(native: Native, dtype: torch.dtype, tokens: int, k: int, n: int, shift_mode: str) -> None:
     generator = torch.Generator().manual_seed(k)
@@ -255,14 +258,44 @@ def test_layer_is_the_reference_on_every_path(
     torch.testing.assert_close(y.float(), expected, rtol=8 * step, atol=step * k**0.5)
 
 
-def test_gemv_never_reads_a_dropped_row(native: Native) -> None:
-    k, n = 64, 16
-    x, params = torch.randn(1, k).half(), Params(2, 4)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("keep", "group"), [(2, 4), (8, 16), (1, 4), (3, 100)])
+def test_gemv_never_reads_a_dropped_row(native: Native, dtype: torch.dtype, keep: int, group: int) -> None:
+    """Dropped rows are NaN. Of a token with Inf, more in some groups than are kept, the sum is Inf then, not NaN."""
+    k, n = 4 * group, 16
+    x, params = torch.randn(2, k, generator=torch.Generator().manual_seed(group)).to(dtype), Params(keep, group)
+    x[1, : keep + 1] = torch.inf
+    x[1, k - 1] = torch.inf
     _, zs, _ = prune(x.float(), params)
-    w = torch.full((k, n), torch.nan, dtype=torch.float16)
-    w[zs[0] != 0] = 1
-    partial = torch.empty(1, 1, n)
-    native.run(
-        "gemv", torch.float16, **given_to_kernel(x, params), w=w, partial=partial, tokens=1, k=k, n=n, keep=2, group=4
-    )
-    torch.testing.assert_close(partial[0, 0], zs.sum().expand(n))
+    for token, expected in enumerate([zs[0].sum(), torch.tensor(torch.inf)]):
+        w = torch.full((k, n), torch.nan, dtype=dtype)
+        w[zs[token] != 0] = 1
+        assert int((zs[token] != 0).sum()) == keep * 4
+        partial = torch.full((1, -(-k // max(PART // group * group, group)), n), torch.nan)
+        shape = {"tokens": 1, "k": k, "n": n, "keep": keep, "group": group}
+        native.run("gemv", dtype, **given_to_kernel(x[token : token + 1], params), w=w, partial=partial, **shape)
+        torch.testing.assert_close(partial[0].sum(0), expected.expand(n), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(
+    ("tokens", "keep", "group", "path"),
+    [(300, 2, 4, SPARSE), (300, 8, 16, DENSE), (40, 8, 16, DENSE), (64, 2, 4, DENSE)],
+)
+def test_every_tile_is_the_layer(
+    native: Native, dtype: torch.dtype, tile: str, tokens: int, keep: int, group: int, path: str
+) -> None:
+    """More tiles than one in every direction, of every GEMM that the GPU has; a CPU has products without tiles."""
+    k, n = 1088, 264
+    params = the_params(keep, group, k, "none", permuted=False)
+    generator = torch.Generator().manual_seed(tokens)
+    weight, bias = torch.randn(n, k, generator=generator).to(dtype), torch.randn(n, generator=generator)
+    x, y = torch.randn(tokens, k, generator=generator).to(dtype), torch.full((tokens, n), torch.nan, dtype=dtype)
+    tensors = {"x": x, "w": weight.t().contiguous(), "bias": bias, "channel_scale": params.channel_scale, "y": y}
+    shape = {"k": k, "n": n, "keep": keep, "group": group, "shift_mode": 0, "variance": 1}
+    assert native.layer(shape | {"gemv_tokens": 1, "sparse_tokens": 128, "sm": 90}, tensors, tile) == path
+    z, zs, _ = prune(x.float(), params)
+    expected = (zs.double() @ weight.double().t()) * token_scale(z, zs).double() + bias
+    step = torch.finfo(dtype).eps
+    torch.testing.assert_close(y.double(), expected, rtol=step, atol=step * k**0.5 / 16)
