@@ -10,7 +10,7 @@ import json
 import tempfile
 from itertools import product
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import torch
 from cyclopts import App, Parameter
@@ -81,9 +81,9 @@ def measure(
     layers = plan(checkpoint.skeleton(), recipe)
     with tempfile.TemporaryDirectory() as scratch:
         found = fitted(checkpoint, layers, recipe, text, Path(scratch), None, stages)
-    model = found.checkpoint.model()
+    model = found.checkpoint.on(checkpoint.device).model()
     for name, layer in found.params.items():
-        install(model, name, layer, phases=found.recipe.phases)
+        install(model, name, layer.on(model.device), phases=found.recipe.phases)
     with stages.stage("measure", "windows") as advance:
         return [window_losses(model, test, advance) for test in tests]
 
@@ -114,11 +114,12 @@ def main(
     seeds: Annotated[str, Parameter(help="of the rows that are trained, by commas")] = "0",
     contexts: Annotated[str, Parameter(help="lengths of the windows, by commas")] = "1024",
     tokens: int = 8192,
+    device: Literal["cpu", "cuda"] = "cpu",
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
     """Print the tables for MODEL, calibrated on one text and measured on others."""
     stages = Stages(console=Console(stderr=True, quiet=True))
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model).on(device)
     tokenizer = checkpoint.tokenizer()
     lengths = [int(length) for length in contexts.split(",")]
     # All that decides a cell's value is in its name, or the cells of another command would pass for this one's.
@@ -128,7 +129,9 @@ def main(
         for length, source in product(lengths, text)
     ]
     tests = [windows(source, tokenizer, tokens // length, length) for length, source in product(lengths, text)]
-    dense = [window_losses(checkpoint.model(), test) for test in tests]
+    dense_model = checkpoint.model()
+    dense = [window_losses(dense_model, test) for test in tests]
+    del dense_model
     names = list(dict.fromkeys((BASELINE, *row)))
     longest = max((_recipe(name, "8:16", calibration) for name in names), key=Recipe.windows)
     with tempfile.TemporaryDirectory() as scratch:
@@ -152,7 +155,10 @@ def main(
                 base = base or losses
                 goal = GOAL if name in OURS and pattern in {"2:4", "8:16"} else None
                 costs = [cost for cost in stages.costs if cost.stage != "measure"]
-                spent = sum(cost.seconds for cost in costs), max(cost.peak_bytes for cost in costs)
+                spent = (
+                    sum(cost.seconds for cost in costs),
+                    max(cost.gpu_peak_bytes or cost.peak_bytes for cost in costs),
+                )
                 lines = _lines(f"{pattern} {label}", where, dense, base, losses, goal, spent)
                 found |= {line["name"]: line for line in lines}
                 print(

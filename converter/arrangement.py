@@ -31,7 +31,7 @@ class Arrangement:
     def of(self, name: str, tensor: Tensor) -> Tensor:
         """Return the parameter `name` reordered; the tensor itself where it has no order."""
         for dim, order in self.orders.get(name, {}).items():
-            tensor = tensor.index_select(dim, order)
+            tensor = tensor.index_select(dim, order.to(tensor.device))
         return tensor
 
     def apply(self, model: nn.Module) -> None:

@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from converter.arrangement import Arrangement
-from converter.errors import CheckpointError
+from converter.errors import CheckpointError, DeviceError
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -42,17 +42,29 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 class Checkpoint:
     """A checkpoint on this machine; `folder` holds config, tokenizer and weights under the names torch gives them.
 
-    Every weight that it gives is reordered by `arrangement`; the files and their fingerprint are not.
+    Every weight that it gives is reordered by `arrangement`; the files and their fingerprint are not. `device` is where
+    `model` puts the model.
     """
 
     source: str
     revision: str | None
     folder: Path
     arrangement: Arrangement = field(default_factory=lambda: Arrangement({}))
+    device: str = "cpu"
 
     def arranged(self, arrangement: Arrangement) -> Checkpoint:
         """Return the same checkpoint, reordered."""
         return replace(self, arrangement=arrangement)
+
+    def on(self, device: str) -> Checkpoint:
+        """Return the same checkpoint, whose model is put on `device`: `cpu` or `cuda`.
+
+        Raises:
+            DeviceError: when PyTorch finds no GPU.
+        """
+        if device != "cpu" and not torch.cuda.is_available():
+            raise DeviceError(f"device: a GPU that PyTorch can use must be here for {device}, got none. Use cpu.")
+        return replace(self, device=device)
 
     @cached_property
     def config(self) -> PreTrainedConfig:
@@ -106,7 +118,7 @@ class Checkpoint:
         return model
 
     def model(self) -> PreTrainedModel:
-        """Return the model in float32, in evaluation mode.
+        """Return the model in float32, in evaluation mode, on `device`.
 
         Raises:
             CheckpointError: when a weight is missing, NaN or infinite.
@@ -118,6 +130,7 @@ class Checkpoint:
             self._finite(name, parameter.data)
         self.arrangement.apply(model)
         model.requires_grad_(False)
+        model.to(self.device)  # type: ignore[arg-type] # transformers wraps `to`
         return model
 
     def read(self, name: str) -> Tensor:

@@ -71,13 +71,15 @@ class Fitted:
     curve: Curve = field(default_factory=list)
 
 
-def convert(model: str, out: str | Path, recipe: Recipe | None = None, *, revision: str | None = None) -> Path:
-    """Return OUT: the checkpoint `model`, calibrated, exported and validated by `recipe`.
+def convert(
+    model: str, out: str | Path, recipe: Recipe | None = None, *, revision: str | None = None, device: str = "cpu"
+) -> Path:
+    """Return OUT: the checkpoint `model`, calibrated on `device`, exported and validated by `recipe`.
 
     Raises:
         ConverterError: a subclass says what the user can mend; OUT is then as it was before.
     """
-    run(model, Path(out), recipe or Recipe(), revision, Stages())
+    run(model, Path(out), recipe or Recipe(), revision, device, Stages())
     return Path(out)
 
 
@@ -96,11 +98,11 @@ def load_with_tokenizer(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
     return checkpoint.model(), checkpoint.tokenizer()
 
 
-def run(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Stages) -> dict[str, Any]:
+def run(model: str, out: Path, recipe: Recipe, revision: str | None, device: str, stages: Stages) -> dict[str, Any]:
     """Convert, and return the report that lies in OUT."""
     recipe.require_exportable()
     with stages.stage("checkpoint"):
-        checkpoint = open_checkpoint(model, revision)
+        checkpoint = open_checkpoint(model, revision).on(device)
         layers = plan(checkpoint.skeleton(), recipe)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
@@ -113,11 +115,11 @@ def run(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Sta
     return report
 
 
-def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, stages: Stages) -> None:
+def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, device: str, stages: Stages) -> None:
     """Write recipe, calibration and manifest to the folder `out`, for `export` to start from."""
     recipe.require_exportable()
     with stages.stage("checkpoint"):
-        checkpoint = open_checkpoint(model, revision)
+        checkpoint = open_checkpoint(model, revision).on(device)
         layers = plan(checkpoint.skeleton(), recipe)
     with staged(out, 0) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
@@ -175,7 +177,7 @@ def inspect(folder: Path, table: Path | None = None, target: str | None = None) 
 
 
 def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> Fitted:
-    with resumable(checkpoint.fingerprint(), recipe) if recipe.trains() else nullcontext() as state:
+    with resumable(checkpoint.fingerprint(), recipe, checkpoint.device) if recipe.trains() else nullcontext() as state:
         wanted = layers.open or recipe.walks() or recipe.distils()
         text = calibration_text(checkpoint, recipe, state, stages) if wanted else None
         found = fitted(checkpoint, layers, recipe, text, folder, state, stages)
@@ -225,7 +227,8 @@ def fitted(
 ) -> Fitted:
     """Return what the recipe makes of the checkpoint on the windows `text [count, window]`; None when it needs none.
 
-    `scratch` is a folder for hidden states; `state`, where given, one from which an interrupted call goes on.
+    `scratch` is a folder for hidden states; `state`, where given, one from which an interrupted call goes on. All of it
+    runs where the checkpoint puts its model; the result is on the CPU.
     """
     if layers.open:
         assert text is not None
@@ -242,12 +245,13 @@ def fitted(
         checkpoint, layers = checkpoint.arranged(arrangement), layers.arranged(arrangement.layers)
     with stages.stage("calibrate", "blocks") as advance:
         params = walk(checkpoint.model(), layers, recipe, walked, scratch, state, advance)
-    if not recipe.distils():
-        return Fitted(checkpoint, recipe, layers, params)
-    assert text is not None
-    with stages.stage("distill", "steps") as advance:
-        params, curve = distill(checkpoint.model(), params, text, recipe, state and state / "distill.pt", advance)
-    return Fitted(checkpoint, recipe, layers, params, curve)
+    curve: Curve = []
+    if recipe.distils():
+        assert text is not None
+        with stages.stage("distill", "steps") as advance:
+            params, curve = distill(checkpoint.model(), params, text, recipe, state and state / "distill.pt", advance)
+    params = {name: layer.on("cpu") for name, layer in params.items()}
+    return Fitted(checkpoint.on("cpu"), recipe, layers, params, curve)
 
 
 def _export(

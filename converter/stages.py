@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -26,11 +27,12 @@ Advance = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class StageCost:
-    """What one stage took; `peak_bytes` is the process's largest resident memory while it ran."""
+    """What one stage took; the bytes are the process's largest resident memory and the GPU's while it ran."""
 
     stage: str
     seconds: float
     peak_bytes: int
+    gpu_peak_bytes: int = 0
 
 
 @dataclass
@@ -62,9 +64,11 @@ class Stages:
                 progress.update(task, completed=done, total=total)
 
             yield advance
-        cost = StageCost(name, time.perf_counter() - start, peak_bytes())
+        gpu_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+        cost = StageCost(name, time.perf_counter() - start, peak_bytes(), gpu_peak)
         self.costs.append(cost)
-        self.console.print(f"[green]✓[/] {name}: {cost.seconds:.1f} s, peak {cost.peak_bytes / 1e9:.2f} GB")
+        on_gpu = f", {gpu_peak / 1e9:.2f} GB on the GPU" if gpu_peak else ""
+        self.console.print(f"[green]✓[/] {name}: {cost.seconds:.1f} s, peak {cost.peak_bytes / 1e9:.2f} GB{on_gpu}")
 
 
 def peak_bytes() -> int:
@@ -79,7 +83,9 @@ def peak_bytes() -> int:
 
 
 def forget_peak() -> None:
-    """Let `peak_bytes` count from now on, where the system can."""
+    """Let the peaks count from now on, where the system can."""
+    if torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux, or not allowed: the peak is then that of the whole run so far

@@ -161,7 +161,7 @@ def test_convert_folded(tiny: Path, tmp_path: Path, dtype: str) -> None:
     assert len(nodes) == 21
     assert all(len(node.input) < 7 for node in nodes)  # X, W, bias, channel_scale, shift, row_sum: no permutation
     # The stages by themselves give the same files.
-    calibrate(str(tiny), tmp_path / "calibrated", recipe, None, Stages())
+    calibrate(str(tiny), tmp_path / "calibrated", recipe, None, "cpu", Stages())
     export(tmp_path / "calibrated", tmp_path / "again", {}, Stages())
     for name in ("model.onnx", "model.onnx.data"):
         assert (out / name).read_bytes() == (tmp_path / "again" / name).read_bytes(), name

@@ -72,12 +72,14 @@ def measure(
     Raises:
         CalibrationError: when an effect is not finite, or a layer has no part in the loss.
     """
-    effects = {layer.name: torch.zeros(len(recipe.menu()), dtype=torch.float64) for layer in layers}
+    effects = {
+        layer.name: torch.zeros(len(recipe.menu()), dtype=torch.float64, device=model.device) for layer in layers
+    }
     menus = {layer.name: _menu(model, layer, recipe) for layer in layers}
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(requires_grad=False)
     with torch.enable_grad(), _watched(model, {name: partial(_add, effects[name], menus[name]) for name in effects}):
-        for number, window in enumerate(windows):
+        for number, window in enumerate(windows.to(model.device)):
             logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
             nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum").backward()
             progress(number + 1, len(windows))

@@ -42,7 +42,7 @@ def arrange(
     Raises:
         CalibrationError: when an activation is not finite.
     """
-    sample = windows[:1, :SAMPLE]
+    sample = windows[:1, :SAMPLE].to(model.device)
     found = wiring(model, plan, sample)
     wanted = {layer.name for layer in plan.sparse if layer.name in found.feeds or layer.name in found.readers}
     if not wanted:
@@ -80,7 +80,7 @@ def arrange(
         arrangements = [Arrangement(inside, tuple(fed)), Arrangement({})]
         if stream is not None:
             both = {name: dict(dims) for name, dims in inside.items()}
-            for name, dims in found.stream_orders(decorrelate(stream, group)).items():
+            for name, dims in found.stream_orders(decorrelate(stream, group).cpu()).items():
                 both.setdefault(name, {}).update(dims)
             arrangements.insert(0, Arrangement(both, (*fed, *sorted(found.readers))))
         accepted = next(a for a in arrangements if same_logits(model, a, sample))

@@ -27,13 +27,14 @@ class Blocks:
         assert isinstance(blocks, nn.ModuleList)
         self.model, self.blocks, self.folder = model, blocks, folder
         self.sizes, self.length = [len(batch) for batch in batches], batches[0].shape[1]
+        batches = [batch.to(model.device) for batch in batches]
         self.calls = {len(batch): block_calls(model, blocks, batch) for batch in batches}
         for number, batch in enumerate(batches):
             self._write(number, first_hidden(model, blocks, batch))
 
     def run(self, index: int, number: int) -> Tensor:
         """Return what block `index` makes of the hidden states of batch `number`."""
-        hidden = load_file(self._path(number))["hidden"]
+        hidden = load_file(self._path(number), str(self.model.device))["hidden"]
         return run_block(self.blocks[index], hidden, self.calls[self.sizes[number]][index])
 
     def advance(self, index: int) -> None:
@@ -77,11 +78,12 @@ def statistics(
     watchers: dict[str, Callable[[Tensor], None]] = {}
     for mates in readers:
         wanted = any(layer.name in together for layer in mates)
-        shared = LayerStats.of(mates[0].name, mates[0].in_features, together=wanted, gram=gram)
-        watchers[mates[0].name] = partial(update, shared)
+        name, width, device = mates[0].name, mates[0].in_features, text.model.device
+        shared = LayerStats.of(name, width, together=wanted, gram=gram, device=device)
+        watchers[name] = partial(update, shared)
         stats |= {layer.name: shared for layer in mates}
-        if mates[0].name in seen:
-            update(shared, seen[mates[0].name])
+        if name in seen:
+            update(shared, seen[name])
     seen.clear()
     with watched(text.model, watchers):
         for number in range(1, len(text.sizes)):

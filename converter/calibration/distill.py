@@ -43,7 +43,7 @@ def distill(
         CalibrationError: when there is no text left to train on, too little memory, or training fails.
     """
     settings = recipe.training
-    pieces = windows.reshape(-1, min(settings.window, windows.shape[1]))
+    pieces = windows.to(model.device).reshape(-1, min(settings.window, windows.shape[1]))
     held_out, text = pieces[-settings.held_out :], pieces[: -settings.held_out]
     if len(text) < settings.batch:
         raise CalibrationError(
@@ -86,7 +86,9 @@ def distill(
 
 def _check_memory(parts: list[nn.Parameter]) -> None:
     # Gradient, two moments and the best so far, beside the parts themselves.
-    needed, free = 4 * sum(4 * part.numel() for part in parts), psutil.virtual_memory().available
+    device = parts[0].device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    needed = 4 * sum(4 * part.numel() for part in parts)
     if free < needed:
         raise CalibrationError(
             f"training: memory must be at least {needed / 1e9:.1f} GB beyond the model, got {free / 1e9:.1f} GB. "

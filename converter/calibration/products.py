@@ -1,4 +1,4 @@
-"""Products in bfloat16, for what need not be exact: training and sampling."""
+"""Products in bfloat16 or TF32, for what need not be exact: training and sampling."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 @contextmanager
 def bfloat16_products() -> Iterator[None]:
-    """Let float32 products be taken in bfloat16 where the processor has instructions for it, several times faster."""
+    """Let float32 products be taken in bfloat16 where a CPU has instructions for it, in TF32 on a GPU: much faster."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("medium")
     try:

@@ -30,9 +30,9 @@ class Sums:
     cross: Tensor  # [K, K]
 
     @classmethod
-    def of(cls, in_features: int) -> Sums:
-        """Return empty sums for K = `in_features`."""
-        zeros = torch.zeros(in_features, in_features, dtype=torch.float64)
+    def of(cls, in_features: int, device: torch.device | None = None) -> Sums:
+        """Return empty sums for K = `in_features`, on `device`."""
+        zeros = torch.zeros(in_features, in_features, dtype=torch.float64, device=device)
         return cls(zeros, zeros.clone())
 
     def update(self, x: Tensor, params: Params) -> None:

@@ -16,9 +16,9 @@ from converter.recipe import Recipe
 
 
 @contextmanager
-def resumable(fingerprint: str, recipe: Recipe) -> Iterator[Path]:
+def resumable(fingerprint: str, recipe: Recipe, device: str) -> Iterator[Path]:
     """Give the folder of the calibration of these weights by this recipe; it outlives the block only when cut off."""
-    folder = Path(constants.HF_HOME) / "nmsparse" / "training" / _key(fingerprint, recipe)
+    folder = Path(constants.HF_HOME) / "nmsparse" / "training" / _key(fingerprint, recipe, device)
     folder.mkdir(parents=True, exist_ok=True)
     try:
         yield folder
@@ -28,8 +28,8 @@ def resumable(fingerprint: str, recipe: Recipe) -> Iterator[Path]:
     shutil.rmtree(folder)
 
 
-def _key(fingerprint: str, recipe: Recipe) -> str:
+def _key(fingerprint: str, recipe: Recipe, device: str) -> str:
     files = [Path(source) for source in recipe.calibration.source.split(",") if Path(source).is_file()]
     texts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
-    parts = (fingerprint, recipe.to_yaml(), *texts, torch.__version__, str(torch.get_num_threads()))
+    parts = (fingerprint, recipe.to_yaml(), *texts, torch.__version__, str(torch.get_num_threads()), device)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

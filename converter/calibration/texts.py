@@ -121,7 +121,7 @@ class _Count(StoppingCriteria):
 
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         self.progress(input_ids.numel(), self.total)
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
 
 def sampled(
@@ -143,9 +143,10 @@ def sampled(
     plain = torch.tensor([number for number in range(known) if number not in special])
     begin = torch.tensor(tokenizer("").input_ids, dtype=torch.int64).expand(count, -1)
     # Quiet: transformers warns of an end token that no token can be.
-    with torch.random.fork_rng(devices=[]), bfloat16_products(), quiet():
+    cuda = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(cuda), bfloat16_products(), quiet():
         torch.manual_seed(seed)
-        start = torch.cat([begin, plain[torch.randint(len(plain), (count, 1))]], 1)
+        start = torch.cat([begin, plain[torch.randint(len(plain), (count, 1))]], 1).to(model.device)
         ids: Tensor = model.generate(  # type: ignore[operator]
             start,
             attention_mask=torch.ones_like(start),
@@ -159,4 +160,4 @@ def sampled(
             pad_token_id=int(plain[0]),
             stopping_criteria=StoppingCriteriaList([_Count(progress, count * window)]),
         )
-    return ids
+    return ids.cpu()

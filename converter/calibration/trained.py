@@ -31,8 +31,8 @@ class TrainedLinear(nn.Module):
             if part == "weight" and rank:
                 generator = torch.Generator().manual_seed(seed)
                 down = torch.randn(rank, weight.shape[1], generator=generator) * weight.shape[1] ** -0.5
-                self.parts["down"] = nn.Parameter(down)
-                self.parts["up"] = nn.Parameter(torch.zeros(weight.shape[0], rank))
+                self.parts["down"] = nn.Parameter(down.to(weight.device))
+                self.parts["up"] = nn.Parameter(weight.new_zeros(weight.shape[0], rank))
             else:
                 self.parts[part] = nn.Parameter(getattr(self.params, part).clone())
 

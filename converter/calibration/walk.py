@@ -104,7 +104,9 @@ def _refitted(
     batches: int,
 ) -> dict[str, Tensor | None]:
     """Return the weight of each layer refitted to its pruned inputs; the last batch is held out."""
-    sums = {name: [Sums.of(linear.in_features) for _ in range(2)] for name, linear in dense.items()}
+    sums = {
+        name: [Sums.of(linear.in_features, linear.weight.device) for _ in range(2)] for name, linear in dense.items()
+    }
     for number in range(batches):
         held_out = number == batches - 1
         chosen = {name: pair[held_out] for name, pair in sums.items()}
@@ -126,7 +128,8 @@ def _trained(
     """Return the trained parameters of block `index`, from `state` where an interrupted run has left them."""
     kept = None if state is None else state / f"block-{index}.safetensors"
     if kept is not None and kept.exists():
-        return calibration_file.read(kept)
+        device = next(iter(dense.values())).weight.device
+        return {name: layer.on(device) for name, layer in calibration_file.read(kept).items()}
     found = train_block(model, dense, {name: params[name] for name in dense}, run, batches, recipe)
     if kept is not None:
         write_whole(kept, lambda path: calibration_file.write(path, found))

@@ -241,19 +241,21 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         self.block, self.call, self.width = block, call, width
         self.linears = {name: m for name, m in block.named_modules() if isinstance(m, nn.Linear)}
-        self.hidden = torch.randn(1, 1, width, generator=generator).repeat(runs, 1, 1)
-        self.hidden[1 + CODE] = torch.randn(1, width, generator=generator)
+        hidden = torch.randn(1, 1, width, generator=generator).repeat(runs, 1, 1)
+        hidden[1 + CODE] = torch.randn(1, width, generator=generator)
         rows = sum(linear.out_features for linear in self.linears.values())
-        self.codes = torch.rand(CODE, rows, generator=generator) < 1 / 3
+        codes = torch.rand(CODE, rows, generator=generator) < 1 / 3
         # Above zero, where no activation function is flat.
-        self.outputs = (0.5 + torch.rand(rows, generator=generator)).repeat(runs, 1)
-        self.outputs[1 : 1 + CODE] += self.codes
+        outputs = (0.5 + torch.rand(rows, generator=generator)).repeat(runs, 1)
+        outputs[1 : 1 + CODE] += codes
         self.parts: dict[str, slice] = {}
         start = 0
         for number, (name, linear) in enumerate(self.linears.items()):
             self.parts[name] = slice(start, start + linear.out_features)
-            self.outputs[2 + CODE + number, self.parts[name]] += 1
+            outputs[2 + CODE + number, self.parts[name]] += 1
             start += linear.out_features
+        device = next(block.parameters()).device
+        self.hidden, self.codes, self.outputs = hidden.to(device), codes.to(device), outputs.to(device)
 
     def kind(self) -> _Kind | None:
         """Return what the runs show."""
@@ -325,7 +327,7 @@ class _Probe:
         if len({part.shape[1] for part in found}) != 1:
             return None
         rows = torch.cat(found)
-        return rows if torch.equal(self.codes[:, rows].any(-1).t(), changed) else None
+        return rows.cpu() if torch.equal(self.codes[:, rows].any(-1).t(), changed) else None
 
 
 def _moved(found: Tensor, base: Tensor) -> Tensor:

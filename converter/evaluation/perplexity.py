@@ -36,8 +36,8 @@ def window_losses(
     """Return the mean negative log-likelihood of each window, `[count]`, in nats and float64."""
     losses = []
     with torch.no_grad():
-        for number, window in enumerate(windows):
+        for number, window in enumerate(windows.to(model.device)):
             logits = model(input_ids=window[None]).logits[0, :-1]
             losses.append(torch.nn.functional.cross_entropy(logits.float(), window[1:]).double())
             progress(number + 1, len(windows))
-    return torch.stack(losses)
+    return torch.stack(losses).cpu()

@@ -60,7 +60,7 @@ def amber_trimmed(weight: Tensor, _stats: LayerStats | None) -> Tensor:
 
 def _standardised(weight: Tensor, *, trim: bool) -> Tensor:
     values = weight.detach().double()
-    low, high = np.quantile(values.numpy(), [OUTLIERS, 1 - OUTLIERS])
+    low, high = np.quantile(values.cpu().numpy(), [OUTLIERS, 1 - OUTLIERS])
     inside = (values >= low) & (values <= high)
     standard = (values - values[inside].mean()) / values[inside].std(correction=0)
     return _norm(standard * inside if trim else standard)

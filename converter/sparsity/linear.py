@@ -38,6 +38,13 @@ class Params:
     weight: Tensor | None = None  # [N, K] takes the place of the checkpoint's
     sequence_norm: bool = False  # scores are multiplied by the channels' norms over the sequence; in torch only
 
+    def on(self, device: torch.device | str) -> Params:
+        """Return the same parameters with every tensor on `device`."""
+        values: dict[str, Any] = dict(vars(self))
+        for name, value in values.items():
+            values[name] = value.to(device) if isinstance(value, Tensor) else value
+        return Params(**values)
+
 
 @dataclass(frozen=True)
 class Baked:

@@ -61,12 +61,14 @@ def _scalar_shift(params: Params, layer: Layer) -> Params:
 
 
 def _learned_shift(params: Params, layer: Layer) -> Params:
-    return _static(params, torch.zeros(layer.weight.shape[1]))
+    return _static(params, layer.weight.new_zeros(layer.weight.shape[1]))
 
 
 def _learned_affine(params: Params, layer: Layer) -> Params:
     out_features = layer.weight.shape[0]
-    return replace(params, output_scale=torch.ones(out_features), output_shift=torch.zeros(out_features))
+    return replace(
+        params, output_scale=layer.weight.new_ones(out_features), output_shift=layer.weight.new_zeros(out_features)
+    )
 
 
 def _channel_balance(params: Params, layer: Layer) -> Params:

@@ -102,6 +102,8 @@ def mask(scores: Tensor, keep: int, group: int) -> Tensor:
 def _threshold(grouped: Tensor, rank: int) -> Tensor:
     """Return, of each row `[R, group]`, the value with `rank` smaller or equal ones before it, `[R, 1]`."""
     group = grouped.shape[1]
+    if grouped.is_cuda:
+        return grouped.kthvalue(rank + 1, keepdim=True).values
     if group > NETWORK:
         return torch.from_numpy(np.partition(grouped.numpy(), rank, axis=-1)[:, [rank]])
     # One vector operation a comparator over all rows at once: short rows are ranked several times faster than one by

@@ -16,7 +16,7 @@ def decorrelate(together: Tensor, group: int) -> Tensor:
     `together [K, K]` is the second moment of the channels' magnitudes. Channels go, by falling energy, each to the
     group with room whose members have the smallest summed moment with it; of equal ones, to the first.
     """
-    moments = together.numpy()
+    moments = together.cpu().numpy()
     channels = len(moments)
     groups = channels // group
     members: list[list[int]] = [[] for _ in range(groups)]
@@ -27,4 +27,4 @@ def decorrelate(together: Tensor, group: int) -> Tensor:
         members[best].append(channel)
         room[best] -= 1
         load[best] += moments[channel]
-    return torch.tensor([channel for chosen in members for channel in sorted(chosen)])
+    return torch.tensor([channel for chosen in members for channel in sorted(chosen)], device=together.device)

@@ -24,11 +24,19 @@ class LayerStats:
     tokens: int = 0
 
     @classmethod
-    def of(cls, where: str, in_features: int, *, together: bool = False, gram: bool = False) -> LayerStats:
-        """Return empty statistics for a layer called `where` with K = `in_features`."""
-        zeros = torch.zeros(in_features, dtype=torch.float64)
-        square = torch.zeros(in_features, in_features, dtype=torch.float64) if together else None
-        moments = torch.zeros(in_features, in_features, dtype=torch.float64) if gram else None
+    def of(
+        cls,
+        where: str,
+        in_features: int,
+        *,
+        together: bool = False,
+        gram: bool = False,
+        device: torch.device | None = None,
+    ) -> LayerStats:
+        """Return empty statistics, on `device`, for a layer called `where` with K = `in_features`."""
+        zeros = torch.zeros(in_features, dtype=torch.float64, device=device)
+        square = zeros.new_zeros(in_features, in_features) if together else None
+        moments = zeros.new_zeros(in_features, in_features) if gram else None
         return cls(where, zeros, zeros.clone(), zeros.clone(), square, moments)
 
     def update(self, x: Tensor) -> None:
