@@ -94,9 +94,11 @@ $(ORT)/unpacked: Makefile
 	rm -rf $(ORT)/lists $(ORT)/cache
 	touch $@
 
-# On a machine with a GPU: the tests of the kernels and the layers on it, then their times beside PyTorch's.
-test-gpu: plugins
-	env NMSPARSE_TEST_DEVICE=cuda NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS) $(BIN)/python -m pytest tests/test_kernels.py tests/test_tensorrt.py
+# On a machine with a GPU: the tests of the kernels, the layers and calibration on it, then the layers' times beside
+# PyTorch's.
+test-gpu: plugins $(GGUF)
+	env NMSPARSE_TEST_DEVICE=cuda NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS) NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) \
+	$(BIN)/python -m pytest tests/test_kernels.py tests/test_tensorrt.py tests/test_device.py
 	$(BIN)/python benchmarks/gpu.py $(PLUGINS)/libnmsparse_tensorrt.so --json build/gpu.json
 
 bench: $(GGUF) $(VENV)/installed $(CLIENTS)/installed $(BUILDER)/installed
