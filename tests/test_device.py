@@ -13,6 +13,7 @@ import torch
 from conftest import PLAIN
 from test_calibration import METHODS, SHORT
 
+from converter.calibration.texts import windows
 from converter.checkpoint import open_checkpoint
 from converter.evaluation.perplexity import perplexity, window_losses
 from converter.pipeline import Fitted, calibration_text, fitted
@@ -58,7 +59,7 @@ def fit(source: Path, recipe: Recipe, scratch: Path, device: str) -> tuple[Fitte
     model = found.checkpoint.model()
     for name, params in found.params.items():
         install(model, name, params)
-    return found, window_losses(model, text[-4:]).mean().item()
+    return found, window_losses(model, windows("python", checkpoint.tokenizer(), 4, 32)).mean().item()
 
 
 @on_gpu
