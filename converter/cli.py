@@ -44,7 +44,9 @@ app = App(
 )
 USAGE, INTERRUPTED = 2, 130
 PLUGIN = Path("build/plugins/libnmsparse_tensorrt.so")
-Device = Annotated[Literal["cpu", "cuda"], Parameter(help="where to calibrate; on a GPU it takes a tenth of the time")]
+Device = Annotated[
+    Literal["cpu", "cuda"], Parameter(help="where to calibrate: on the CPU, or on a GPU that PyTorch can use")
+]
 
 
 @Parameter(name="*")
