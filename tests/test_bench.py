@@ -45,7 +45,7 @@ def test_the_dense_graph_is_the_op_with_every_channel_kept(
 ) -> None:
     model, folder = make_tiny(tmp_path / "model", family, num_hidden_layers=1), tmp_path / "out"
     text = {"calibration.window": 32, "calibration.tokens": 64}
-    pipeline.calibrate(str(model), tmp_path / "fitted", PLAIN.replace({**settings, **text}), None, Stages())
+    pipeline.calibrate(str(model), tmp_path / "fitted", PLAIN.replace({**settings, **text}), None, "cpu", Stages())
     pipeline.export(tmp_path / "fitted", folder, {"dtype": dtype}, Stages())
     graph = onnx.load(folder / MODEL, load_external_data=False)
     whole = onnx.ModelProto()
@@ -101,5 +101,5 @@ def test_what_cannot_be_measured(nmsparse: Command, tiny: Path, out: Path, tmp_p
     refused(BuildError.exit_code, "--threads: must not be given with --tune, got [1]", out, *tune, "--threads", "1")
     refused(BuildError.exit_code, "dtype must be float16 or bfloat16, as of the TensorRT plugin's kernels", out, *tune)
     refused(2, "Must be > 0", out, "--threads", "0")
-    pipeline.calibrate(str(tiny), tmp_path / "fitted", PLAIN, None, Stages())
+    pipeline.calibrate(str(tiny), tmp_path / "fitted", PLAIN, None, "cpu", Stages())
     refused(OutputError.exit_code, "must hold model.onnx, got none", tmp_path / "fitted")
