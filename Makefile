@@ -28,7 +28,7 @@ APT := apt-get -qq -o APT::Sandbox::User=root -o Dir::Etc::SourceList=/dev/null 
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test test-gpu check style plugins cpu-op bench bench-models accuracy clean
+.PHONY: demo test test-gpu check style plugins cpu-op chromium bench bench-models accuracy clean
 
 demo: cpu-op $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -43,10 +43,16 @@ demo: cpu-op $(DEMO)/manifest.json
 $(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed cpu-op
 	$(BIN)/nmsparse convert $(GGUF) $(DEMO)
 
-test: check plugins cpu-op $(GGUF) $(CLIENTS)/installed
+test: check plugins cpu-op chromium $(GGUF) $(CLIENTS)/installed
 	env NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python \
 	$$(test -e $(PLUGINS)/built && echo NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS)) \
 	$$(test -e $(CPU_OP)/built && echo NMSPARSE_TEST_CPU_OP=$(CURDIR)/$(CPU_OP)) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
+# The pages of nmsparse report are tested in Debian's Chromium, which root alone can install.
+chromium:
+	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get -qq update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends chromium >/dev/null; } || \
+	  echo "There is no chromium here, and it cannot be installed. Its tests are skipped."
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

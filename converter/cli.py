@@ -25,7 +25,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TORCH_LOGS", "-all")
 
 from converter import json_rows
-from converter.errors import BuildError, ConverterError
+from converter.errors import BuildError, ConverterError, OutputError
 from converter.recipe import Recipe, from_yaml, parse_set
 from converter.sparsity.linear import Phases
 from converter.stages import Stages
@@ -370,6 +370,32 @@ def inspect(
 
 
 @app.command
+def report(
+    out: Path,
+    *,
+    bench: Annotated[Path | None, Parameter(help="what nmsparse bench OUT --json wrote")] = None,
+    to: Annotated[Path | None, Parameter(help="the page's file; by default OUT/report.html")] = None,
+) -> None:
+    """Write one HTML page about OUT that needs no network: verdict, layers, parity, training, speed, recipe."""
+    from converter.delivery import report as stage
+
+    rows = json_rows.read(bench) if bench else []
+    _write_page(to or out / "report.html", stage.report(stage.read(out), rows))
+
+
+@app.command
+def compare(
+    outs: Annotated[list[Path], Parameter(help="two or more OUTs")],
+    *,
+    to: Annotated[Path, Parameter(help="the page's file")] = Path("comparison.html"),
+) -> None:
+    """Write one HTML page that shows several OUTs side by side."""
+    from converter.delivery import report as stage
+
+    _write_page(to, stage.compare([stage.read(out) for out in outs]))
+
+
+@app.command
 def doctor(*, plugin: Path = PLUGIN, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
     """Say what works on this machine, what does not, and what to do about it.
 
@@ -466,6 +492,18 @@ def perplexity(
         print(json.dumps(asdict(found)))
     else:
         print(f"perplexity {found.perplexity:.3f} on {found.tokens} tokens of {text} (context {found.context})")
+
+
+def _write_page(to: Path, page: str) -> None:
+    from converter.tensor_file import write_whole
+
+    try:
+        write_whole(to, lambda beside: beside.write_text(page, "utf-8"))
+    except OSError as error:
+        raise OutputError(
+            f"{to}: must be a file that can be written, got {error}. Choose another with --to."
+        ) from error
+    print(to)
 
 
 def _refuse_others(use: str, options: dict[str, Any], own: Iterable[str]) -> None:

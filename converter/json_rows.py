@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from converter.errors import OutputError
 from converter.tensor_file import write_whole
 
 
@@ -21,3 +22,16 @@ def write(path: Path | None, rows: Iterable[dict[str, Any]]) -> None:
     if path is not None:
         text = json.dumps(list(rows), indent=2) + "\n"
         write_whole(path, lambda beside: beside.write_text(text))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file.
+
+    Raises:
+        OutputError: when it cannot be read, or has something else in it.
+    """
+    try:
+        rows = json.loads(path.read_text("utf-8"))
+        return [{key: found[key] for key in ("name", "value", "unit", "goal", "met")} for found in rows]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise OutputError(f"{path}: must be a file that --json wrote, got {error!r}. Give another.") from error

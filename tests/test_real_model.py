@@ -20,6 +20,7 @@ from test_tensorrt import assert_plugins_are_the_layers, nodes
 
 from converter import load
 from converter.checkpoint import Checkpoint
+from converter.delivery import report as pages
 from converter.plan import plan
 from converter.recipe import from_yaml
 from converter.runtimes.onnxruntime import VARIABLE, OnnxCausalLM, session
@@ -65,6 +66,9 @@ def test_report(smol: Path) -> None:
     first, *later = (divergence for _, divergence in report["training"])  # on held-out text; the best is kept
     assert min(later) < first
     assert (smol / "model.onnx.data").stat().st_size < 0.545e9  # float32 weights once: 0.538 GB
+    page = pages.report(pages.read(smol), [])
+    assert page.count(".mlp.down_proj</td>") == 30 * 3  # what it costs, and its parity in prefill and decode
+    assert f"<td>{report['training'][-1][1]:.4f}</td>" in page
 
 
 def test_half_of_the_weights_is_kept_and_not_everywhere_the_same(smol: Path) -> None:

@@ -1,0 +1,234 @@
+"""The pages of `nmsparse report` and `compare`, in a real Chromium where the system has one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import PLAIN, QUICK, make_tiny
+from playwright.sync_api import Browser, Page, sync_playwright
+
+import converter.delivery
+from converter.cli import app
+from converter.delivery.page import Line, Section, page
+from converter.delivery.report import Out, compare, read, report
+from converter.errors import OutputError
+from converter.pipeline import convert
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+WITH_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: install Debian's package chromium")
+FITTED = {
+    "pattern": "2:8",
+    "allocation.budget": "25%",
+    "mitigation": "permute+s_pts+distill",
+    "permute": "layer",
+    "calibration.tokens": 64,
+    "calibration.window": 16,
+    "training.tokens": 256,
+    "training.steps": 12,
+    "training.batch": 2,
+    "training.held_out": 2,
+    "training.learning_rate": 2e-3,
+}
+BENCH = [
+    {"name": f"CPU, {call}, {threads} threads: {what}", "value": value, "unit": "", "goal": None, "met": None}
+    for call, threads, ratio in (("a token after 128", 1, 1.31), ("prefill of 128", 2, 1.02))
+    for what, value in (
+        ("ours", 40.0),
+        ("dense time / our time, low", ratio - 0.1),
+        ("dense time / our time", ratio),
+        ("dense time / our time, high", ratio + 0.1),
+    )
+]
+# Of WCAG: how much lighter the lighter of a text's colour and the page's is, at the worst text.
+CONTRAST = """() => {
+  const linear = c => { c /= 255; return c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4; };
+  const light = color => {
+    const [r, g, b] = color.match(/[\\d.]+/g).map(Number).map(linear);
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const page = light(getComputedStyle(document.body).backgroundColor);
+  const texts = document.querySelectorAll("h1, h2, p, li, a, figcaption, td, th, summary, pre, svg text");
+  return Math.min(...[...texts].map(element => {
+    const style = getComputedStyle(element);
+    const pair = [page, light(element instanceof SVGElement ? style.fill : style.color)];
+    return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
+  }));
+}"""
+
+
+def nmsparse(*arguments: object) -> None:
+    app([str(argument) for argument in arguments], exit_on_error=False, result_action="return_value")
+
+
+@pytest.fixture(scope="module")
+def out(tmp_path_factory: pytest.TempPathFactory) -> Out:
+    folder = tmp_path_factory.mktemp("report")
+    tiny = make_tiny(folder / "model")
+    return read(convert(str(tiny), folder / "out", PLAIN.replace(FITTED)))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox", "--disable-gpu"])
+        yield chromium
+        chromium.close()
+
+
+def opened(browser: Browser, path: Path, width: int, scheme: Any) -> tuple[Page, list[str]]:
+    """Return the page in a window of that width, and the list of what goes wrong or is asked of the network."""
+    tab = browser.new_page(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    wrong: list[str] = []
+    tab.on("console", lambda message: wrong.append(message.text))
+    tab.on("pageerror", lambda error: wrong.append(str(error)))
+    tab.on("request", lambda request: None if request.url.startswith("file://") else wrong.append(request.url))
+    tab.goto(path.as_uri())
+    tab.wait_for_function(
+        "() => [...document.querySelectorAll('.plotly-graph-div')].every(d => d.querySelector('svg'))"
+    )
+    return tab, wrong
+
+
+@WITH_CHROMIUM
+@pytest.mark.parametrize(("width", "scheme"), [(380, "light"), (1200, "light"), (380, "dark"), (1200, "dark")])
+def test_the_page_is_drawn_without_a_network_and_can_be_read(
+    out: Out, browser: Browser, tmp_path: Path, width: int, scheme: str
+) -> None:
+    (tmp_path / "page.html").write_text(report(out, BENCH), "utf-8")
+    tab, wrong = opened(browser, tmp_path / "page.html", width, scheme)
+    assert tab.locator("h2").all_text_contents() == [
+        "Layers",
+        "Parity",
+        "Training",
+        "What it took",
+        "Speed",
+        "Recipe",
+        "Made from",
+    ]
+    drawn = tab.locator("figure")
+    assert drawn.count() == 6
+    for figure in drawn.all():
+        says = figure.locator("[role=img]").get_attribute("aria-label")
+        assert says is not None
+        assert says == figure.locator("figcaption").inner_text()
+        assert figure.locator("svg").count()
+        assert figure.bounding_box()["height"] > 150
+    assert tab.evaluate("document.documentElement.scrollWidth") == width  # nothing sticks out of a phone
+    assert tab.evaluate(CONTRAST) >= 4.5
+    assert not wrong
+    tab.close()
+
+
+@WITH_CHROMIUM
+def test_tables_open_by_keyboard_and_are_filtered_and_a_chart_answers(
+    out: Out, browser: Browser, tmp_path: Path
+) -> None:
+    (tmp_path / "page.html").write_text(report(out, BENCH), "utf-8")
+    tab, wrong = opened(browser, tmp_path / "page.html", 1000, "light")
+    table = tab.locator("table").first
+    assert not table.is_visible()
+    tab.locator("summary").first.focus()
+    tab.keyboard.press("Enter")
+    assert table.is_visible()
+    rows = table.locator("tbody tr")
+    assert rows.count() == len(out.costs) == 21
+    tab.keyboard.press("Tab")
+    tab.keyboard.type("Q_PROJ")
+    assert [row.is_visible() for row in rows.all()] == ["q_proj" in cost.name for cost in out.costs]
+    assert tab.locator("[role=status]").first.inner_text() == "3 of 21 rows"
+    chart = tab.locator(".plotly-graph-div").nth(1)
+    assert chart.locator(".trace.bars").count() == 2
+    chart.locator(".legendtoggle").first.click()  # after a moment, in which a second click would mean another thing
+    tab.wait_for_function(
+        "() => document.querySelectorAll('.plotly-graph-div')[1].querySelectorAll('.trace.bars').length == 1"
+    )
+    assert not wrong
+    tab.close()
+
+
+def test_the_verdict_says_what_was_measured_and_what_was_not(out: Out, tmp_path: Path) -> None:
+    text = report(out, BENCH)
+    assert "A token uses 25% of the weights of 21 layers (1:8 to 3:8)." in text
+    assert "<li>ONNX Runtime computes what PyTorch does: the worst layer is off by " in text
+    assert (
+        "1.31 times as fast at best (a token after 128, one thread), 1.02 at worst (prefill of 128, 2 threads)" in text
+    )
+    slow = [{**row, "value": 0.9} for row in BENCH]
+    assert '<li class="bad">Beside the same model run dense: 0.90 times as fast' in report(out, slow)
+    assert '<li class="bad">How fast it is was not measured' in report(out, [])
+    failed = {"passed": False, "failures": ["layer 1 <is> off"]}
+    broken = Out(out.folder, out.manifest, {**out.report, "parity": {**out.report["parity"], **failed}}, "", out.costs)
+    assert '<li class="bad">ONNX Runtime does not compute what PyTorch does: layer 1 &lt;is&gt; off' in report(
+        broken, []
+    )
+    nmsparse("export", out.folder, tmp_path / "again")
+    again = report(read(tmp_path / "again"), [])
+    assert '<li class="bad">Not compared with PyTorch when it was written' in again
+    assert ">Parity<" not in again
+
+
+def test_figures_are_those_of_the_files(out: Out) -> None:
+    text = report(out, [])
+    first, curve = out.costs[0], out.report["training"]
+    for cell in (
+        f"{first.keep}:{first.group}",
+        f"{2 * first.sparse_products / 1e6:.2f}",
+        *(f"{loss:.4f}" for _, loss in curve),
+        out.manifest["source"]["weights_sha256"],
+        out.manifest["versions"]["onnxruntime"],
+    ):
+        assert f"<td>{cell}</td>" in text
+    assert out.recipe.splitlines()[0] in text
+
+
+def test_compare_has_a_row_for_each(out: Out, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = out.manifest["source"]["name"]
+    nmsparse("convert", model, tmp_path / "plain", *QUICK)
+    capsys.readouterr()
+    nmsparse("compare", out.folder, tmp_path / "plain", "--to", tmp_path / "page.html")
+    assert capsys.readouterr().out.split() == [str(tmp_path / "page.html")]
+    text = (tmp_path / "page.html").read_text("utf-8")
+    assert "2 conversions of model." in text
+    for cell in ("1:8 to 3:8", "8:16", "permute+s_pts+distill", "var", "passed"):
+        assert f"<td>{cell}</td>" in text
+    other = convert(str(make_tiny(tmp_path / "other", seed=1)), tmp_path / "out", PLAIN)
+    assert '<li class="bad">These are conversions of different checkpoints: model, other' in compare([out, read(other)])
+
+
+def test_what_is_said_is_text_and_never_html() -> None:
+    text = page(
+        "<b>title", [Line("<i>good")], [Section("<s>", "<u>", head=("<q>",), rows=[("<p class=x>",)], verbatim="<a>")]
+    )
+    for tag in ("b>title", "i>good", "s>", "u>", "q>", "p class=x>", "a>"):
+        assert f"&lt;{tag.replace('>', '&gt;')}" in text
+        assert f"<{tag}" not in text.split("</script>", 1)[1].replace("</a>", "")
+
+
+def test_bad_input(out: Out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(OutputError, match="must be a folder that nmsparse wrote"):
+        nmsparse("report", tmp_path)
+    (tmp_path / "bench.json").write_text(json.dumps([{"name": "x"}]))
+    with pytest.raises(OutputError, match="must be a file that --json wrote"):
+        nmsparse("report", out.folder, "--bench", tmp_path / "bench.json")
+    with pytest.raises(OutputError, match="must be a file that can be written"):
+        nmsparse("report", out.folder, "--to", tmp_path / "no" / "page.html")
+    assert not (out.folder / "report.html").exists()
+    monkeypatch.setitem(sys.modules, "plotly", None)
+    for name in ("converter.delivery.page", "converter.delivery.report"):
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr(converter.delivery, "report")
+    with pytest.raises(OutputError, match=r"Install nmsparse\[report\]"):
+        nmsparse("report", out.folder)
+
+
+def test_a_report_is_left_in_out_and_out_is_still_whole(out: Out) -> None:
+    nmsparse("report", out.folder)
+    assert (out.folder / "report.html").stat().st_size > 1_000_000
+    nmsparse("validate", out.folder)
+    (out.folder / "report.html").unlink()
