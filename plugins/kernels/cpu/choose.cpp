@@ -12,6 +12,7 @@ namespace nmsparse::cpu {
 
 namespace {
 
+constexpr int SUMS = 16;         // of a long sum
 constexpr int64_t COUNTED = 64;  // groups up to this size are ranked by counting, larger ones by a histogram
 
 // Integers in the order of the numbers. NaN counts as the largest, and zeros are equal.
@@ -59,36 +60,39 @@ void prune(float const* z, int32_t const* marks, int64_t k, float* zs) {
     });
 }
 
-// The sum of (x - centre) or of its square, over 16 lanes in runs of 64, then over the lanes: a fixed order.
-template <bool SQUARED>
+// The sum of (x - centre) or of its square, over 16 sums in runs of 64, then over the sums: a fixed order.
+template <Simd S, bool SQUARED>
 NMSPARSE_INLINE float sum_of(float const* x, int64_t count, float centre) {
-    Floats total = {};
+    constexpr int LANES = LANES_OF<S>, VECTORS = SUMS / LANES;
+    FloatsOf<S> total[VECTORS] = {};
     int64_t i = 0;
-    while (i + LANES <= count) {
-        Floats run = {};
-        int64_t const end = std::min(count, i + 64 * LANES);
-        for (; i + LANES <= end; i += LANES) {
-            Floats const apart = at(x + i) - centre;
-            run += SQUARED ? apart * apart : apart;
-        }
-        total += run;
+    while (i + SUMS <= count) {
+        FloatsOf<S> run[VECTORS] = {};
+        int64_t const end = std::min(count, i + 64 * SUMS);
+        for (; i + SUMS <= end; i += SUMS)
+#pragma GCC unroll 4
+            for (int v = 0; v < VECTORS; ++v) {
+                FloatsOf<S> const apart = load<S>(x + i + v * LANES) - centre;
+                run[v] += SQUARED ? apart * apart : apart;
+            }
+#pragma GCC unroll 4
+        for (int v = 0; v < VECTORS; ++v) total[v] += run[v];
     }
     float found = 0;
-    for (int lane = 0; lane < LANES; ++lane) found += total[lane];
+    for (int lane = 0; lane < SUMS; ++lane) found += total[lane / LANES][lane % LANES];
     for (; i < count; ++i) found += SQUARED ? (x[i] - centre) * (x[i] - centre) : x[i] - centre;
     return found;
 }
 
-float sum(float const* x, int64_t count) {
-    return vectorized([=]() NMSPARSE_INLINED { return sum_of<false>(x, count, 0); });
-}
-
-float squares(float const* x, int64_t count, float centre) {
-    return vectorized([=]() NMSPARSE_INLINED { return sum_of<true>(x, count, centre); });
+template <bool SQUARED>
+float sum(float const* x, int64_t count, float centre) {
+    return with_simd([=](auto simd) {
+        return compiled(simd, [=]() NMSPARSE_INLINED { return sum_of<simd, SQUARED>(x, count, centre); });
+    });
 }
 
 float variance(float const* x, int64_t k) {
-    return squares(x, k, sum(x, k) / static_cast<float>(k)) / static_cast<float>(k - 1);
+    return sum<true>(x, k, sum<false>(x, k, 0) / static_cast<float>(k)) / static_cast<float>(k - 1);
 }
 
 // The key with `rank` larger or equal ones before it. A histogram of the leading bits leaves few to sort.
@@ -106,12 +110,13 @@ int32_t nth_largest(int32_t const* keys, int64_t count, int64_t rank, std::vecto
     return few[rank];
 }
 
-// Ranks the channels of up to 16 groups at once: how many of its group go before each one. `place` says which channel
-// is at a place of the arrangement.
-template <class Place>
+// Ranks the channels of as many groups at once as a register has lanes: how many of its group go before each one. `place`
+// says which channel is at a place of the arrangement.
+template <Simd S, class Place>
 NMSPARSE_INLINE void mark_by_counting(int32_t const* keys, int64_t k, int64_t keep, int64_t group, Place place,
                                       int32_t* kept) {
-    Ints key[COUNTED], before[COUNTED];
+    constexpr int LANES = LANES_OF<S>;
+    IntsOf<S> key[COUNTED], before[COUNTED];
     int64_t const groups = k / group;
     for (int64_t g = 0; g < groups; g += LANES) {
         int const lanes = static_cast<int>(std::min<int64_t>(LANES, groups - g));
@@ -119,11 +124,11 @@ NMSPARSE_INLINE void mark_by_counting(int32_t const* keys, int64_t k, int64_t ke
             int32_t column[LANES] = {};
             for (int lane = 0; lane < lanes; ++lane) column[lane] = keys[place((g + lane) * group + i)];
             std::memcpy(&key[i], column, sizeof column);
-            before[i] = Ints{} + static_cast<int32_t>(i);  // ties go to the lower place
+            before[i] = IntsOf<S>{} + static_cast<int32_t>(i);  // ties go to the lower place
         }
         for (int64_t i = 0; i < group; ++i)
             for (int64_t j = i + 1; j < group; ++j) {
-                Ints const larger = key[j] > key[i];  // -1 where it is
+                IntsOf<S> const larger = key[j] > key[i];  // -1 where it is
                 before[i] -= larger;
                 before[j] += larger;
             }
@@ -135,33 +140,46 @@ NMSPARSE_INLINE void mark_by_counting(int32_t const* keys, int64_t k, int64_t ke
     }
 }
 
-// The same for groups of 2 to 16 that lie side by side in a vector, which is turned so that each channel meets the others
-// of its group. Only AVX-512 has the instructions.
-template <int GROUP>
+// The same for groups of 2 to 16 that lie side by side, in a register or in a pair of them, which is turned so that each
+// channel meets the others of its group. Plain processors cannot turn.
+template <Simd S, int GROUP>
 NMSPARSE_INLINE void mark_by_turning(int32_t const* keys, int64_t k, int64_t keep, int32_t* kept) {
+    constexpr int LANES = LANES_OF<S>, SIZE = std::min(GROUP, LANES), PARTS = GROUP / SIZE;
     struct Turns {
-        int32_t place[GROUP][LANES], before[GROUP][LANES];  // who is met, and -1 where it goes first in a tie
+        int32_t place[SIZE][LANES], before[SIZE][LANES];  // who is met, and -1 where it goes first in a tie
         constexpr Turns() : place(), before() {
-            for (int r = 0; r < GROUP; ++r)
+            for (int r = 0; r < SIZE; ++r)
                 for (int lane = 0; lane < LANES; ++lane) {
-                    int const own = lane % GROUP, other = (own + r) % GROUP;
+                    int const own = lane % SIZE, other = (own + r) % SIZE;
                     place[r][lane] = lane - own + other, before[r][lane] = -(other < own);
                 }
         }
     };
     alignas(64) static constexpr Turns TURNS;
-    for (int64_t i = 0; i < k; i += LANES) {
-        size_t const bytes = std::min<int64_t>(LANES, k - i) * sizeof(int32_t);
-        Ints key = {}, larger = {};
-        std::memcpy(&key, keys + i, bytes);
+    for (int64_t i = 0; i < k; i += LANES * PARTS) {
+        size_t const bytes = std::min<int64_t>(LANES * PARTS, k - i) * sizeof(int32_t);
+        IntsOf<S> key[PARTS] = {}, found[PARTS];
+        std::memcpy(key, keys + i, bytes);
+#pragma GCC unroll 2
+        for (int part = 0; part < PARTS; ++part) {
+            IntsOf<S> larger = {};
+#pragma GCC unroll 2
+            for (int other = 0; other < PARTS; ++other)
 #pragma GCC unroll 16
-        for (int r = 1; r < GROUP; ++r) {
-            Ints place, before;
-            std::memcpy(&place, TURNS.place[r], sizeof place), std::memcpy(&before, TURNS.before[r], sizeof before);
-            larger = __builtin_shuffle(key, place) > key + before ? larger + 1 : larger;
+                for (int r = part == other; r < SIZE; ++r) {
+                    IntsOf<S> place, before;
+                    std::memcpy(&place, TURNS.place[r], sizeof place);
+                    std::memcpy(&before, TURNS.before[r], sizeof before);
+                    if (part != other) before = IntsOf<S>{} - (other < part);
+                    IntsOf<S> const met = __builtin_shuffle(key[other], place), least = key[part] + before;
+                    if constexpr (S == Simd::AVX512)  // a mask is no number there
+                        larger = met > least ? larger + 1 : larger;
+                    else
+                        larger -= met > least;
+                }
+            found[part] = larger < static_cast<int32_t>(keep);
         }
-        Ints const found = larger < static_cast<int32_t>(keep);
-        std::memcpy(kept + i, &found, bytes);
+        std::memcpy(kept + i, found, bytes);
     }
 }
 
@@ -175,27 +193,30 @@ NMSPARSE_INLINE void with_group(int64_t group, Body const& body) {
     }
 }
 
+template <Simd S>
 void mark_small(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, int32_t* kept,
                 std::vector<int32_t>& arranged) {
-    if (this_processor() == Simd::AVX512 && group > 1 && LANES % group == 0) {
-        if (permutation == nullptr) {
-            compiled(Is<Simd::AVX512>(), [=]() NMSPARSE_INLINED {
-                with_group(group, [=](auto size) NMSPARSE_INLINED { mark_by_turning<size>(keys, k, keep, kept); });
-            });
+    if constexpr (S != Simd::PLAIN)
+        if (group > 1 && 16 % group == 0) {
+            if (permutation == nullptr) {
+                compiled(Is<S>(), [=]() NMSPARSE_INLINED {
+                    with_group(group, [=](auto size) NMSPARSE_INLINED { mark_by_turning<S, size>(keys, k, keep, kept); });
+                });
+                return;
+            }
+            arranged.resize(2 * k);
+            int32_t *const from = arranged.data(), *const to = from + k;
+            for (int64_t i = 0; i < k; ++i) from[i] = keys[permutation[i]];
+            mark_small<S>(from, k, keep, group, nullptr, to, arranged);
+            for (int64_t i = 0; i < k; ++i) kept[permutation[i]] = to[i];
             return;
         }
-        arranged.resize(2 * k);
-        int32_t *const from = arranged.data(), *const to = from + k;
-        for (int64_t i = 0; i < k; ++i) from[i] = keys[permutation[i]];
-        mark_small(from, k, keep, group, nullptr, to, arranged);
-        for (int64_t i = 0; i < k; ++i) kept[permutation[i]] = to[i];
-        return;
-    }
-    vectorized([=]() NMSPARSE_INLINED {
+    compiled(Is<S>(), [=]() NMSPARSE_INLINED {
         if (permutation != nullptr)
-            mark_by_counting(keys, k, keep, group, [=](int64_t i) NMSPARSE_INLINED { return permutation[i]; }, kept);
+            mark_by_counting<S>(
+                keys, k, keep, group, [=](int64_t i) NMSPARSE_INLINED { return permutation[i]; }, kept);
         else
-            mark_by_counting(keys, k, keep, group, [](int64_t i) NMSPARSE_INLINED { return i; }, kept);
+            mark_by_counting<S>(keys, k, keep, group, [](int64_t i) NMSPARSE_INLINED { return i; }, kept);
     });
 }
 
@@ -216,7 +237,7 @@ void mark_large(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int
 }
 
 float token_shift(Layer const& layer, float const* x, std::vector<int32_t>& keys, std::vector<int32_t>& few) {
-    if (layer.shift_mode == ShiftMode::TOKEN_MEAN) return sum(x, layer.k) / static_cast<float>(layer.k);
+    if (layer.shift_mode == ShiftMode::TOKEN_MEAN) return sum<false>(x, layer.k, 0) / static_cast<float>(layer.k);
     if (layer.shift_mode != ShiftMode::TOKEN_MEDIAN) return 0;
     for (int64_t i = 0; i < layer.k; ++i) {
         if (x[i] != x[i]) return x[i];
@@ -259,7 +280,9 @@ void mark(Layer const& layer, float const* z, Scratch& scratch) {
     int32_t* const kept = scratch.kept.data();
     score_keys(z, layer.channel_scale, k, keys);
     if (layer.group <= COUNTED)
-        mark_small(keys, k, layer.keep, layer.group, layer.permutation, kept, scratch.arranged);
+        with_simd([&](auto simd) {
+            mark_small<simd>(keys, k, layer.keep, layer.group, layer.permutation, kept, scratch.arranged);
+        });
     else
         mark_large(keys, k, layer.keep, layer.group, layer.permutation, kept, scratch.arranged, scratch.few);
 }

@@ -33,11 +33,11 @@ constexpr int64_t SCRATCH = 3 * 64 * 1024;  // numbers: a tile's sums must stay 
 // What fits into the registers: so many rows of so many vectors beside a sum of each vector, or so many sums.
 template <Simd>
 struct OfNumbers {
-    static constexpr int ROWS = 2, VECTORS = 1, SUMS = 2;
+    static constexpr int ROWS = 2, VECTORS = 4, SUMS = 8;
 };
 template <>
 struct OfNumbers<Simd::AVX2> {
-    static constexpr int ROWS = 4, VECTORS = 1, SUMS = 4;
+    static constexpr int ROWS = 4, VECTORS = 2, SUMS = 8;
 };
 template <>
 struct OfNumbers<Simd::AVX512> {
@@ -47,7 +47,8 @@ template <Simd S, class Row>
 struct Registers {
     static constexpr int HELD = OfNumbers<S>::ROWS * OfNumbers<S>::VECTORS;
     static constexpr int VECTORS = Row::SCALED ? Row::VECTORS : OfNumbers<S>::VECTORS;
-    static constexpr int ROWS = std::max(HELD / VECTORS, 1), SUMS = std::max(OfNumbers<S>::SUMS, Row::VECTORS);
+    static constexpr int ROWS = std::max(HELD / VECTORS, 1), SUMS = OfNumbers<S>::SUMS;
+    static constexpr int64_t LANES = LANES_OF<S>, STRIP = VECTORS * LANES, PANEL = SUMS * LANES;  // in columns
 };
 
 int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
@@ -91,18 +92,18 @@ struct Span {
 };
 
 // Adds the sums of a run to the output and clears them. They lie in strips of columns, in each token after token.
-template <int64_t WIDTH>
+template <Simd S, int64_t WIDTH>
 NMSPARSE_INLINE void flush(float* sums, int64_t tokens, int64_t columns, float* out, int64_t out_stride, bool first) {
     for (int64_t c = 0; c < columns; c += WIDTH)
         for (int64_t t = 0; t < tokens; ++t, sums += WIDTH) {
             float* const y = out + t * out_stride + c;
             if (c + WIDTH <= columns) {
-                for (int64_t v = 0; v < WIDTH; v += LANES)
-                    at(y + v) = (first ? Floats{} : at(y + v)) + at(sums + v) * NMSPARSE_MUTANT;
+                for (int64_t v = 0; v < WIDTH; v += LANES_OF<S>)
+                    store<S>(y + v, (first ? FloatsOf<S>{} : load<S>(y + v)) + load<S>(sums + v) * NMSPARSE_MUTANT);
             } else {
                 for (int64_t v = 0; v < columns - c; ++v) y[v] = (first ? 0.0F : y[v]) + sums[v] * NMSPARSE_MUTANT;
             }
-            for (int64_t v = 0; v < WIDTH; v += LANES) at(sums + v) = Floats{};
+            for (int64_t v = 0; v < WIDTH; v += LANES_OF<S>) store<S>(sums + v, FloatsOf<S>{});
         }
 }
 
@@ -117,59 +118,60 @@ struct Eight {
 };
 
 // Asks for a strip of the next eight rows.
-template <class Row, int VECTORS>
+template <class Row, int64_t STRIP>
 NMSPARSE_INLINE void ask(Eight const& eight, int64_t c) {
 #pragma GCC unroll 8
     for (int r = 0; r < STEP; ++r)
-#pragma GCC unroll 2
-        for (int v = 0; v < VECTORS; v += Row::VECTORS_OF_LINE)
-            __builtin_prefetch(eight.next[r] + Row::bytes(c + v * LANES), 0, 2);
+        for (int64_t byte = 0; byte < Row::bytes(STRIP); byte += LINE)
+            __builtin_prefetch(eight.next[r] + Row::bytes(c) + byte, 0, 2);
 }
 
 template <Simd S, class Row, int VECTORS>
-NMSPARSE_INLINE void read(Byte const* row, int64_t c, Floats* to) {
-#pragma GCC unroll 2
-    for (int v = 0; v < VECTORS; v += Row::VECTORS) Row::template read<S>(row, c + v * LANES, to + v);
+NMSPARSE_INLINE void read(Byte const* row, int64_t c, FloatsOf<S>* to) {
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; v += Row::VECTORS) Row::template read<S>(row, c + v * LANES_OF<S>, to + v);
 }
 
 // Leaves the sum of a strip where the next eight rows find it, or adds it where they were the last of their block.
-template <class Row, int VECTORS, bool LAST>
-NMSPARSE_INLINE void leave(Floats* sum, float const* scale, int64_t c, float* carried, float* sums) {
-    if (LAST) put_in_order<Row::VECTORS>(sum);
+template <Simd S, class Row, bool LAST>
+NMSPARSE_INLINE void leave(FloatsOf<S>* sum, float const* scale, int64_t c, float* carried, float* sums) {
+    constexpr int64_t LANES = LANES_OF<S>;
+    if (LAST) put_in_order<S, Row::VECTORS>(sum);
 #pragma GCC unroll 8
-    for (int v = 0; v < VECTORS; ++v)
+    for (int v = 0; v < Registers<S, Row>::VECTORS; ++v)
         if (LAST)
-            at(sums + v * LANES) += scaled<Row>(sum[v], scale, c + v * LANES);
+            store<S>(sums + v * LANES, load<S>(sums + v * LANES) + scaled<S, Row>(sum[v], scale, c + v * LANES));
         else
-            at(carried + v * LANES) = sum[v];
+            store<S>(carried + v * LANES, sum[v]);
 }
 
 // Multiplies whole strips of eight rows, which are held in registers, as many as fit, for all tokens.
 template <Simd S, class Row, bool FIRST, bool LAST>
 NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
     constexpr int ROWS = Registers<S, Row>::ROWS, VECTORS = Registers<S, Row>::VECTORS;
-    constexpr int64_t WIDTH = VECTORS * LANES;
+    constexpr int64_t LANES = LANES_OF<S>, WIDTH = Registers<S, Row>::STRIP;
     for (int64_t c = 0; c < columns; c += WIDTH, carried += tokens * WIDTH, sums += tokens * WIDTH) {
-        ask<Row, VECTORS>(eight, c);
+        ask<Row, WIDTH>(eight, c);
 #pragma GCC unroll 4
         for (int begin = 0; begin < STEP; begin += ROWS) {
-            Floats row[ROWS][VECTORS];
+            FloatsOf<S> row[ROWS][VECTORS];
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) read<S, Row, VECTORS>(eight.w[begin + r], c, row[r]);
             float const* value = eight.values + begin;
             for (int64_t t = 0; t < tokens; ++t, value += STEP) {
                 float* const own = carried + t * WIDTH;
-                Floats sum[VECTORS];
+                FloatsOf<S> sum[VECTORS];
 #pragma GCC unroll 8
-                for (int v = 0; v < VECTORS; ++v) sum[v] = FIRST && begin == 0 ? Floats{} : at(own + v * LANES);
+                for (int v = 0; v < VECTORS; ++v) 
+                    sum[v] = FIRST && begin == 0 ? FloatsOf<S>{} : load<S>(own + v * LANES);
 #pragma GCC unroll 8
                 for (int r = 0; r < ROWS; ++r)
 #pragma GCC unroll 8
                     for (int v = 0; v < VECTORS; ++v) sum[v] += row[r][v] * value[r];
                 if (LAST && begin + ROWS == STEP)
-                    leave<Row, VECTORS, true>(sum, eight.scale, c, own, sums + t * WIDTH);
+                    leave<S, Row, true>(sum, eight.scale, c, own, sums + t * WIDTH);
                 else
-                    leave<Row, VECTORS, false>(sum, eight.scale, c, own, sums + t * WIDTH);
+                    leave<S, Row, false>(sum, eight.scale, c, own, sums + t * WIDTH);
             }
         }
     }
@@ -179,19 +181,20 @@ NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t c
 template <Simd S, class Row, bool FIRST, bool LAST>
 NMSPARSE_INLINE void multiply_alone(Eight const& eight, int64_t columns, float* carried, float* sums) {
     constexpr int VECTORS = Registers<S, Row>::VECTORS;
-    for (int64_t c = 0; c < columns; c += VECTORS * LANES) {
-        ask<Row, VECTORS>(eight, c);
-        Floats sum[VECTORS];
+    constexpr int64_t LANES = LANES_OF<S>, WIDTH = Registers<S, Row>::STRIP;
+    for (int64_t c = 0; c < columns; c += WIDTH) {
+        ask<Row, WIDTH>(eight, c);
+        FloatsOf<S> sum[VECTORS];
 #pragma GCC unroll 8
-        for (int v = 0; v < VECTORS; ++v) sum[v] = FIRST ? Floats{} : at(carried + c + v * LANES);
+        for (int v = 0; v < VECTORS; ++v) sum[v] = FIRST ? FloatsOf<S>{} : load<S>(carried + c + v * LANES);
 #pragma GCC unroll 8
         for (int r = 0; r < STEP; ++r) {
-            Floats row[VECTORS];
+            FloatsOf<S> row[VECTORS];
             read<S, Row, VECTORS>(eight.w[r], c, row);
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) sum[v] += row[v] * eight.values[r];
         }
-        leave<Row, VECTORS, LAST>(sum, eight.scale, c, carried + c, sums + c);
+        leave<S, Row, LAST>(sum, eight.scale, c, carried + c, sums + c);
     }
 }
 
@@ -214,7 +217,7 @@ void multiply_strips(Eight const& eight, int64_t tokens, int64_t columns, float*
 // The same for any number of columns: what is left beside whole strips is copied, with zeros after it.
 template <Simd S, class Row>
 void multiply(Eight eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
-    constexpr int64_t WIDTH = Registers<S, Row>::VECTORS * LANES;
+    constexpr int64_t WIDTH = Registers<S, Row>::STRIP;
     int64_t const whole = columns / WIDTH * WIDTH;
     multiply_strips<S, Row>(eight, tokens, whole, carried, sums);
     if (whole == columns) return;
@@ -230,7 +233,7 @@ void multiply(Eight eight, int64_t tokens, int64_t columns, float* carried, floa
 
 template <Simd S, class Row>
 void streamed(Tile const& tile) {
-    constexpr int64_t WIDTH = Registers<S, Row>::VECTORS * LANES;
+    constexpr int64_t WIDTH = Registers<S, Row>::STRIP;
     Lists const& lists = tile.lists;
     int64_t const room = round_up(tile.columns, WIDTH);
     float *const sums = tile.scratch, *const carried = sums + tile.tokens * room;
@@ -253,7 +256,7 @@ void streamed(Tile const& tile) {
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
                 for (int64_t t = 0; t < tile.tokens; ++t)
-                    flush<WIDTH>(sums + t * room, 1, tile.columns, tile.out + t * tile.out_stride, 0,
+                    flush<S, WIDTH>(sums + t * room, 1, tile.columns, tile.out + t * tile.out_stride, 0,
                                  tile.in_first_run(b));
             });
     }
@@ -261,7 +264,7 @@ void streamed(Tile const& tile) {
 
 template <Simd S, class Row>
 void held(Tile const& tile) {
-    constexpr int64_t WIDTH = Registers<S, Row>::VECTORS * LANES;
+    constexpr int64_t WIDTH = Registers<S, Row>::STRIP;
     Lists const& lists = tile.lists;
     int64_t const room = tile.tokens * round_up(tile.columns, WIDTH);
     float *const sums = tile.scratch, *const carried = sums + room;
@@ -281,7 +284,7 @@ void held(Tile const& tile) {
         }
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                flush<WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, tile.in_first_run(b));
+                flush<S, WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, tile.in_first_run(b));
             });
     }
 }
@@ -296,11 +299,12 @@ NMSPARSE_INLINE void copy_row(Byte const* row, int64_t c, int64_t columns, float
         std::memcpy(edge, row, Row::bytes(columns - c));
         row = edge;
     }
+    constexpr int64_t LANES = LANES_OF<S>;
     for (int64_t i = 0; i < WIDTH; i += Row::VECTORS * LANES) {
-        Floats read[Row::VECTORS];
+        FloatsOf<S> read[Row::VECTORS];
         Row::template read<S>(row, i, read);
-        put_in_order<Row::VECTORS>(read);
-        for (int v = 0; v < Row::VECTORS; ++v) at(panel + i + v * LANES) = read[v];
+        put_in_order<S, Row::VECTORS>(read);
+        for (int v = 0; v < Row::VECTORS; ++v) store<S>(panel + i + v * LANES, read[v]);
     }
 }
 
@@ -322,10 +326,10 @@ struct Ahead {
 };
 
 // Adds each token's rows of a block, USED of COUNT vectors wide, with the sums in registers.
-template <class Row, int COUNT, int USED>
+template <Simd S, class Row, int COUNT, int USED>
 NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, float const* panel, float const* scale,
                             Ahead& ahead, int64_t lines, float* sums) {
-    constexpr int64_t WIDTH = COUNT * LANES;
+    constexpr int64_t LANES = LANES_OF<S>, WIDTH = COUNT * LANES;
     int64_t const blocks = lists.blocks(), start = block * lists.block;
     for (int64_t t = 0; t < tokens; ++t, sums += WIDTH) {
         ahead.ask(lines);
@@ -334,23 +338,24 @@ NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, f
             __builtin_prefetch(span.rows + 2 * lists.capacity + span.begin);
             __builtin_prefetch(span.values + 2 * lists.capacity + span.begin);
         }
-        Floats sum[USED] = {};
+        FloatsOf<S> sum[USED] = {};
 #pragma GCC unroll 8
         for (int64_t i = span.begin; i < span.end; ++i) {
             float const* const w = panel + (span.rows[i] - start) * WIDTH;
             float const value = span.values[i];
 #pragma GCC unroll 8
-            for (int v = 0; v < USED; ++v) sum[v] += at(w + v * LANES) * value;
+            for (int v = 0; v < USED; ++v) sum[v] += load<S>(w + v * LANES) * value;
         }
 #pragma GCC unroll 8
-        for (int v = 0; v < USED; ++v) at(sums + v * LANES) += scaled<Row>(sum[v], scale, v * LANES);
+        for (int v = 0; v < USED; ++v)
+            store<S>(sums + v * LANES, load<S>(sums + v * LANES) + scaled<S, Row>(sum[v], scale, v * LANES));
     }
 }
 
 template <Simd S, class Row>
 void packed(Tile const& tile) {
     constexpr int COUNT = Registers<S, Row>::SUMS;
-    constexpr int64_t WIDTH = COUNT * LANES;
+    constexpr int64_t WIDTH = Registers<S, Row>::PANEL;
     Lists const& lists = tile.lists;
     float *const panel = tile.scratch, *const scale = panel + MOST_ROWS * WIDTH, *const sums = scale + WIDTH;
     int64_t const panels = round_up(tile.columns, WIDTH) / WIDTH;
@@ -373,14 +378,14 @@ void packed(Tile const& tile) {
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
                 float* const of_panel = sums + tile.tokens * column;
                 if (tile.columns - column > WIDTH / 2)
-                    gather<Row, COUNT, COUNT>(lists, tile.tokens, b, panel, scale, ahead, lines, of_panel);
+                    gather<S, Row, COUNT, COUNT>(lists, tile.tokens, b, panel, scale, ahead, lines, of_panel);
                 else
-                    gather<Row, COUNT, COUNT / 2>(lists, tile.tokens, b, panel, scale, ahead, lines, of_panel);
+                    gather<S, Row, COUNT, COUNT / 2>(lists, tile.tokens, b, panel, scale, ahead, lines, of_panel);
             });
         }
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                flush<WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, tile.in_first_run(b));
+                flush<S, WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, tile.in_first_run(b));
             });
     }
 }
@@ -430,10 +435,10 @@ Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
 
 void product(Way way, Lists const& lists, int64_t tokens, Weight const& w, Cut const& cut, Piece const& piece, float* out,
              int64_t out_stride) {
-    thread_local std::vector<float> scratch(SCRATCH + LANES);
+    thread_local std::vector<float> scratch(SCRATCH + LINE / sizeof(float));
     void* start = scratch.data();
     size_t room = scratch.size() * sizeof(float);
-    std::align(LANES * sizeof(float), SCRATCH * sizeof(float), start, room);
+    std::align(LINE, SCRATCH * sizeof(float), start, room);
     int64_t const blocks = cut.parts == 1 ? lists.blocks() : run_of(lists), begin = piece.part * blocks;
     with_rows(w.kind, [&](auto row) {
         using Row = decltype(row);

@@ -1,8 +1,8 @@
 // How rows of W are read, by what they are stored as. A row is the place of its first byte.
 //
 // Integers are taken out of 32-bit words by shifts, which compilers know how to do for every processor: the first integer
-// of each word to one vector, the second to the next. So 64 or 128 columns are read at once, and their sums are put into
-// the order of the columns at the end of a block.
+// of each word to one vector, the second to the next. So four or eight vectors of columns are read at once, and their sums
+// are put into the order of the columns at the end of a block.
 #pragma once
 
 #include "simd.h"
@@ -12,37 +12,30 @@ namespace nmsparse::cpu {
 using Byte = unsigned char;
 constexpr int64_t LINE = 64;  // bytes of a line of the cache
 
-NMSPARSE_INLINE Floats interleaved_first(Floats a, Floats b) {
-    return __builtin_shuffle(a, b, Ints{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23});
-}
-NMSPARSE_INLINE Floats interleaved_last(Floats a, Floats b) {
-    return __builtin_shuffle(a, b, Ints{8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31});
-}
-
 // Number i of vector k is that of column COUNT * i + k; afterwards the columns follow each other.
-template <int COUNT>
-NMSPARSE_INLINE void put_in_order(Floats* vectors) {
+template <Simd S, int COUNT>
+NMSPARSE_INLINE void put_in_order(FloatsOf<S>* vectors) {
     if constexpr (COUNT > 1) {
-        Floats first[COUNT / 2], last[COUNT / 2];
+        FloatsOf<S> first[COUNT / 2], last[COUNT / 2];
         for (int k = 0; k < COUNT / 2; ++k) {
-            first[k] = interleaved_first(vectors[k], vectors[k + COUNT / 2]);
-            last[k] = interleaved_last(vectors[k], vectors[k + COUNT / 2]);
+            first[k] = __builtin_shuffle(vectors[k], vectors[k + COUNT / 2], Register<S>::FIRST);
+            last[k] = __builtin_shuffle(vectors[k], vectors[k + COUNT / 2], Register<S>::LAST);
         }
-        put_in_order<COUNT / 2>(first);
-        put_in_order<COUNT / 2>(last);
+        put_in_order<S, COUNT / 2>(first);
+        put_in_order<S, COUNT / 2>(last);
         for (int k = 0; k < COUNT / 2; ++k) vectors[k] = first[k], vectors[k + COUNT / 2] = last[k];
     }
 }
 
-// A number of columns is read at once, VECTORS, of which so many are in a line of the cache.
+// So many columns are read at once as VECTORS have numbers.
 struct FloatRow {
     static constexpr bool SCALED = false;
-    static constexpr int VECTORS = 1, VECTORS_OF_LINE = 1;
+    static constexpr int VECTORS = 1;
 
     static constexpr int64_t bytes(int64_t columns) { return columns * sizeof(float); }
-    template <Simd>
-    NMSPARSE_INLINE static void read(Byte const* row, int64_t c, Floats* to) {
-        *to = cpu::at(reinterpret_cast<float const*>(row) + c);
+    template <Simd S>
+    NMSPARSE_INLINE static void read(Byte const* row, int64_t c, FloatsOf<S>* to) {
+        *to = load<S>(reinterpret_cast<float const*>(row) + c);
     }
 };
 
@@ -50,30 +43,30 @@ struct FloatRow {
 template <int BITS>
 struct IntegerRow {
     static constexpr bool SCALED = true;
-    static constexpr int VECTORS = 32 / BITS, VECTORS_OF_LINE = VECTORS;
+    static constexpr int VECTORS = 32 / BITS;
 
     static constexpr int64_t bytes(int64_t columns) { return columns * BITS / 8; }
     // AVX-512 looks up sixteen integers of four bits at once, by the lowest bits of each word.
     template <Simd S>
-    NMSPARSE_INLINE static void read(Byte const* row, int64_t c, Floats* to) {
-        constexpr Floats NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
-        Ints words;
+    NMSPARSE_INLINE static void read(Byte const* row, int64_t c, FloatsOf<S>* to) {
+        constexpr FloatsOf<Simd::AVX512> NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+        IntsOf<S> words;
         std::memcpy(&words, row + bytes(c), sizeof words);
 #pragma GCC unroll 8
         for (int k = 0; k < VECTORS; ++k)
             if constexpr (BITS == 4 && S == Simd::AVX512)
                 to[k] = __builtin_shuffle(NUMBERS, words >> BITS * k);
             else
-                to[k] = __builtin_convertvector(words << (32 - BITS - BITS * k) >> (32 - BITS), Floats);
+                to[k] = __builtin_convertvector(words << (32 - BITS - BITS * k) >> (32 - BITS), FloatsOf<S>);
     }
 };
 
 // The sum of a block of rows, with their scale where they have one. Whoever adds it must not find that a product: as one
 // FMA it is rounded once, and the compiler would do so here and not there.
-template <class Row>
-NMSPARSE_INLINE Floats scaled(Floats sum, float const* scale, int64_t c) {
+template <Simd S, class Row>
+NMSPARSE_INLINE FloatsOf<S> scaled(FloatsOf<S> sum, float const* scale, int64_t c) {
     if constexpr (Row::SCALED) {
-        sum *= at(scale + c);
+        sum *= load<S>(scale + c);
         asm("" : "+m"(sum));
     }
     return sum;

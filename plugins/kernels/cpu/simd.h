@@ -1,5 +1,5 @@
-// What the CPU kernels are written in: vectors of 16 numbers, which the compiler lowers to what a processor has, and
-// the choice between the copies that it makes for AVX-512, for AVX2 and for any processor.
+// What the CPU kernels are written in: vectors of numbers, and the choice between the copies that the compiler makes for
+// AVX-512, for AVX2 and for any processor.
 #pragma once
 
 #include <cstdint>
@@ -16,17 +16,48 @@
 
 namespace nmsparse::cpu {
 
-constexpr int LANES = 16;
-typedef float Floats __attribute__((vector_size(LANES * sizeof(float))));
-typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
-typedef Floats FloatsAnywhere __attribute__((aligned(4), may_alias));
-
-NMSPARSE_INLINE FloatsAnywhere& at(float* place) { return *reinterpret_cast<FloatsAnywhere*>(place); }
-NMSPARSE_INLINE FloatsAnywhere const& at(float const* place) { return *reinterpret_cast<FloatsAnywhere const*>(place); }
-
 enum class Simd { PLAIN, AVX2, AVX512 };
 template <Simd S>
 using Is = std::integral_constant<Simd, S>;
+
+// A vector as long as a register. Longer ones mean the same, but arrays of them are kept in memory. FIRST and LAST take
+// the first and the last halves of two vectors, by turns.
+template <Simd>
+struct Register {
+    typedef float Floats __attribute__((vector_size(16)));
+    typedef int32_t Ints __attribute__((vector_size(16)));
+    static constexpr Ints FIRST = {0, 4, 1, 5}, LAST = {2, 6, 3, 7};
+};
+template <>
+struct Register<Simd::AVX2> {
+    typedef float Floats __attribute__((vector_size(32)));
+    typedef int32_t Ints __attribute__((vector_size(32)));
+    static constexpr Ints FIRST = {0, 8, 1, 9, 2, 10, 3, 11}, LAST = {4, 12, 5, 13, 6, 14, 7, 15};
+};
+template <>
+struct Register<Simd::AVX512> {
+    typedef float Floats __attribute__((vector_size(64)));
+    typedef int32_t Ints __attribute__((vector_size(64)));
+    static constexpr Ints FIRST = {0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23};
+    static constexpr Ints LAST = {8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+};
+template <Simd S>
+using FloatsOf = typename Register<S>::Floats;
+template <Simd S>
+using IntsOf = typename Register<S>::Ints;
+template <Simd S>
+constexpr int LANES_OF = sizeof(FloatsOf<S>) / sizeof(float);
+
+template <Simd S>
+NMSPARSE_INLINE FloatsOf<S> load(float const* place) {
+    FloatsOf<S> found;
+    std::memcpy(&found, place, sizeof found);
+    return found;
+}
+template <Simd S>
+NMSPARSE_INLINE void store(float* place, FloatsOf<S> numbers) {
+    std::memcpy(place, &numbers, sizeof numbers);
+}
 
 // Runs `body` as compiled for a kind of processor. It must be NMSPARSE_INLINED, and what it calls. With AVX-512 comes
 // FMA for the shorter vectors too: a sum must not depend on where the compiler used which.
