@@ -13,6 +13,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -46,11 +47,12 @@ from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
 from converter.graph import dispatch
 from converter.graph.costs import LayerCost, layer_costs
+from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
 from converter.graph.lower import form_of
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
-from converter.runtimes.onnxruntime import load_onnx
+from converter.runtimes.onnxruntime import has_kernel, library, load_onnx
 from converter.sparsity.linear import Params
 from converter.stages import Stages
 from converter.tensor_file import write_whole
@@ -271,7 +273,8 @@ def _export(
     }
     with stages.stage("export", "tensors") as advance:
         write_graph(checkpoint, layers, params, recipe.storage(), recipe.phases, folder, metadata, advance)
-        write_client_files(folder, checkpoint, recipe.dtype)
+        kernel = library() if has_kernel(onnx.load(folder / MODEL, load_external_data=False)) else None
+        write_client_files(folder, checkpoint, recipe.dtype, kernel)
 
 
 def _validate(

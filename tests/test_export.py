@@ -21,10 +21,12 @@ from converter.errors import ValidationError
 from converter.evaluation.parity import Parity, validate
 from converter.graph.op import INPUTS
 from converter.graph.trace import signature
+from converter.pipeline import export
 from converter.plan import find_blocks
 from converter.runtimes.onnxruntime import VARIABLE
 from converter.sparsity.linear import Params, Phases, install
 from converter.sparsity.quantize import Storage
+from converter.stages import Stages
 
 FAMILIES = {
     "llama": {},
@@ -164,6 +166,24 @@ def test_metadata_and_manifest(converted: Callable[..., Path]) -> None:
     assert set(manifest["files"]) == {p.name for p in out.iterdir()} - {"manifest.json"}
     for needed in ("config.json", "generation_config.json", "tokenizer.json", "genai_config.json", "recipe.yaml"):
         assert needed in manifest["files"]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "named", "there"), [("float32", True, True), ("float32", False, False), ("float16", True, False)]
+)
+def test_the_kernel_lies_in_out_where_it_knows_the_numbers(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, named: bool, there: bool
+) -> None:
+    library = tmp_path / "libany.so"
+    library.write_bytes(b"any")
+    out = convert(str(tiny), tmp_path / "out", PLAIN)
+    monkeypatch.setenv(VARIABLE, str(library) if named else "")
+    again = tmp_path / "again"
+    export(out, again, {"dtype": dtype}, Stages())
+    options = json.loads((again / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
+    assert options.get("custom_ops_library") == (library.name if there else None)
+    assert (again / library.name).is_file() == there
+    assert (library.name in json.loads((again / "manifest.json").read_text())["files"]) == there
 
 
 def test_left_padded_batch_gives_the_tokens_of_single_runs(converted: Callable[..., Path]) -> None:

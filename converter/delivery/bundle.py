@@ -87,8 +87,11 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
         raise OutputError(f"{out}: cannot be written: {error}.") from error
 
 
-def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
-    """Write configuration, generation configuration, tokenizer and genai_config.json into `folder`."""
+def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str, kernel: Path | None) -> None:
+    """Write configuration, generation configuration, tokenizer and genai_config.json into `folder`.
+
+    The library `kernel`, where one is given, goes along: onnxruntime-genai loads what lies beside the model.
+    """
     config, generation, tokenizer = checkpoint.config, checkpoint.generation_config(), checkpoint.tokenizer()
     config.dtype = dtype
     config.save_pretrained(folder)
@@ -103,7 +106,11 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str) -> None
         for key in ("backend", "is_local", "local_files_only"):
             settings.pop(key, None)
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    write_json(folder / GENAI, genai_config(config, generation, tokenizer))
+    about = genai_config(config, generation, tokenizer)
+    if kernel is not None:
+        shutil.copy(kernel, folder / kernel.name)
+        about["model"]["decoder"]["session_options"]["custom_ops_library"] = kernel.name
+    write_json(folder / GENAI, about)
 
 
 def genai_config(
