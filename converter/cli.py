@@ -477,10 +477,13 @@ def _refuse_others(use: str, options: dict[str, Any], own: Iterable[str]) -> Non
 
 def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bool) -> None:
     from converter.checkpoint import open_checkpoint
+    from converter.kinds import completed
     from converter.plan import plan
 
     recipe.require_exportable()
-    layers = plan(open_checkpoint(model, revision).skeleton(), recipe).layers
+    checkpoint = open_checkpoint(model, revision)
+    recipe = completed(recipe, checkpoint.kind, checkpoint.config)
+    layers = plan(checkpoint.skeleton(), recipe).layers
     if json_output:
         print(json.dumps({"recipe": recipe.model_dump(mode="json"), "layers": [asdict(layer) for layer in layers]}))
         return

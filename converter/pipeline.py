@@ -48,6 +48,7 @@ from converter.graph import dispatch
 from converter.graph.costs import LayerCost, layer_costs
 from converter.graph.export import export as write_graph
 from converter.graph.lower import form_of
+from converter.kinds import completed
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
 from converter.runtimes.onnxruntime import load_onnx
@@ -103,6 +104,7 @@ def run(model: str, out: Path, recipe: Recipe, revision: str | None, device: str
     recipe.require_exportable()
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision).on(device)
+        recipe = completed(recipe, checkpoint.kind, checkpoint.config)
         layers = plan(checkpoint.skeleton(), recipe)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
@@ -120,6 +122,7 @@ def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, devic
     recipe.require_exportable()
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision).on(device)
+        recipe = completed(recipe, checkpoint.kind, checkpoint.config)
         layers = plan(checkpoint.skeleton(), recipe)
     with staged(out, 0) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
@@ -191,13 +194,13 @@ def calibration_text(checkpoint: Checkpoint, recipe: Recipe, state: Path | None,
 
     What the model has written for an interrupted run, in the folder `state`, is not written anew.
     """
-    settings = recipe.calibration
-    sources = settings.source.split(",")
-    each = ceil(recipe.windows() / len(sources))
+    settings = completed(recipe, checkpoint.kind, checkpoint.config).calibration
+    sources = (settings.source or "").split(",")
+    each, tokenizer = ceil(recipe.windows() / len(sources)), checkpoint.tokenizer()
     parts = [
         _written(checkpoint, recipe, each, state, stages)
         if source == "self"
-        else windows(source, checkpoint.tokenizer(), each, settings.window, settings.field)
+        else windows(source, tokenizer, each, settings.window, settings.field, framed=not checkpoint.kind.cached)
         for source in sources
     ]
     return torch.stack(parts, 1).flatten(0, 1)[: recipe.windows()]
@@ -278,7 +281,8 @@ def _validate(
     folder: Path, checkpoint: Checkpoint, params: dict[str, Params], recipe: Recipe, text: str | None, stages: Stages
 ) -> Parity:
     with stages.stage("validate", "comparisons") as advance:
-        ids = windows(text or TEXT, checkpoint.tokenizer(), 1, VALIDATION_TOKENS)
+        tokenizer, framed = checkpoint.tokenizer(), not checkpoint.kind.cached
+        ids = windows(text or TEXT, tokenizer, 1, VALIDATION_TOKENS, framed=framed)
         parity = compare(folder, checkpoint.model(), params, recipe.storage(), recipe.phases, ids, advance)
     parity.check()
     return parity

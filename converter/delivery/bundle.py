@@ -88,11 +88,10 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
 
 
 def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str) -> None:
-    """Write configuration, generation configuration, tokenizer and genai_config.json into `folder`."""
-    config, generation, tokenizer = checkpoint.config, checkpoint.generation_config(), checkpoint.tokenizer()
+    """Write configuration and tokenizer into `folder`; for a decoder generation and genai configuration, too."""
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer()
     config.dtype = dtype
     config.save_pretrained(folder)
-    generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text("utf-8"))
@@ -103,7 +102,10 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str) -> None
         for key in ("backend", "is_local", "local_files_only"):
             settings.pop(key, None)
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    write_json(folder / GENAI, genai_config(config, generation, tokenizer))
+    if checkpoint.kind.cached:
+        generation = checkpoint.generation_config()
+        generation.save_pretrained(folder)
+        write_json(folder / GENAI, genai_config(config, generation, tokenizer))
 
 
 def genai_config(
