@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 app = App(
     name="nmsparse",
-    help="Convert language models to ONNX with N:M activation sparsity.",
+    help="Convert language models and encoders to ONNX with N:M activation sparsity.",
     version=lambda: version("nmsparse"),
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
@@ -414,9 +414,9 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from converter.pipeline import load_with_tokenizer
+    from converter.pipeline import load_decoder
 
-    loaded, tokenizer = load_with_tokenizer(model)
+    loaded, tokenizer = load_decoder(model, "generate")
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         inputs: Any = tokenizer.apply_chat_template(
@@ -457,9 +457,9 @@ def perplexity(
     """
     from converter.calibration.texts import windows
     from converter.evaluation.perplexity import perplexity as measure
-    from converter.pipeline import load_with_tokenizer
+    from converter.pipeline import load_decoder
 
-    loaded, tokenizer = load_with_tokenizer(model)
+    loaded, tokenizer = load_decoder(model, "perplexity")
     with Stages().stage("perplexity", "windows") as advance:
         found = measure(loaded, windows(text, tokenizer, tokens // context, context, field), advance)
     if json_output:

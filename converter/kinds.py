@@ -61,7 +61,7 @@ def kind_of(config: PreTrainedConfig, where: str) -> Kind:
     """
     saved = (config.architectures or [""])[0]
     masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if config.model_type not in masked:
+    if config.model_type not in masked or config.is_encoder_decoder:
         return DECODER
     if saved in _names(masked, config):
         return MASKED
@@ -81,11 +81,12 @@ def _names(mapping: Any, config: PreTrainedConfig) -> tuple[str, ...]:
 
 def kind(model: PreTrainedModel) -> Kind:
     """Return the kind of a model in memory."""
-    saved = type(model).__name__
-    if saved in _names(modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, model.config):
+    saved, config, masked = type(model).__name__, model.config, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if config.model_type not in masked or config.is_encoder_decoder:
+        return DECODER
+    if saved in _names(masked, config):
         return MASKED
-    bare = saved in _names(modeling_auto.MODEL_MAPPING_NAMES, model.config)
-    return ENCODER if bare and model.config.model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES else DECODER
+    return ENCODER if saved in _names(modeling_auto.MODEL_MAPPING_NAMES, config) else DECODER
 
 
 def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
@@ -97,7 +98,8 @@ def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
 
 def takes_segments(model: PreTrainedModel) -> bool:
     """Return whether the model tells several texts in one call apart, by `token_type_ids`."""
-    return "token_type_ids" in inspect.signature(model.forward).parameters and model.config.type_vocab_size > 1
+    segments = getattr(model.config, "type_vocab_size", 0)
+    return segments > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
 
 
 def output(model: PreTrainedModel, ids: Tensor, *, last: bool = False) -> Tensor:

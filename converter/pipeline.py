@@ -48,7 +48,7 @@ from converter.graph import dispatch
 from converter.graph.costs import LayerCost, layer_costs
 from converter.graph.export import export as write_graph
 from converter.graph.lower import form_of
-from converter.kinds import completed
+from converter.kinds import DECODER, completed
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
 from converter.runtimes.onnxruntime import load_onnx
@@ -97,6 +97,22 @@ def load_with_tokenizer(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
         return load_onnx(folder), Checkpoint(str(path), None, folder).tokenizer()
     checkpoint = open_checkpoint(str(path))
     return checkpoint.model(), checkpoint.tokenizer()
+
+
+def load_decoder(path: str | Path, use: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a causal language model and its tokenizer, as `load_with_tokenizer` does; `use` is what for.
+
+    Raises:
+        CheckpointError: when it is a model of another kind.
+    """
+    folder = Path(path)
+    source = Checkpoint(str(path), None, folder) if is_bundle(folder) else open_checkpoint(str(path))
+    if not source.kind.cached:
+        raise CheckpointError(
+            f"{path}: must be a {DECODER.name} for {use}, got one that is not: {source.kind.name}. "
+            "Call it in Python: converter.load."
+        )
+    return load_with_tokenizer(path)
 
 
 def run(model: str, out: Path, recipe: Recipe, revision: str | None, device: str, stages: Stages) -> dict[str, Any]:

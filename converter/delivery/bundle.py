@@ -15,7 +15,7 @@ import onnx
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from converter.checkpoint import Checkpoint, beside
-from converter.errors import OutputError
+from converter.errors import BuildError, OutputError
 from converter.graph.export import MODEL
 
 MANIFEST, REPORT, RECIPE, GENAI = "manifest.json", "report.json", "recipe.yaml", "genai_config.json"
@@ -149,6 +149,18 @@ def genai_config(
         },
         "search": {"do_sample": False, "max_length": context, "min_length": 0, "past_present_share_buffer": False},
     }
+
+
+def context_length(folder: Path) -> int:
+    """Return how many tokens a call of the decoder in OUT may have, its past included.
+
+    Raises:
+        BuildError: when OUT is no decoder: its calls have another shape.
+    """
+    if not (folder / GENAI).is_file():
+        raise BuildError(f"{folder}: must be a decoder, got a model without a cache. Run it by ONNX Runtime.")
+    found: int = json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"]
+    return found
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -239,8 +239,7 @@ def trace(model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtyp
     """
     blocks_name, blocks = find_blocks(model)
     cached, names = kind(model).cached, input_names(model)
-    if cached:
-        _check_decoder(model, blocks)
+    _check_blocks(model, blocks, cached)
     for layer, node in nodes.items():
         linear = model.get_submodule(layer)
         assert isinstance(linear, nn.Linear)
@@ -329,11 +328,13 @@ def input_names(model: PreTrainedModel) -> list[str]:
     return ["input_ids", "attention_mask", *(["token_type_ids"] if takes_segments(model) else [])]
 
 
-def _check_decoder(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
+def _check_blocks(model: PreTrainedModel, blocks: nn.ModuleList, cached: bool) -> None:
     config = model.config.get_text_config()
     if getattr(config, "num_hidden_layers", None) != len(blocks) or not hasattr(config, "num_attention_heads"):
-        raise ExportError(f"{type(model).__name__}: must be a decoder whose blocks are all attention blocks.")
-    if not getattr(model, "_supports_sdpa", False):
+        raise ExportError(
+            f"{type(model).__name__}: must be a model whose blocks are all attention blocks, each its own."
+        )
+    if cached and not getattr(model, "_supports_sdpa", False):
         raise ExportError(f"{type(model).__name__}: must support transformers' attention interface, got none.")
 
 
