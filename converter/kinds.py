@@ -132,7 +132,7 @@ def completed(recipe: Recipe, found: Kind, config: PreTrainedConfig) -> Recipe:
             "Give --calibration FILE, or python."
         )
     most = getattr(config, "max_position_embeddings", None)
-    if most is not None and recipe.calibration.window > most:
+    if recipe.windows() and most is not None and recipe.calibration.window > most:
         raise CalibrationError(
             f"calibration.window: must be at most {most}, the positions of the model, got {recipe.calibration.window}. "
             f"Give --set calibration.window={most} or less."

@@ -24,7 +24,7 @@ from converter.calibration import file as calibration_file
 from converter.calibration.allocate import measure
 from converter.calibration.texts import texts, windows
 from converter.checkpoint import open_checkpoint
-from converter.errors import BuildError, CalibrationError, CheckpointError, RecipeError
+from converter.errors import BuildError, CalibrationError, CheckpointError, ExportError, RecipeError
 from converter.kinds import output
 from converter.pipeline import inspect, load_with_tokenizer
 from converter.plan import plan
@@ -50,10 +50,13 @@ FAMILIES = {
 SMALL = {"calibration.tokens": 64, "calibration.window": 32}
 
 
+SHARED = {"albert": SIZES | {"embedding_size": 32}}
+
+
 def make(folder: Path, family: str, auto: type = AutoModel) -> Path:
     """Write a random model of a family, with weights large enough that a wrong layer shows."""
     torch.manual_seed(0)
-    model = auto.from_config(AutoConfig.for_model(family, **FAMILIES[family]))  # type: ignore[attr-defined]
+    model = auto.from_config(AutoConfig.for_model(family, **(FAMILIES | SHARED)[family]))  # type: ignore[attr-defined]
     for name, parameter in model.named_parameters():
         if "norm" not in name.lower():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -137,7 +140,8 @@ def test_default_methods(bert: tuple[Path, Path], tmp_path: Path) -> None:
 
 def test_effect_is_what_an_error_does_to_the_states(bert: tuple[Path, Path]) -> None:
     checkpoint = open_checkpoint(str(bert[0]))
-    recipe = Recipe().replace({"criterion": "magnitude", "mitigation": "none", "allocation.menu": ["14:16", "15:16"]})
+    changes = {"allocation.menu": ["14:16", "15:16"], "allocation.budget": "100%"}
+    recipe = Recipe().replace({"criterion": "magnitude", "mitigation": "none", **changes})
     model, name = checkpoint.model(), "encoder.layer.2.output.dense"
     ids = windows("python", checkpoint.tokenizer(), 64, 32, framed=True)
     layer = next(layer for layer in plan(model, recipe).open if layer.name == name)
@@ -177,7 +181,11 @@ def test_a_checkpoint_without_pooler_and_under_other_names(bert: tuple[Path, Pat
     [
         ({"phases": "prefill"}, RecipeError, "phases: must be both for an encoder"),
         ({"calibration.source": "python,self"}, RecipeError, "calibration.source: must be a text for an encoder"),
-        ({"calibration.window": 256}, CalibrationError, "calibration.window: must be at most 160"),
+        (
+            {"calibration.window": 256, "calibration.tokens": 256},
+            CalibrationError,
+            "calibration.window: must be at most 160",
+        ),
     ],
 )
 def test_recipes_that_no_encoder_can_have(
@@ -186,6 +194,12 @@ def test_recipes_that_no_encoder_can_have(
     with pytest.raises(error, match=match):
         convert(str(bert[0]), tmp_path / "out", Recipe().replace({**SMALL, **changes}))
     assert not (tmp_path / "out").exists()
+
+
+def test_blocks_that_share_their_weights_are_refused(tmp_path: Path) -> None:
+    source = make(tmp_path / "model", "albert")
+    with pytest.raises(ExportError, match="AlbertModel: must be a model whose blocks are all attention blocks"):
+        convert(str(source), tmp_path / "out", PLAIN)
 
 
 def test_a_head_for_another_task_is_refused(tmp_path: Path) -> None:
