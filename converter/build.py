@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint
-from converter.delivery.bundle import GENAI, check_files, manifest, staged, write_manifest
+from converter.delivery.bundle import check_files, context_length, manifest, staged, write_manifest
 from converter.doctor import gpu
 from converter.errors import BuildError, DeviceError, listing
 from converter.graph import dispatch as dispatch_table
@@ -39,7 +38,8 @@ def build_tensorrt_rtx(
     wanted, shapes = tensorrt_rtx.capabilities(targets), [Profile.parse(text) for text in profiles]
     with stages.stage("check"):
         check_files(folder)
-        shapes = shapes or _default_profiles(folder)
+        context = context_length(folder)
+        shapes = shapes or [*default_profiles(context)]
     with staged(folder / ENGINES / f"tensorrt-rtx-{'+'.join(wanted)}", _bytes(folder)) as place:
         with stages.stage("build", "steps") as advance:
             built = tensorrt_rtx.build(folder, wanted, shapes, workspace, advance)
@@ -63,7 +63,8 @@ def build_tensorrt(
     shapes, rows = [Profile.parse(text) for text in profiles], dispatch_table.read(table)
     with stages.stage("check"):
         check_files(folder)
-        shapes = shapes or _default_profiles(folder)
+        context = context_length(folder)
+        shapes = shapes or [*default_profiles(context)]
     out = folder / ENGINES / "tensorrt"
     with staged(out, _bytes(folder)) as place:
         with stages.stage("lower"):
@@ -152,10 +153,6 @@ def _engine(place: Path, built: Built) -> dict[str, Any]:
     (place / ENGINE).write_bytes(built.plan)
     (place / LAYERS).write_text(built.layers, "utf-8")
     return {**built.about, "bytes": (place / ENGINE).stat().st_size}
-
-
-def _default_profiles(folder: Path) -> list[Profile]:
-    return [*default_profiles(json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"])]
 
 
 def _bytes(folder: Path) -> int:

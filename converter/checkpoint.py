@@ -23,7 +23,6 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -33,6 +32,7 @@ from transformers import (
 
 from converter.arrangement import Arrangement
 from converter.errors import CheckpointError, DeviceError
+from converter.kinds import DECODER, Kind, kind_of, without_pooler
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -76,6 +76,11 @@ class Checkpoint:
         return config
 
     @cached_property
+    def kind(self) -> Kind:
+        """The kind of model that it is."""
+        return kind_of(self.config, self.source)
+
+    @cached_property
     def files(self) -> dict[str, Path]:
         """Which safetensors file holds each tensor."""
         found: dict[str, Path] = {}
@@ -108,10 +113,10 @@ class Checkpoint:
         """Return the model without its weights: parameters on the meta device, buffers real."""
         with init_empty_weights(include_buffers=False):
             try:
-                model: PreTrainedModel = AutoModelForCausalLM.from_config(self.config)
+                model: PreTrainedModel = without_pooler(self.kind.auto.from_config(self.config))
             except ValueError as error:
                 raise CheckpointError(
-                    f"{self.source}: must be a causal language model, got {type(self.config).__name__}."
+                    f"{self.source}: must be a {self.kind.name}, got {type(self.config).__name__}."
                 ) from error
         model.tie_weights()
         model.eval()
@@ -124,7 +129,7 @@ class Checkpoint:
             CheckpointError: when a weight is missing, NaN or infinite.
         """
         with quiet():
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(self.folder, dtype=torch.float32)
+            model = without_pooler(self.kind.auto.from_pretrained(self.folder, dtype=torch.float32))
         model.eval()
         for name, parameter in model.named_parameters():
             self._finite(name, parameter.data)
@@ -166,7 +171,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """Return the checkpoint that `source` names.
 
     Raises:
-        CheckpointError: when it cannot be found or read, holds pickles only, or is no causal language model.
+        CheckpointError: when it cannot be found or read, holds pickles only, or is of no kind that can be converted.
     """
     path = Path(source)
     if path.is_file():
@@ -225,15 +230,17 @@ def _unpacked(path: Path, *, gguf: bool) -> Path:
             tokenizer = AutoTokenizer.from_pretrained(home, **where)
             dtype = torch.float32 if gguf else "auto"
             options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **where}
-            loaded: Any = AutoModelForCausalLM.from_pretrained(home, **options)
-            model, info = loaded
+            kind = DECODER if gguf else kind_of(AutoConfig.from_pretrained(home), str(path))
+            loaded: Any = kind.auto.from_pretrained(home, **options)
+            model, info = without_pooler(loaded[0]), loaded[1]
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, IndexError, SafetensorError) as error:
         raise CheckpointError(
-            f"{path}: must hold a causal language model that transformers can read, got "
+            f"{path}: must hold a model that transformers can read, got "
             f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         ) from error
-    if info["missing_keys"]:
-        raise CheckpointError(f"{path}: must hold every weight of the model, got none for {info['missing_keys']}.")
+    missing = sorted(set(info["missing_keys"]) & set(weight_names(model)))
+    if missing:
+        raise CheckpointError(f"{path}: must hold every weight of the model, got none for {missing}.")
     config = model.config
     config.architectures = [type(model).__name__]  # a GGUF file does not say; clients ask for it
     if hasattr(config, "quantization_config"):
@@ -244,7 +251,7 @@ def _unpacked(path: Path, *, gguf: bool) -> Path:
         save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
-        if model.generation_config is not None:
+        if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(staging)
     return folder
 

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 app = App(
     name="nmsparse",
-    help="Convert language models to ONNX with N:M activation sparsity.",
+    help="Convert language models and encoders to ONNX with N:M activation sparsity.",
     version=lambda: version("nmsparse"),
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
@@ -440,9 +440,9 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from converter.pipeline import load_with_tokenizer
+    from converter.pipeline import load_decoder
 
-    loaded, tokenizer = load_with_tokenizer(model)
+    loaded, tokenizer = load_decoder(model, "generate")
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
         inputs: Any = tokenizer.apply_chat_template(
@@ -483,9 +483,9 @@ def perplexity(
     """
     from converter.calibration.texts import windows
     from converter.evaluation.perplexity import perplexity as measure
-    from converter.pipeline import load_with_tokenizer
+    from converter.pipeline import load_decoder
 
-    loaded, tokenizer = load_with_tokenizer(model)
+    loaded, tokenizer = load_decoder(model, "perplexity")
     with Stages().stage("perplexity", "windows") as advance:
         found = measure(loaded, windows(text, tokenizer, tokens // context, context, field), advance)
     if json_output:
@@ -515,10 +515,13 @@ def _refuse_others(use: str, options: dict[str, Any], own: Iterable[str]) -> Non
 
 def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bool) -> None:
     from converter.checkpoint import open_checkpoint
+    from converter.kinds import completed
     from converter.plan import plan
 
     recipe.require_exportable()
-    layers = plan(open_checkpoint(model, revision).skeleton(), recipe).layers
+    checkpoint = open_checkpoint(model, revision)
+    recipe = completed(recipe, checkpoint.kind, checkpoint.config)
+    layers = plan(checkpoint.skeleton(), recipe).layers
     if json_output:
         print(json.dumps({"recipe": recipe.model_dump(mode="json"), "layers": [asdict(layer) for layer in layers]}))
         return

@@ -50,6 +50,7 @@ from converter.graph.costs import LayerCost, layer_costs
 from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
 from converter.graph.lower import form_of
+from converter.kinds import DECODER, completed
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
 from converter.runtimes.onnxruntime import has_kernel, library, load_onnx
@@ -100,11 +101,28 @@ def load_with_tokenizer(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTo
     return checkpoint.model(), checkpoint.tokenizer()
 
 
+def load_decoder(path: str | Path, use: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return a causal language model and its tokenizer, as `load_with_tokenizer` does; `use` is what for.
+
+    Raises:
+        CheckpointError: when it is a model of another kind.
+    """
+    folder = Path(path)
+    source = Checkpoint(str(path), None, folder) if is_bundle(folder) else open_checkpoint(str(path))
+    if not source.kind.cached:
+        raise CheckpointError(
+            f"{path}: must be a {DECODER.name} for {use}, got one that is not: {source.kind.name}. "
+            "Call it in Python: converter.load."
+        )
+    return load_with_tokenizer(path)
+
+
 def run(model: str, out: Path, recipe: Recipe, revision: str | None, device: str, stages: Stages) -> dict[str, Any]:
     """Convert, and return the report that lies in OUT."""
     recipe.require_exportable()
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision).on(device)
+        recipe = completed(recipe, checkpoint.kind, checkpoint.config)
         layers = plan(checkpoint.skeleton(), recipe)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
@@ -122,6 +140,7 @@ def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, devic
     recipe.require_exportable()
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision).on(device)
+        recipe = completed(recipe, checkpoint.kind, checkpoint.config)
         layers = plan(checkpoint.skeleton(), recipe)
     with staged(out, 0) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
@@ -193,13 +212,13 @@ def calibration_text(checkpoint: Checkpoint, recipe: Recipe, state: Path | None,
 
     What the model has written for an interrupted run, in the folder `state`, is not written anew.
     """
-    settings = recipe.calibration
-    sources = settings.source.split(",")
-    each = ceil(recipe.windows() / len(sources))
+    settings = completed(recipe, checkpoint.kind, checkpoint.config).calibration
+    sources = (settings.source or "").split(",")
+    each, tokenizer = ceil(recipe.windows() / len(sources)), checkpoint.tokenizer()
     parts = [
         _written(checkpoint, recipe, each, state, stages)
         if source == "self"
-        else windows(source, checkpoint.tokenizer(), each, settings.window, settings.field)
+        else windows(source, tokenizer, each, settings.window, settings.field, framed=not checkpoint.kind.cached)
         for source in sources
     ]
     return torch.stack(parts, 1).flatten(0, 1)[: recipe.windows()]
@@ -281,7 +300,8 @@ def _validate(
     folder: Path, checkpoint: Checkpoint, params: dict[str, Params], recipe: Recipe, text: str | None, stages: Stages
 ) -> Parity:
     with stages.stage("validate", "comparisons") as advance:
-        ids = windows(text or TEXT, checkpoint.tokenizer(), 1, VALIDATION_TOKENS)
+        tokenizer, framed = checkpoint.tokenizer(), not checkpoint.kind.cached
+        ids = windows(text or TEXT, tokenizer, 1, VALIDATION_TOKENS, framed=framed)
         parity = compare(folder, checkpoint.model(), params, recipe.storage(), recipe.phases, ids, advance)
     parity.check()
     return parity

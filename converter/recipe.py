@@ -35,7 +35,7 @@ class _Frozen(BaseModel):
 class Calibration(_Frozen):
     """Where the calibration text comes from and how much of it is used."""
 
-    source: str = "self"
+    source: str | None = None  # that of the model's kind, see converter.kinds
     tokens: int = Field(default=8192, gt=0)
     window: int = Field(default=256, gt=1)
     batch: int = Field(default=8, gt=0)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from converter.errors import CalibrationError
+from converter.kinds import kind, output
 from converter.plan import LayerPlan, Plan, kept_weights
 from converter.recipe import Recipe
 from converter.sparsity.criteria import criterion
@@ -78,10 +79,10 @@ def measure(
     menus = {layer.name: _menu(model, layer, recipe) for layer in layers}
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     model.requires_grad_(requires_grad=False)
+    generator = torch.Generator(model.device).manual_seed(recipe.seed)
     with torch.enable_grad(), _watched(model, {name: partial(_add, effects[name], menus[name]) for name in effects}):
         for number, window in enumerate(windows.to(model.device)):
-            logits = model(input_ids=window[None], use_cache=False).logits[0, :-1]
-            nn.functional.cross_entropy(logits.float(), window[1:], reduction="sum").backward()
+            _loss(model, window, generator).backward()
             progress(number + 1, len(windows))
     for parameter in wanted:
         parameter.requires_grad_()
@@ -96,6 +97,23 @@ def measure(
                 f"{name}: must have a part in the loss of the calibration text, got none. Add it to --ignore."
             )
     return {name: effect.tolist() for name, effect in effects.items()}
+
+
+def _loss(model: PreTrainedModel, ids: Tensor, generator: torch.Generator) -> Tensor:
+    """Return that of the tokens `ids [S]` whose gradients tell what an error anywhere in the model does to its output.
+
+    A decoder is asked for the next token, a masked language model for one that it draws itself: it sees the text's own.
+    An encoder has no loss. Its states under random signs have gradients whose (g . e)^2 is, on average, the square of
+    what the error does to them.
+    """
+    found, y = kind(model), output(model, ids[None])[0].float()
+    if found.cached:
+        return nn.functional.cross_entropy(y[:-1], ids[1:], reduction="sum")
+    if found.output == "logits":
+        drawn = y.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
+        return nn.functional.cross_entropy(y, drawn, reduction="sum")
+    signs = torch.randint(2, y.shape, generator=generator, device=y.device) * 2 - 1
+    return (y * signs).sum()
 
 
 def choose(effects: dict[str, list[float]], kept: dict[str, list[int]], limit: int) -> dict[str, int]:

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 
 from converter.arrangement import Arrangement, Orders
 from converter.calibration.blocks import Blocks, statistics
-from converter.calibration.wiring import same_logits, wiring
+from converter.calibration.wiring import same_output, wiring
 from converter.plan import Plan
 from converter.sparsity.permutation import decorrelate
 
@@ -37,7 +37,7 @@ def arrange(
     """Return the arrangement of the dense `model` for the groups of `plan`, and leave `model` arranged.
 
     `windows [count, window]` holds token ids, taken `batch` at a time; `scratch` is a folder for the hidden states.
-    What does not leave the logits as they are, up to rounding, is no part of the result.
+    What does not leave the model's output as it is, up to rounding, is no part of the result.
 
     Raises:
         CalibrationError: when an activation is not finite.
@@ -83,7 +83,7 @@ def arrange(
             for name, dims in found.stream_orders(decorrelate(stream, group).cpu()).items():
                 both.setdefault(name, {}).update(dims)
             arrangements.insert(0, Arrangement(both, (*fed, *sorted(found.readers))))
-        accepted = next(a for a in arrangements if same_logits(model, a, sample))
+        accepted = next(a for a in arrangements if same_output(model, a, sample))
         accepted.apply(model)
     return accepted
 

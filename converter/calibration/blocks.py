@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from converter.kinds import output
 from converter.plan import LayerPlan
 from converter.sparsity.statistics import LayerStats
 
@@ -112,7 +113,7 @@ def first_hidden(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> 
 
     handle = blocks[0].register_forward_pre_hook(stop, with_kwargs=True)
     try:
-        model(input_ids=ids, use_cache=False)
+        output(model, ids)
     except _Stop:
         pass
     finally:
@@ -131,7 +132,7 @@ def block_calls(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> l
     for block in blocks:
         handles.append(block.register_forward_pre_hook(note, with_kwargs=True))
     try:
-        model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        output(model, ids, last=True)
     finally:
         for handle in handles:
             handle.remove()

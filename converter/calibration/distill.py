@@ -1,4 +1,4 @@
-"""Distillation: train what the recipe's methods leave open so that the sparse model's tokens are the dense one's."""
+"""Distillation: train what the recipe's methods leave open so that the sparse model gives what the dense one gives."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from transformers import PreTrainedModel
 from converter.calibration.train import Curve, train
 from converter.calibration.trained import TrainedLinear, put_in_training, teacher
 from converter.errors import CalibrationError
+from converter.kinds import kind, output
 from converter.recipe import Recipe
 from converter.sparsity.linear import Params
 
 
 def divergence(model: PreTrainedModel, layers: list[TrainedLinear], ids: Tensor) -> Tensor:
-    """Return the mean over the tokens `ids [B, S]` of KL(dense || sparse), in nats."""
+    """Return how far the sparse model is from the dense one on the tokens `ids [B, S]`, as its kind measures it."""
     with teacher(layers):
-        wanted = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
-    found = model(input_ids=ids, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
-    return nn.functional.kl_div(found, wanted, reduction="batchmean", log_target=True)
+        wanted = output(model, ids)
+    return kind(model).distance(output(model, ids), wanted)
 
 
 def distill(

@@ -29,7 +29,7 @@ def resumable(fingerprint: str, recipe: Recipe, device: str) -> Iterator[Path]:
 
 
 def _key(fingerprint: str, recipe: Recipe, device: str) -> str:
-    files = [Path(source) for source in recipe.calibration.source.split(",") if Path(source).is_file()]
+    files = [Path(source) for source in (recipe.calibration.source or "").split(",") if Path(source).is_file()]
     texts = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     parts = (fingerprint, recipe.to_yaml(), *texts, torch.__version__, str(torch.get_num_threads()), device)
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

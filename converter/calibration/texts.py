@@ -89,14 +89,27 @@ def _rows(rows: Iterator[Any], source: str, field: str) -> Iterator[str]:
         yield row[field]
 
 
-def windows(source: str, tokenizer: PreTrainedTokenizerBase, count: int, window: int, field: str = "text") -> Tensor:
+def windows(
+    source: str,
+    tokenizer: PreTrainedTokenizerBase,
+    count: int,
+    window: int,
+    field: str = "text",
+    *,
+    framed: bool = False,
+) -> Tensor:
     """Return the first `count` windows of `window` token ids of the source, `[count, window]`; 0 counts all.
 
-    Documents follow each other, divided by two line ends.
+    Documents follow each other, divided by two line ends. With `framed`, each window begins and ends as the tokenizer
+    begins and ends a text, as an encoder always sees it.
 
     Raises:
         CalibrationError: when the text is too short.
     """
+    before, after = _frame(tokenizer) if framed else ([], [])
+    whole, window = window, window - len(before) - len(after)
+    if window < 1:
+        raise CalibrationError(f"{source}: windows must have room for a text's first and last tokens, got {whole}.")
     ids: list[int] = []
     first = True
     for text in texts(source, field):
@@ -110,7 +123,17 @@ def windows(source: str, tokenizer: PreTrainedTokenizerBase, count: int, window:
             f"{source}: must have at least {max(count, 1) * window} tokens, got {len(ids)}. "
             "Give more text, or ask for fewer tokens or shorter windows."
         )
-    return torch.tensor(ids[: found * window]).reshape(found, window)
+    inner = torch.tensor(ids[: found * window]).reshape(found, window)
+    first_ids, last_ids = (torch.tensor(part, dtype=inner.dtype).expand(found, -1) for part in (before, after))
+    return torch.cat([first_ids, inner, last_ids], 1)
+
+
+def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """Return the token ids that the tokenizer puts before and behind a text."""
+    bare = tokenizer.encode("a", add_special_tokens=False)
+    whole = tokenizer.encode("a")
+    start = next(i for i in range(len(whole)) if whole[i : i + len(bare)] == bare)
+    return whole[:start], whole[start + len(bare) :]
 
 
 class _Count(StoppingCriteria):

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from converter.arrangement import Arrangement, Orders
 from converter.calibration.blocks import Call, block_calls, first_hidden, run_block, watched
 from converter.graph.trace import signature
+from converter.kinds import output
 from converter.plan import Plan, find_blocks
 
 CODE = 256  # bits; a row that is not there is read off once in 1e8 blocks of 40,000 rows and 20,000 channels
@@ -132,7 +133,7 @@ def wiring(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Wiring:
         found = Wiring(feeds, tuple(sorted(stream)), frozenset(readers & set(sparse)))
         if known and len(groups) == 1 and not stream & taken:
             order = torch.randperm(width, generator=generator)
-            if same_logits(model, Arrangement(found.stream_orders(order)), ids):
+            if same_output(model, Arrangement(found.stream_orders(order)), ids):
                 return found
     return Wiring(feeds)
 
@@ -156,11 +157,11 @@ def holds(
     return _same(after, before) and _same(inputs[1], inputs[0][..., order])
 
 
-def same_logits(model: PreTrainedModel, arrangement: Arrangement, ids: Tensor) -> bool:
-    """Return whether `model` gives the same logits for `ids` when arranged; it is as it was afterwards."""
-    before = model(input_ids=ids, use_cache=False).logits
+def same_output(model: PreTrainedModel, arrangement: Arrangement, ids: Tensor) -> bool:
+    """Return whether `model` gives the same for `ids` when arranged; it is as it was afterwards."""
+    before = output(model, ids)
     arrangement.apply(model)
-    after = model(input_ids=ids, use_cache=False).logits
+    after = output(model, ids)
     arrangement.inverse().apply(model)
     return _same(after, before)
 

@@ -15,7 +15,7 @@ import onnx
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from converter.checkpoint import Checkpoint, beside
-from converter.errors import OutputError
+from converter.errors import BuildError, OutputError
 from converter.graph.export import MODEL
 
 MANIFEST, REPORT, RECIPE, GENAI = "manifest.json", "report.json", "recipe.yaml", "genai_config.json"
@@ -88,14 +88,13 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
 
 
 def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str, kernel: Path | None) -> None:
-    """Write configuration, generation configuration, tokenizer and genai_config.json into `folder`.
+    """Write configuration and tokenizer into `folder`; for a decoder generation and genai configuration, too.
 
     The library `kernel`, where one is given, goes along: onnxruntime-genai loads what lies beside the model.
     """
-    config, generation, tokenizer = checkpoint.config, checkpoint.generation_config(), checkpoint.tokenizer()
+    config, tokenizer = checkpoint.config, checkpoint.tokenizer()
     config.dtype = dtype
     config.save_pretrained(folder)
-    generation.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text("utf-8"))
@@ -106,11 +105,15 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str, kernel:
         for key in ("backend", "is_local", "local_files_only"):
             settings.pop(key, None)
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    about = genai_config(config, generation, tokenizer)
     if kernel is not None:
         shutil.copy(kernel, folder / kernel.name)
-        about["model"]["decoder"]["session_options"]["custom_ops_library"] = kernel.name
-    write_json(folder / GENAI, about)
+    if checkpoint.kind.cached:
+        generation = checkpoint.generation_config()
+        generation.save_pretrained(folder)
+        about = genai_config(config, generation, tokenizer)
+        if kernel is not None:
+            about["model"]["decoder"]["session_options"]["custom_ops_library"] = kernel.name
+        write_json(folder / GENAI, about)
 
 
 def genai_config(
@@ -154,6 +157,18 @@ def genai_config(
         },
         "search": {"do_sample": False, "max_length": context, "min_length": 0, "past_present_share_buffer": False},
     }
+
+
+def context_length(folder: Path) -> int:
+    """Return how many tokens a call of the decoder in OUT may have, its past included.
+
+    Raises:
+        BuildError: when OUT is no decoder: its calls have another shape.
+    """
+    if not (folder / GENAI).is_file():
+        raise BuildError(f"{folder}: must be a decoder, got a model without a cache. Run it by ONNX Runtime.")
+    found: int = json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"]
+    return found
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -43,6 +43,7 @@ from converter.evaluation.reference import (
 from converter.graph.export import MODEL
 from converter.graph.lower import DTYPES
 from converter.graph.op import DOMAIN, INPUTS, OP
+from converter.kinds import kind as kind_of_model
 from converter.quiet import quiet
 from converter.runtimes.onnxruntime import session
 from converter.sparsity.linear import Baked, Params, Phases, install
@@ -114,7 +115,7 @@ def validate(
 ) -> Parity:
     """Return how `folder/model.onnx` compares with the dense `model`, which is made sparse with `params` on the way.
 
-    `ids [1, S]` is real text; the last token is decoded, the others are the prefill.
+    `ids [1, S]` is real text; where there is a cache the last token is decoded, the others are the prefill.
 
     A bfloat16 graph is compared as ONNX Runtime's CPU provider can run it: in float32, on the bfloat16 weights.
     """
@@ -191,10 +192,10 @@ def _relative(error: float, magnitude: float) -> float:
     return float("inf") if np.isnan(error) or np.isnan(magnitude) else error / max(magnitude, 1e-30)
 
 
-def _seen(feed: Any, name: str, array: Array) -> Array:
+def _seen(feed: Any, array: Array) -> Array:
     """Return `array` with the padding positions zero: nothing reads them, and runtimes fill them as they like."""
     mask = feed["attention_mask"].astype(bool)
-    if name == "logits":
+    if array.ndim == 3:
         return np.where(mask[:, -array.shape[1] :, None], array, 0)
     return np.where(mask[:, None, :, None], array, 0)
 
@@ -209,9 +210,9 @@ def _compare_dense(report: Parity, folder: Path, graph: onnx.ModelProto, model: 
         lambda feed: run_model(model, feed),
         session(dense, folder, prepack=False),
         feeds,
-        lambda number, name, array: _seen(feeds[number], name, array),
+        lambda number, _, array: _seen(feeds[number], array),
     )
-    for phase, outputs in zip(("prefill", "decode"), found, strict=True):
+    for phase, outputs in zip(kind_of_model(model).calls, found, strict=True):
         error, where = max((_relative(*pair), name) for name, pair in outputs.items())
         report.dense[phase] = error
         if not error <= report.limits.model:
@@ -316,7 +317,7 @@ def _compare_masks(
     ort = session(_layers_graph(graph, probe=True), folder, prepack=False)
     flipped: list[dict[str, Array]] = []
     names = [value.name for value in ort.get_outputs()]
-    for phase, feed in zip(("prefill", "decode"), feeds, strict=True):
+    for phase, feed in zip(kind_of_model(model).calls, feeds, strict=True):
         rows: dict[str, Array] = {}
         for output, y in zip(names, ort.run(names, feed), strict=True):
             name = output.removesuffix(".Y")
@@ -379,8 +380,9 @@ def _compare_layers(
         reference, ort, feeds, lambda number, name, array: np.where(flipped[number][name][:, None], 0, array)
     )
     masks, report.layers = report.layers, []
+    phases = kind_of_model(model).calls
     for entry in masks:
-        outputs = found[0 if entry.phase == "prefill" else 1]
+        outputs = found[phases.index(entry.phase)]
         error = _relative(*outputs[f"{entry.layer}.Y"])
         good = error <= report.limits.layer
         report.layers.append(LayerParity(entry.layer, entry.phase, entry.flips, entry.margin, error, good))
@@ -394,13 +396,14 @@ def _compare_layers(
 def _report_sparse(
     report: Parity, folder: Path, graph: onnx.ModelProto, model: PreTrainedModel, ids: Tensor, kind: Any
 ) -> None:
-    feeds = model_feeds(model, ids, kind)
+    feeds, name = model_feeds(model, ids, kind), kind_of_model(model).output
     ort = session(graph, folder, prepack=False)
-    for phase, feed in zip(("prefill", "decode"), feeds, strict=True):
-        logits = _seen(feed, "logits", ort.run(["logits"], feed)[0].astype(np.float32))
-        expected = _seen(feed, "logits", run_model(model, feed)["logits"])
-        seen = feed["attention_mask"][:, -logits.shape[1] :].astype(bool)
-        report.sparse[f"{phase}_logits_error"] = _relative(
-            float(np.abs(logits - expected).max()), float(np.abs(expected).max())
+    for phase, feed in zip(kind_of_model(model).calls, feeds, strict=True):
+        found = _seen(feed, ort.run([name], feed)[0].astype(np.float32))
+        expected = _seen(feed, run_model(model, feed)[name])
+        seen = feed["attention_mask"][:, -found.shape[1] :].astype(bool)
+        report.sparse[f"{phase}_{name}_error"] = _relative(
+            float(np.abs(found - expected).max()), float(np.abs(expected).max())
         )
-        report.sparse[f"{phase}_same_top_token"] = float((logits.argmax(-1) == expected.argmax(-1))[seen].mean())
+        if name == "logits":
+            report.sparse[f"{phase}_same_top_token"] = float((found.argmax(-1) == expected.argmax(-1))[seen].mean())

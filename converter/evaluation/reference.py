@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from converter.graph.trace import cache_names
+from converter.graph.trace import cache_names, input_names
+from converter.kinds import kind as kind_of_model
 from converter.sparsity.linear import Params, SparseLinear
 from converter.sparsity.quantize import Storage
 
@@ -68,10 +69,16 @@ def round_params(params: Params, storage: Storage) -> Params:
 def model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:
     """Return inputs of the whole graph: a prefill of two rows, one padded on the left, then one token more for both.
 
-    `kind` is the numpy dtype of the cache.
+    `kind` is the numpy dtype of the cache. Without a cache it is one call, of two rows, one padded on the right.
     """
     pad, length = 3, min(ids.shape[1], 64)
     text = ids[0, :length]
+    if not kind_of_model(model).cached:
+        mask = torch.ones(2, length, dtype=torch.int64)
+        mask[1, -pad:] = 0
+        given = {"input_ids": text.expand(2, -1) * mask, "attention_mask": mask}
+        given["token_type_ids"] = (torch.arange(length) >= length // 2).to(torch.int64).expand(2, -1)
+        return [OrderedDict((name, given[name].contiguous().numpy()) for name in input_names(model))]
     rows = torch.stack([text, torch.cat([text.new_zeros(pad), text[: length - pad]])])
     mask = torch.ones_like(rows)
     mask[1, :pad] = 0
@@ -99,7 +106,11 @@ def model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:
 
 
 def run_model(model: PreTrainedModel, feed: Any) -> dict[str, Array]:
-    """Return logits and cache under the names of the graph's outputs, computed by torch."""
+    """Return logits (or states) and cache under the names of the graph's outputs, computed by torch."""
+    found = kind_of_model(model)
+    if not found.cached:
+        out = model(**{name: torch.from_numpy(array) for name, array in feed.items()})
+        return {found.output: getattr(out, found.output).numpy()}
     cache = DynamicCache()
     count = sum(name.startswith("past_key_values.") for name in feed) // 2
     for index in range(count):
@@ -121,10 +132,14 @@ def run_model(model: PreTrainedModel, feed: Any) -> dict[str, Array]:
 
 
 def layer_inputs(model: PreTrainedModel, names: list[str], ids: Tensor, kind: Any) -> list[Any]:
-    """Return the inputs `[T, K]` of every layer at prefill and at decode of one token, from the sparse model."""
+    """Return the inputs `[T, K]` of every layer from the sparse model: at prefill and at decode of one token.
+
+    Without a cache there is one call.
+    """
     feeds: list[Any] = []
-    cache = DynamicCache()
-    for part in (ids[:, :-1], ids[:, -1:]):
+    cached = kind_of_model(model).cached
+    options: dict[str, Any] = {"past_key_values": DynamicCache(), "use_cache": True} if cached else {}
+    for part in (ids[:, :-1], ids[:, -1:]) if cached else (ids,):
         seen: OrderedDict[str, Array] = OrderedDict()
         handles = []
         for name in names:
@@ -133,7 +148,7 @@ def layer_inputs(model: PreTrainedModel, names: list[str], ids: Tensor, kind: An
                 seen[f"{name}.X"] = args[0].reshape(-1, args[0].shape[-1]).numpy().astype(kind)
 
             handles.append(model.get_submodule(name).register_forward_pre_hook(note))
-        model(input_ids=part, past_key_values=cache, use_cache=True)
+        model(input_ids=part, **options)
         for handle in handles:
             handle.remove()
         feeds.append(seen)

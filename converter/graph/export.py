@@ -51,8 +51,9 @@ def export(
     """
     skeleton = checkpoint.skeleton()
     params, tied, dtype = storage.every_layer(skeleton, params), tied_weights(skeleton), DTYPES[storage.dtype]
-    form = _form(checkpoint, params, storage, phases)
-    biased = {name.removesuffix(".bias") for name in checkpoint.files if name.endswith(".bias")}
+    names = (name for name, _ in skeleton.named_parameters(remove_duplicate=False))
+    biased = {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
+    form = _form(biased, params, storage, phases)
     # A dense layer that shares its weight keeps torch's layout.
     nodes = {
         layer.name: LinearNode(
@@ -68,7 +69,7 @@ def export(
     stamp(model, plan.blocks)
     if phases != "both":
         give_phase(model, phases)
-    _attach_weights(model, checkpoint, set(nodes), tied, params, storage)
+    _attach_weights(model, checkpoint, set(nodes), biased, tied, params, storage)
     _attach_patterns(model, params)
     model.functions[(DOMAIN, OP, "")] = function(form)
     model.opset_imports[DOMAIN] = VERSION
@@ -93,14 +94,14 @@ def export(
         ) from error
 
 
-def _form(checkpoint: Checkpoint, params: dict[str, Params], storage: Storage, phases: Phases) -> Form:
+def _form(biased: set[str], params: dict[str, Params], storage: Storage, phases: Phases) -> Form:
     """Return what the op has to compute in this model; a layer that lacks an input gets a neutral one."""
     assert not any(p.sequence_norm for p in params.values()), "Recipe.require_exportable has refused it"
     modes = {(p.shift_mode, p.variance) for p in params.values()}
     if len(modes) != 1:
         raise ExportError(f"mitigations must be the same in every layer, got {sorted(modes)}.")
     shift_mode, variance = modes.pop()
-    has_bias = any(f"{name}.bias" in checkpoint.files for name in params)
+    has_bias = not biased.isdisjoint(params)
     affine = any(p.output_shift is not None for p in params.values())
     return Form(
         dtype=storage.dtype,
@@ -130,18 +131,22 @@ def _attach_weights(
     model: ir.Model,
     checkpoint: Checkpoint,
     transposed: set[str],
+    biased: set[str],
     tied: dict[str, str],
     params: dict[str, Params],
     storage: Storage,
 ) -> None:
     dtype = DTYPES[storage.dtype]
 
+    def read(name: str) -> Tensor:
+        return checkpoint.read(tied.get(name, name))
+
     @lru_cache(maxsize=1)
     def baked(layer: str) -> Baked:
         # Rounded before it is baked, so that bias and row sums belong to the weight that is stored.
-        fitted, name = params[layer].weight, f"{layer}.weight"
-        weight = storage.rounded(checkpoint.read(tied.get(name, name)) if fitted is None else fitted)
-        bias = checkpoint.read(f"{layer}.bias").to(dtype).float() if f"{layer}.bias" in checkpoint.files else None
+        fitted = params[layer].weight
+        weight = storage.rounded(read(f"{layer}.weight") if fitted is None else fitted)
+        bias = read(f"{layer}.bias").to(dtype).float() if layer in biased else None
         return bake(weight, bias, params[layer])
 
     @lru_cache(maxsize=1)
@@ -156,7 +161,7 @@ def _attach_weights(
             own: Tensor | None = getattr(baked(layer), part)
             tensor = _neutral(part, shape) if own is None else own
         else:
-            tensor = checkpoint.read(name)
+            tensor = read(name)
             if layer in transposed and part == "weight":
                 tensor = tensor.t()
         if tuple(tensor.shape) != shape:

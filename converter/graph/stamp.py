@@ -36,8 +36,9 @@ class _Body:
     def __init__(self, graph: ir.Graph, marks: dict[tuple[str, int], ir.Node], index: int, blocks: str) -> None:
         named = {value.name: value for value in [*graph.inputs, *graph.outputs]}
         self.prefix = f"{blocks}.{index}."
-        self.past = [named[name] for name in cache_names("past_key_values", index)]
-        self.present = [named[name] for name in cache_names("present", index)]
+        # An encoder has none of either.
+        self.past = [named[name] for name in cache_names("past_key_values", index) if name in named]
+        self.present = [named[name] for name in cache_names("present", index) if name in named]
         self.hidden = marks[ENTER, index].outputs[0]
         leave = marks[LEAVE, index].inputs[0]
         assert leave is not None
@@ -72,7 +73,7 @@ def _expand(graph: ir.Graph, placeholder: ir.Node, body: _Body, index: int, pref
     hidden = placeholder.inputs[0]
     assert hidden is not None
     mapped = {body.hidden: hidden}
-    for past, name in zip(body.past, cache_names("past_key_values", index), strict=True):
+    for past, name in zip(body.past, cache_names("past_key_values", index), strict=bool(body.past)):
         mapped[past] = ir.Value(name=name, type=past.type, shape=past.shape)
         graph.inputs.append(mapped[past])
     for node in body.nodes:
@@ -91,10 +92,10 @@ def _expand(graph: ir.Graph, placeholder: ir.Node, body: _Body, index: int, pref
             new.type, new.shape = old.type, old.shape
             mapped[old] = new
         graph.insert_before(placeholder, copy)
-    for present, name in zip(body.present, cache_names("present", index), strict=True):
+    for present, name in zip(body.present, cache_names("present", index), strict=bool(body.present)):
         mapped[present].name = name
         graph.outputs.append(mapped[present])
-    placeholder.outputs[0].replace_all_uses_with(mapped[body.out])
+    _replace(placeholder.outputs[0], mapped[body.out])
     graph.remove(placeholder, safe=True)
 
 
@@ -107,8 +108,16 @@ def _sibling(graph: ir.Graph, value: ir.Value, name: str) -> ir.Value:
 def _bypass(graph: ir.Graph, node: ir.Node) -> None:
     source = node.inputs[0]
     assert source is not None
-    node.outputs[0].replace_all_uses_with(source)
+    _replace(node.outputs[0], source)
     graph.remove(node, safe=True)
+
+
+def _replace(old: ir.Value, new: ir.Value) -> None:
+    """Put `new` in the place of `old`, under its name where that is an output of the graph."""
+    if old.is_graph_output():
+        name, old.name = old.name, f"{old.name}.traced"
+        new.name, new.shape = name, old.shape
+    old.replace_all_uses_with(new, replace_graph_outputs=True)
 
 
 def _sort_caches(graph: ir.Graph, blocks: int) -> None:
@@ -117,4 +126,4 @@ def _sort_caches(graph: ir.Graph, blocks: int) -> None:
         order = [name for index in range(blocks) for name in cache_names(kind, index)]
         found = {value.name: value for value in values}
         others = [value for value in values if value.name not in order]
-        values[:] = [*others, *(found[name] for name in order)]
+        values[:] = [*others, *(found[name] for name in order if name in found)]

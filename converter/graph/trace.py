@@ -25,6 +25,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from converter.errors import ExportError
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION, Form
+from converter.kinds import kind, takes_segments
 from converter.plan import find_blocks
 
 ATTENTION = "nmsparse_onnx"
@@ -191,6 +192,22 @@ class _Exported(nn.Module):
         return out.logits, [(cache.layers[index].keys, cache.layers[index].values) for index in self.own]
 
 
+class _ExportedEncoder(nn.Module):
+    """The model with the inputs and the output of the ONNX graph, without a cache."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, token_type_ids: Tensor | None = None) -> Tensor:
+        torch._check(attention_mask.shape[1] == input_ids.shape[1])  # no other part of the model says so
+        segments = {} if token_type_ids is None else {"token_type_ids": token_type_ids}
+        result: Tensor = getattr(
+            self.model(input_ids=input_ids, attention_mask=attention_mask, **segments), kind(self.model).output
+        )
+        return result
+
+
 def _attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None, **_: Any
 ) -> tuple[Tensor, None]:
@@ -218,10 +235,11 @@ def trace(model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtyp
     """Return the graph of a skeleton, with placeholder blocks and without weights; `model` is used up.
 
     Raises:
-        ExportError: when the model does not have the shape of a decoder with a key/value cache.
+        ExportError: when the model does not have the shape of a decoder with a key/value cache, or of an encoder.
     """
     blocks_name, blocks = find_blocks(model)
-    _check_decoder(model, blocks)
+    cached, names = kind(model).cached, input_names(model)
+    _check_blocks(model, blocks, cached)
     for layer, node in nodes.items():
         linear = model.get_submodule(layer)
         assert isinstance(linear, nn.Linear)
@@ -236,7 +254,7 @@ def trace(model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtyp
             traced.append(TracedBlock(bare[index], index, None if like == index else traced[like]))
             blocks[index] = traced[index]
         own = [index for index, like in enumerate(likes) if like == index]
-        program = _program(model, len(blocks), own, dtype)
+        program = _program(model, len(blocks), own, dtype) if cached else _encoder_program(model, names, dtype)
         differing = [block.index for block in traced if block.differs()]
         if not differing:
             break
@@ -245,7 +263,7 @@ def trace(model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtyp
     onnx_program = torch.onnx.export(program, opset_version=OPSET, optimize=False, verbose=False)
     assert onnx_program is not None
     traced_model = onnx_program.model
-    _name(traced_model, own)
+    _name(traced_model, own if cached else [], names, kind(model).output)
     _forget_weights(traced_model, model, blocks_name)
     # It warns of every weight without content.
     logging.getLogger("onnx_ir.passes.common.initializer_deduplication").setLevel(logging.ERROR)
@@ -292,11 +310,31 @@ def _program(model: PreTrainedModel, blocks: int, own: list[int], dtype: torch.d
         return torch.export.export(exported, (), inputs, dynamic_shapes=dims, strict=False)
 
 
-def _check_decoder(model: PreTrainedModel, blocks: nn.ModuleList) -> None:
+def _encoder_program(model: PreTrainedModel, names: list[str], dtype: torch.dtype) -> torch.export.ExportedProgram:
+    ids = torch.zeros(BATCH, SEQUENCE, dtype=torch.int64)
+    inputs = {name: torch.ones_like(ids) if name == "attention_mask" else ids.clone() for name in names}
+    # As long as the model has positions for; tracing finds out.
+    dims: dict[str, Any] = {name: {0: torch.export.Dim("batch"), 1: torch.export.Dim.AUTO} for name in names}
+    with torch.no_grad():
+        if getattr(model, "_supports_sdpa", False):  # else its own attention is traced as it is
+            _use_onnx_attention(model, dtype)
+        return torch.export.export(_ExportedEncoder(model), (), inputs, dynamic_shapes=dims, strict=False)
+
+
+def input_names(model: PreTrainedModel) -> list[str]:
+    """Return the names of the graph's inputs besides the caches."""
+    if kind(model).cached:
+        return ["input_ids", "attention_mask", "position_ids"]
+    return ["input_ids", "attention_mask", *(["token_type_ids"] if takes_segments(model) else [])]
+
+
+def _check_blocks(model: PreTrainedModel, blocks: nn.ModuleList, cached: bool) -> None:
     config = model.config.get_text_config()
     if getattr(config, "num_hidden_layers", None) != len(blocks) or not hasattr(config, "num_attention_heads"):
-        raise ExportError(f"{type(model).__name__}: must be a decoder whose blocks are all attention blocks.")
-    if not getattr(model, "_supports_sdpa", False):
+        raise ExportError(
+            f"{type(model).__name__}: must be a model whose blocks are all attention blocks, each its own."
+        )
+    if cached and not getattr(model, "_supports_sdpa", False):
         raise ExportError(f"{type(model).__name__}: must support transformers' attention interface, got none.")
 
 
@@ -337,24 +375,27 @@ def cache_names(kind: str, index: int) -> list[str]:
     return [f"{kind}.{index}.{part}" for part in ("key", "value")]
 
 
-def _name(model: ir.Model, own: list[int]) -> None:
+def _name(model: ir.Model, own: list[int], inputs: list[str], output: str) -> None:
     """Give inputs, outputs and their dimensions the names that optimum and onnxruntime-genai expect."""
-    inputs = ["input_ids", "attention_mask", "position_ids"]
     past = [name for index in own for name in cache_names("past_key_values", index)]
     present = [name for index in own for name in cache_names("present", index)]
     for value, name in zip(model.graph.inputs, inputs + past, strict=True):
         value.name = name
-    for value, name in zip(model.graph.outputs, ["logits", *present], strict=True):
+    for value, name in zip(model.graph.outputs, [output, *present], strict=True):
         value.name = name
-    ids, mask, _, key, *_ = (value.shape for value in model.graph.inputs)
+    ids, mask = (value.shape for value in model.graph.inputs[:2])
     assert ids is not None
     assert mask is not None
-    assert key is not None
-    total = "past_sequence_length + sequence_length"
-    names = {str(ids[0]): "batch_size", str(ids[1]): "sequence_length", str(key[2]): "past_sequence_length"}
-    sums = {str(mask[1]): total, f"{key[2]} + {ids[1]}": total, f"{ids[1]} + {key[2]}": total}
+    names = {str(ids[0]): "batch_size", str(ids[1]): "sequence_length"}
+    sums: dict[str, str] = {}
+    if own:
+        key = model.graph.inputs[3].shape
+        assert key is not None
+        total = "past_sequence_length + sequence_length"
+        names[str(key[2])] = "past_sequence_length"
+        sums = {str(mask[1]): total, f"{key[2]} + {ids[1]}": total, f"{ids[1]} + {key[2]}": total}
     computed = [value for node in model.graph for value in node.outputs]
-    for value in [*model.graph.inputs, *model.graph.outputs, *computed]:
+    for value in {*model.graph.inputs, *model.graph.outputs, *computed}:
         if value.shape is not None:
             value.shape = ir.Shape([_renamed(dim, names | sums) for dim in value.shape])
 

@@ -13,11 +13,12 @@ import onnxruntime
 import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, MaskedLMOutput
 
 from converter.errors import ExportError
 from converter.graph.export import MODEL
 from converter.graph.widen import is_bfloat16, widen
+from converter.kinds import kind_of
 
 # Dense products of integers, which OUT is timed against, are fastest with activations rounded to eight bits (level 4).
 ACCURACY = "session.qdq_matmulnbits_accuracy_level"
@@ -153,10 +154,48 @@ class OnnxCausalLM(PreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(logits=logits.float(), past_key_values=cache)
 
 
-def load_onnx(folder: Path) -> OnnxCausalLM:
+class OnnxEncoder(PreTrainedModel):
+    """An encoder or masked language model whose forward is an ONNX Runtime session."""
+
+    main_input_name = "input_ids"
+    _supports_sdpa = True
+
+    def __init__(self, config: PreTrainedConfig, onnx_session: onnxruntime.InferenceSession) -> None:
+        """Keep the session; `config` is that of the checkpoint."""
+        super().__init__(config)
+        self.session = onnx_session
+        self.inputs = [value.name for value in onnx_session.get_inputs()]
+        self.output = onnx_session.get_outputs()[0].name
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU, where inputs are expected and outputs lie."""
+        return torch.device("cpu")
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        token_type_ids: Tensor | None = None,
+        **_: Any,
+    ) -> BaseModelOutput | MaskedLMOutput:
+        """Return last_hidden_state `[B, S, H]` or logits `[B, S, V]` in float32 for token ids `[B, S]`."""
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids) if attention_mask is None else attention_mask,
+            "token_type_ids": torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
+        }
+        feeds = {name: given[name].to(torch.int64).contiguous().numpy() for name in self.inputs}
+        y = torch.from_numpy(self.session.run(None, feeds)[0]).float()
+        return MaskedLMOutput(logits=y) if self.output == "logits" else BaseModelOutput(last_hidden_state=y)
+
+
+def load_onnx(folder: Path) -> OnnxCausalLM | OnnxEncoder:
     """Return the model in OUT, ready to run."""
-    model = OnnxCausalLM(
-        AutoConfig.from_pretrained(folder), session(onnx.load(folder / MODEL, load_external_data=False), folder)
-    )
+    config = AutoConfig.from_pretrained(folder)
+    run = session(onnx.load(folder / MODEL, load_external_data=False), folder)
+    if not kind_of(config, str(folder)).cached:
+        return OnnxEncoder(config, run)
+    model = OnnxCausalLM(config, run)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

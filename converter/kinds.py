@@ -1,0 +1,140 @@
+"""The kinds of models: how each is opened, what its graph gives, and what a difference of two of its outputs means."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from converter.errors import CalibrationError, CheckpointError, RecipeError
+from converter.recipe import Recipe
+
+
+def _of_tokens(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean over the tokens of KL(wanted || found), in nats, of logits `[B, S, V]`."""
+    logs, targets = (part.flatten(0, 1).log_softmax(-1) for part in (found, wanted))
+    return nn.functional.kl_div(logs, targets, reduction="batchmean", log_target=True)
+
+
+def _of_states(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean over the tokens of the squared error relative to the token's length, of states `[B, S, H]`."""
+    return ((found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-30)).mean()
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of models; `output` is what the graph gives, `calls` how it is called, each one a phase of parity.
+
+    `source` is the calibration text when the recipe names none, `distance` what distillation makes small.
+    """
+
+    name: str
+    auto: Any
+    output: str
+    calls: tuple[str, ...]
+    source: str
+    distance: Callable[[Tensor, Tensor], Tensor]
+
+    @property
+    def cached(self) -> bool:
+        """Whether calls follow each other over a key/value cache."""
+        return "decode" in self.calls
+
+
+DECODER = Kind("causal language model", AutoModelForCausalLM, "logits", ("prefill", "decode"), "self", _of_tokens)
+MASKED = Kind("masked language model", AutoModelForMaskedLM, "logits", ("text",), "python", _of_tokens)
+ENCODER = Kind("encoder", AutoModel, "last_hidden_state", ("text",), "python", _of_states)
+
+
+def kind_of(config: PreTrainedConfig, where: str) -> Kind:
+    """Return the kind of the model that the checkpoint `where` was saved from; without a word on it, a decoder.
+
+    The bare model of a family that is trained to fill in masked tokens is an encoder; of any other, part of a decoder.
+
+    Raises:
+        CheckpointError: when it has a head for another task.
+    """
+    saved = (config.architectures or [""])[0]
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if config.model_type not in masked or config.is_encoder_decoder:
+        return DECODER
+    if saved in _names(masked, config):
+        return MASKED
+    if saved in _names(modeling_auto.MODEL_MAPPING_NAMES, config):
+        return ENCODER
+    if saved in {"", *_names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, config)}:
+        return DECODER
+    raise CheckpointError(
+        f"{where}: must be a causal or masked language model or an encoder, got {saved}. Save its base model alone."
+    )
+
+
+def _names(mapping: Any, config: PreTrainedConfig) -> tuple[str, ...]:
+    found = mapping.get(config.model_type, ())
+    return (found,) if isinstance(found, str) else tuple(found)
+
+
+def kind(model: PreTrainedModel) -> Kind:
+    """Return the kind of a model in memory."""
+    saved, config, masked = type(model).__name__, model.config, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if config.model_type not in masked or config.is_encoder_decoder:
+        return DECODER
+    if saved in _names(masked, config):
+        return MASKED
+    return ENCODER if saved in _names(modeling_auto.MODEL_MAPPING_NAMES, config) else DECODER
+
+
+def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
+    """Return the model without the layer that makes one vector of a text, which is no part of what the graph gives."""
+    if isinstance(getattr(model, "pooler", None), nn.Module):
+        setattr(model, "pooler", None)  # noqa: B010 - torch's type of an attribute is that of a module
+    return model
+
+
+def takes_segments(model: PreTrainedModel) -> bool:
+    """Return whether the model tells several texts in one call apart, by `token_type_ids`."""
+    segments = getattr(model.config, "type_vocab_size", 0)
+    return segments > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
+
+
+def output(model: PreTrainedModel, ids: Tensor, *, last: bool = False) -> Tensor:
+    """Return what the model gives for the token ids `[B, S]`; with `last`, for the last one alone where it can be."""
+    options: dict[str, Any] = {"input_ids": ids}
+    found = kind(model)
+    if found.cached:
+        options |= {"use_cache": False, "logits_to_keep": 1} if last else {"use_cache": False}
+    result: Tensor = getattr(model(**options), found.output)
+    return result
+
+
+def completed(recipe: Recipe, found: Kind, config: PreTrainedConfig) -> Recipe:
+    """Return the recipe for a model of that kind, with the calibration text that such a model has by default.
+
+    Raises:
+        RecipeError: when it asks for what only a model with a cache can do.
+        CalibrationError: when a window of text is longer than the model's positions.
+    """
+    recipe = recipe if recipe.calibration.source else recipe.replace({"calibration.source": found.source})
+    if found.cached:
+        return recipe
+    if recipe.phases != "both":
+        raise RecipeError(
+            f"phases: must be both for an encoder, which has no cache, got {recipe.phases}. Leave it out."
+        )
+    if "self" in (recipe.calibration.source or "").split(","):
+        raise RecipeError(
+            "calibration.source: must be a text for an encoder, got self: it cannot write. "
+            "Give --calibration FILE, or python."
+        )
+    most = getattr(config, "max_position_embeddings", None)
+    if recipe.windows() and most is not None and recipe.calibration.window > most:
+        raise CalibrationError(
+            f"calibration.window: must be at most {most}, the positions of the model, got {recipe.calibration.window}. "
+            f"Give --set calibration.window={most} or less."
+        )
+    return recipe
