@@ -59,10 +59,8 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
         """Return the tokens of a string; a token that begins a text is not put before one that has it already."""
         bos = self.tokenizer.bos_token
         if add_special_tokens is None:
-            given = {"add_special_tokens": False} if bos and string.startswith(bos) else {}
-        else:
-            given = {"add_special_tokens": add_special_tokens}
-        ids: list[int] = self.tokenizer(string, **given)["input_ids"]
+            add_special_tokens = not (bos and string.startswith(bos))
+        ids: list[int] = self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
         return ids
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
@@ -148,7 +146,7 @@ def greedy(
     model: Any, tokenizer: PreTrainedTokenizerBase, ids: list[int], length: int, until: Sequence[str] = ()
 ) -> list[int]:
     """Return at most `length` tokens that the model writes after `ids`, the likeliest each time."""
-    stop = {"stop_strings": list(until), "tokenizer": tokenizer} if until else {}
+    stop: dict[str, Any] = {"stop_strings": list(until), "tokenizer": tokenizer} if until else {}
     prompt = torch.tensor([ids], device=model.device)
     mask = torch.ones_like(prompt)
     end = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

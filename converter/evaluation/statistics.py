@@ -89,8 +89,8 @@ def compare(dense: pd.DataFrame, sparse: pd.DataFrame, seed: int = 0) -> list[Pa
     both = dense.merge(sparse, on=keys, suffixes=("_dense", "_sparse"), validate="1:1").sort_values(keys)
     found = []
     for (task, metric), rows in both.groupby(["task", "metric"], sort=False):
-        arrays = (rows[name].to_numpy() for name in ("value_dense", "value_sparse", "weight_dense"))
-        found.append(paired(str(task), str(metric), *arrays, seed))
+        one, other, weight = (rows[name].to_numpy() for name in ("value_dense", "value_sparse", "weight_dense"))
+        found.append(paired(str(task), str(metric), one, other, weight, seed))
     return found
 
 

@@ -79,9 +79,10 @@ def load_tasks(setting: Setting, data: Path | None) -> list[Any]:
     for name in setting.tasks:
         changes: dict[str, Any] = {} if setting.shots is None else {"num_fewshot": setting.shots}
         if data is not None:
-            changes |= _local(name, data, bool(setting.shots))
+            changes |= _local(name, data)
         try:
-            loaded = manager.load([{"task": name, **changes}] if changes else [name])
+            # Of a member of a group lm-eval takes its own definition, with changes; of a task alone only what is given.
+            loaded = manager.load([{"group": "nmsparse", "task": [{"task": name, **changes}]}])
         except (OSError, ValueError, ConnectionError) as error:
             raise EvaluationError(
                 f"{name}: its data must be on the Hub and in reach, got {type(error).__name__}: "
@@ -91,7 +92,7 @@ def load_tasks(setting: Setting, data: Path | None) -> list[Any]:
     return found
 
 
-def _local(name: str, data: Path, shots: bool) -> dict[str, Any]:
+def _local(name: str, data: Path) -> dict[str, Any]:
     """Return what changes in the task's configuration: where its rows come from, and nothing of what is asked."""
     if name not in LOCAL:
         raise EvaluationError(
@@ -104,11 +105,8 @@ def _local(name: str, data: Path, shots: bool) -> dict[str, Any]:
         if (data / local.splits[split]).is_file():
             splits[split] = list(_rows(name, data / local.splits[split]))
     sets = DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
-    changes: dict[str, Any] = {"custom_dataset": lambda **_: sets}
-    if shots:
-        # Examples from the split that is asked leave the question itself out: lm-eval sees that they are one split.
-        changes["fewshot_split"] = "train" if "train" in sets else asked
-    return changes
+    # Shots from the split that is asked leave the question itself out: lm-eval sees that the two are one.
+    return {"custom_dataset": lambda **_: sets, "fewshot_split": "train" if "train" in sets else asked}
 
 
 def _rows(name: str, path: Path) -> Iterator[dict[str, Any]]:
