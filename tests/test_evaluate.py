@@ -68,7 +68,8 @@ def test_prompts_are_those_of_the_definitions_of_lm_eval(data: Path) -> None:
         arguments = [instance.args for instance in task.instances]
         assert arguments == PROMPTS.get(task.config.task, arguments), task.config.task
         if task.config.task == "wikitext":
-            assert [doc["page"] for doc in task.test_docs()] == [WIKITEXT[: (two := WIKITEXT.index(" = Two"))], WIKITEXT[two:]]
+            second = WIKITEXT.index(" = Two")
+            assert [doc["page"] for doc in task.test_docs()] == [WIKITEXT[:second], WIKITEXT[second:]]
     (task,) = load_tasks(Setting(("piqa",), shots=1), data)
     task.build_all_requests(limit=1)
     context = task.instances[0].args[0]
