@@ -23,14 +23,16 @@ from rich.table import Table
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TORCH_LOGS", "-all")
+os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars: the progress is ours
 
 from converter import json_rows
-from converter.errors import BuildError, ConverterError, OutputError
+from converter.errors import BuildError, ConverterError, EvaluationError, OutputError
 from converter.recipe import Recipe, from_yaml, parse_set
 from converter.sparsity.linear import Phases
 from converter.stages import Stages
 
 if TYPE_CHECKING:
+    from converter.evaluate import Evaluation
     from converter.graph.costs import LayerCost
     from converter.runtimes.speed import Speed
     from converter.runtimes.tune import Timing
@@ -506,6 +508,67 @@ def _write_page(to: Path, page: str) -> None:
     print(to)
 
 
+@app.command
+def evaluate(
+    model: str,
+    *,
+    tasks: str = "piqa,arc_easy,boolq,winogrande,wikitext",
+    against: str | None = None,
+    data_dir: Path | None = None,
+    limit: PositiveInt | None = None,
+    shots: int | None = None,
+    chat: bool = False,
+    context: PositiveInt = 2048,
+    batch: PositiveInt = 8,
+    seed: int = 0,
+    min_recovery: PositiveFloat | None = None,
+    out: Path | None = None,
+    json_output: Annotated[bool, Parameter(name="--json")] = False,
+) -> None:
+    """Measure tasks of lm-evaluation-harness on OUT (on ONNX Runtime) beside its checkpoint, dense, in PyTorch.
+
+    Of a checkpoint, on it alone. Answers are kept under the Hub cache: what was interrupted goes on, and the dense
+    model is asked once for all that were made of it.
+
+    Parameters
+    ----------
+    tasks
+        Names of lm-eval's tasks, by commas.
+    against
+        The dense checkpoint, where it is no longer where OUT was made from.
+    data_dir
+        A folder with the data of the tasks, such as piqa/valid.jsonl; by default they come from the Hub.
+    limit
+        How many examples of each task, the first ones; by default all.
+    shots
+        Examples in each prompt; by default as many as the task says.
+    chat
+        Put the prompts into the model's chat template.
+    context
+        The most tokens in a sequence, and in a window of a perplexity.
+    batch
+        Sequences in a call.
+    min_recovery
+        Exit code 19 when sparse / dense accuracy, the mean over the tasks, is less.
+    out
+        Where to write each example's results and the comparison; by default OUT/evaluation, of a checkpoint nowhere.
+    """
+    try:
+        from converter import evaluate as stage
+        from converter.evaluation.tasks import Setting
+    except ModuleNotFoundError as error:
+        raise EvaluationError(
+            f"nmsparse evaluate: needs the package {error.name}, got none. pip install 'nmsparse[evaluate]'."
+        ) from error
+    setting = Setting(tuple(tasks.split(",")), limit, shots, chat, seed)
+    found = stage.evaluate(model, against, setting, data_dir, out, context, batch, min_recovery, Stages())
+    if json_output:
+        about = {"recovery": found.recovery, "f1": found.f1, "compared": [asdict(one) for one in found.compared]}
+        print(json.dumps(about, indent=2))
+    else:
+        _show_evaluation(found)
+
+
 def _refuse_others(use: str, options: dict[str, Any], own: Iterable[str]) -> None:
     """Refuse an option that is given but is not one of a use's `own`."""
     for name, value in options.items():
@@ -552,6 +615,27 @@ def _show_timings(timings: Sequence[Timing]) -> None:
         row = (f"{shape.k} x {shape.n}", f"{shape.keep}:{shape.group}", str(timing.tokens))
         table.add_row(*row, f"{timing.path} {timing.tile}", f"{timing.median():.2f} ({span})")
     Console().print(table)
+
+
+def _show_evaluation(found: Evaluation) -> None:
+    alone = found.recovery is None and set(found.examples.model) == {"dense"}
+    columns = ("dense",) if alone else ("dense", "sparse", "sparse - dense (95 %)", "p")
+    table = Table("task", "examples", *columns)
+    for one in found.compared:
+        row = [f"{one.task} {one.metric}", str(one.examples), f"{one.dense:.3f}"]
+        if not alone:
+            p = one.t_test if one.mcnemar is None else one.mcnemar
+            row += [f"{one.sparse:.3f}", f"{one.difference:+.3f} ({one.low:+.3f} to {one.high:+.3f})", f"{p:.3f}"]
+        table.add_row(*row)
+    if found.f1:
+        table.add_row(
+            "boolq F1 of yes", "", *(f"{found.f1[name]:.3f}" for name in ("dense", "sparse")[: len(found.f1)])
+        )
+    console = Console()
+    console.print(table)
+    if found.recovery is not None:
+        console.print(f"sparse / dense accuracy, mean over the tasks: {found.recovery:.3f}")
+        console.print("p: of McNemar's exact test where all is right or wrong, else of the paired t-test")
 
 
 def _show_report(out: Path, report: dict[str, Any], json_output: bool) -> None:

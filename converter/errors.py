@@ -62,6 +62,18 @@ class DeviceError(ConverterError):
     exit_code = 17
 
 
+class EvaluationError(ConverterError):
+    """A task cannot be run: it is unknown, its data are not there, or its examples do not fit."""
+
+    exit_code = 18
+
+
+class RecoveryError(ConverterError):
+    """The sparse model keeps less of the dense one's accuracy than was asked for."""
+
+    exit_code = 19
+
+
 def lookup(table: Mapping[str, Value], kind: str, name: str, error: type[ConverterError]) -> Value:
     """Return `table[name]`.
 

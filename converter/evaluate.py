@@ -1,0 +1,153 @@
+"""`nmsparse evaluate`: tasks on OUT and on its dense checkpoint under one setting, and what the difference means."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from huggingface_hub import constants
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from converter.checkpoint import Checkpoint, beside, open_checkpoint
+from converter.delivery.bundle import is_bundle, manifest, write_json
+from converter.errors import CheckpointError, EvaluationError, OutputError, RecoveryError
+from converter.evaluation.harness import HarnessLM
+from converter.evaluation.statistics import Paired, compare, f1, recovery
+from converter.evaluation.tasks import Setting, ask, load_tasks
+from converter.pipeline import load_with_tokenizer
+from converter.runtimes.onnxruntime import library
+from converter.stages import Stages
+
+FOLDER, EXAMPLES, RESULTS = "evaluation", "examples.parquet", "results.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What was found: a row for each model, example and metric; the comparisons; sparse / dense accuracy; F1."""
+
+    examples: pd.DataFrame
+    compared: list[Paired]
+    recovery: float | None
+    f1: dict[str, float]
+
+
+def evaluate(
+    model: str,
+    against: str | None,
+    setting: Setting,
+    data: Path | None,
+    out: Path | None,
+    context: int,
+    batch: int,
+    min_recovery: float | None,
+    stages: Stages,
+) -> Evaluation:
+    """Return how OUT does beside its dense checkpoint, or how a checkpoint does alone, and write it to a folder.
+
+    Raises:
+        EvaluationError: when a task is unknown, its data are not there, or its examples do not fit.
+        CheckpointError: when the checkpoint has another tokenizer than OUT.
+        RecoveryError: when less of the accuracy is left than `min_recovery`; the results are written.
+    """
+    with stages.stage("tasks"):
+        tasks = load_tasks(setting, data)
+    folder = Path(model)
+    sparse = is_bundle(folder)
+    if min_recovery is not None and not sparse:
+        raise EvaluationError(f"--min-recovery: must be given with an OUT of nmsparse, got {model}. Leave it out.")
+    found: dict[str, pd.DataFrame] = {}
+    if sparse:
+        out = out or folder / FOLDER
+        checkpoint = _dense(folder, against)
+        _same_tokenizer(folder, checkpoint)
+        found["sparse"] = _ask("sparse", model, _fingerprint(folder), setting, tasks, context, batch, stages)
+    else:
+        if against is not None:
+            raise EvaluationError(f"--against: must be given with an OUT of nmsparse, got {model}. Leave it out.")
+        checkpoint = open_checkpoint(model)
+    key = f"dense {checkpoint.fingerprint()}"
+    found["dense"] = _ask("dense", checkpoint, key, setting, tasks, context, batch, stages)
+    compared = compare(found["dense"], found.get("sparse", found["dense"]), setting.seed)
+    scores = {name: score for name, rows in found.items() if (score := f1(rows)) is not None}
+    examples = pd.concat([rows.assign(model=name) for name, rows in found.items()], ignore_index=True)
+    result = Evaluation(examples, compared, recovery(compared) if sparse else None, scores)
+    if out is not None:
+        _write(out, result, setting, context, model, checkpoint.source)
+    _check(result, min_recovery)
+    return result
+
+
+def _dense(folder: Path, against: str | None) -> Checkpoint:
+    source = manifest(folder)["source"]
+    try:
+        return open_checkpoint(against or source["name"], None if against else source["revision"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{error} Say with --against where the dense checkpoint is now.") from error
+
+
+def _same_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
+    ours, theirs = Checkpoint(str(folder), None, folder).tokenizer().get_vocab(), checkpoint.tokenizer().get_vocab()
+    if ours != theirs:
+        raise CheckpointError(
+            f"{checkpoint.source}: must have the tokenizer of {folder}, got another ({len(theirs)} tokens, not the "
+            f"same {len(ours)}). The two would answer different questions: give the checkpoint of OUT with --against."
+        )
+
+
+def _fingerprint(folder: Path) -> str:
+    """Return what tells this OUT and what runs it from all others."""
+    kernel = library()
+    runs = "function body" if kernel is None else hashlib.sha256(kernel.read_bytes()).hexdigest()
+    files = json.dumps(manifest(folder)["files"], sort_keys=True)
+    return f"sparse {hashlib.sha256(files.encode()).hexdigest()} {runs}"
+
+
+def _ask(
+    name: str,
+    model: str | Checkpoint,
+    key: str,
+    setting: Setting,
+    tasks: list[Any],
+    context: int,
+    batch: int,
+    stages: Stages,
+) -> pd.DataFrame:
+    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]
+    loaded = load_with_tokenizer(model) if isinstance(model, str) else (model.model(), model.tokenizer())
+    packages = [f"{package} {version(package)}" for package in ("lm-eval", "torch", "transformers", "onnxruntime")]
+    digest = hashlib.sha256("\n".join([key, str(context), *packages]).encode()).hexdigest()
+    cache = Path(constants.HF_HOME) / "nmsparse" / "evaluation" / digest
+    with stages.stage(name, "answers") as advance:
+        return ask(HarnessLM(*loaded, context, batch, advance), tasks, setting, cache)
+
+
+def _write(out: Path, result: Evaluation, setting: Setting, context: int, model: str, dense: str) -> None:
+    if out.exists() and any(out.iterdir()) and not (out / RESULTS).is_file():
+        raise OutputError(f"{out}: must be new, empty, or an evaluation of nmsparse, got something else. Choose --out.")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with beside(out) as staging:
+            result.examples.to_parquet(staging / EXAMPLES)
+            about = {"model": model, "dense": dense, "setting": asdict(setting), "context": context}
+            versions = {package: version(package) for package in ("nmsparse", "lm-eval", "torch", "onnxruntime")}
+            found = {"recovery": result.recovery, "f1": result.f1, "compared": [asdict(one) for one in result.compared]}
+            write_json(staging / RESULTS, {**about, "versions": versions, **found})
+    except OSError as error:
+        raise OutputError(f"{out}: cannot be written: {error}. Choose another with --out.") from error
+
+
+def _check(result: Evaluation, least: float | None) -> None:
+    if least is None:
+        return
+    if result.recovery is None:
+        raise EvaluationError("--min-recovery: a task must have an accuracy, got none. Add one to --tasks.")
+    if result.recovery < least:
+        raise RecoveryError(
+            f"accuracy: sparse / dense must be at least {least:g}, got {result.recovery:.3f}. "
+            "Use a finer pattern or a larger budget."
+        )

@@ -1,0 +1,122 @@
+"""Dense against sparse on the same examples: means, intervals and tests, all of them SciPy's and statsmodels'."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import bootstrap, ttest_rel
+from sklearn.metrics import f1_score
+from statsmodels.stats.anova import AnovaRM
+from statsmodels.stats.contingency_tables import mcnemar
+from statsmodels.stats.multitest import multipletests
+
+Array = np.ndarray[Any, Any]
+ACCURACIES = ("acc", "acc_norm")
+PERPLEXITIES = ("word_perplexity", "byte_perplexity")
+
+
+@dataclass(frozen=True)
+class Paired:
+    """One metric of one task: dense, sparse, sparse - dense with its 95 % interval, and the tests of no difference.
+
+    `effect` is the mean difference in standard deviations of the differences (Cohen's d of paired samples).
+    """
+
+    task: str
+    metric: str
+    examples: int
+    dense: float
+    sparse: float
+    difference: float
+    low: float
+    high: float
+    t_test: float
+    mcnemar: float | None
+    effect: float
+
+
+def paired(task: str, metric: str, dense: Array, sparse: Array, weight: Array, seed: int = 0) -> Paired:
+    """Return the comparison of two models' values of the same examples, in the same order."""
+    per_example = [values / weight for values in (dense, sparse)]
+    differences = per_example[1] - per_example[0]
+    binary = bool(np.isin([dense, sparse], (0, 1)).all()) and metric not in PERPLEXITIES
+    count, changes = len(dense), not np.allclose(differences, differences[0])
+
+    def gap(one: Array, other: Array, of: Array, axis: int = -1) -> Any:
+        return _mean(metric, other, of, axis) - _mean(metric, one, of, axis)
+
+    difference = float(gap(dense, sparse, weight))
+    low = high = difference
+    if changes:
+        interval = bootstrap((dense, sparse, weight), gap, paired=True, method="percentile", rng=seed)
+        low, high = map(float, interval.confidence_interval)
+    deviation = float(differences.std(ddof=1)) if changes else 0.0
+    return Paired(
+        task,
+        metric,
+        count,
+        float(_mean(metric, dense, weight)),
+        float(_mean(metric, sparse, weight)),
+        difference,
+        low,
+        high,
+        float(ttest_rel(sparse / weight, dense / weight).pvalue) if changes else 1.0,
+        float(mcnemar(_table(dense, sparse), exact=True).pvalue) if binary else None,
+        float(differences.mean()) / deviation if deviation else 0.0,
+    )
+
+
+def _mean(metric: str, values: Array, weight: Array, axis: int = -1) -> Any:
+    """Return the task's figure: a perplexity from log-likelihoods, else the weighted mean."""
+    mean = values.sum(axis) / weight.sum(axis)
+    if metric in PERPLEXITIES:
+        return np.exp(-mean)
+    return -mean / np.log(2) if metric == "bits_per_byte" else mean
+
+
+def _table(dense: Array, sparse: Array) -> Array:
+    """Return how many examples both, one, the other or none has right, `[2, 2]`."""
+    return np.array([[np.sum((dense == one) & (sparse == other)) for other in (1, 0)] for one in (1, 0)])
+
+
+def compare(dense: pd.DataFrame, sparse: pd.DataFrame, seed: int = 0) -> list[Paired]:
+    """Return the comparison of every metric of every task; F1 of BoolQ's yes besides, without tests."""
+    keys = ["task", "metric", "example"]
+    both = dense.merge(sparse, on=keys, suffixes=("_dense", "_sparse"), validate="1:1").sort_values(keys)
+    found = []
+    for (task, metric), rows in both.groupby(["task", "metric"], sort=False):
+        one, other, weight = (rows[name].to_numpy() for name in ("value_dense", "value_sparse", "weight_dense"))
+        found.append(paired(str(task), str(metric), one, other, weight, seed))
+    return found
+
+
+def f1(rows: pd.DataFrame) -> float | None:
+    """Return F1 of the answer yes in BoolQ, or None where it was not asked."""
+    asked = rows[(rows.task == "boolq") & (rows.metric == "acc")]
+    return None if asked.empty else float(f1_score(asked.target, asked.predicted, zero_division=0))
+
+
+def recovery(found: Sequence[Paired]) -> float | None:
+    """Return sparse / dense accuracy, the mean over tasks, or None where no task has an accuracy above 0."""
+    shares = [one.sparse / one.dense for one in found if one.metric == "acc" and one.dense > 0]
+    return float(np.mean(shares)) if shares else None
+
+
+def anova(values: pd.DataFrame) -> tuple[float, pd.DataFrame]:
+    """Return the p of a repeated-measures ANOVA over the models, and every pair's paired t-test corrected by Holm.
+
+    `values [examples, models]` has a column for each model, and the same examples in all.
+    """
+    long = values.reset_index(names="example").melt("example", var_name="model", value_name="value")
+    p = float(AnovaRM(long, "value", "example", within=["model"]).fit().anova_table["Pr > F"].iloc[0])
+    names = list(values.columns)
+    pairs = [(one, other) for number, one in enumerate(names) for other in names[number + 1 :]]
+    each = [float(np.nan_to_num(ttest_rel(values[a], values[b]).pvalue, nan=1.0)) for a, b in pairs]
+    table = pd.DataFrame(pairs, columns=["model", "other"])
+    table["difference"] = [float((values[b] - values[a]).mean()) for a, b in pairs]
+    table["p_holm"] = multipletests(each, method="holm")[1]
+    return p, table
