@@ -105,8 +105,9 @@ def _local(name: str, data: Path) -> dict[str, Any]:
         if (data / local.splits[split]).is_file():
             splits[split] = list(_rows(name, data / local.splits[split]))
     sets = DatasetDict({split: Dataset.from_list(rows) for split, rows in splits.items()})
-    # Shots from the split that is asked leave the question itself out: lm-eval sees that the two are one.
-    return {"custom_dataset": lambda **_: sets, "fewshot_split": "train" if "train" in sets else asked}
+    # Of shots from its test split lm-eval leaves the question itself out, of those from a validation split it does not.
+    shots = "train" if "train" in sets else asked
+    return {"custom_dataset": lambda **_: sets, "test_split": asked, "fewshot_split": shots}
 
 
 def _rows(name: str, path: Path) -> Iterator[dict[str, Any]]:
