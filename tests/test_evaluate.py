@@ -12,14 +12,14 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import DATASETS, make_tiny, tiny_tokenizer
+from conftest import make_tiny, tiny_tokenizer
 from lm_eval.models.huggingface import HFLM
 from test_cli import refused
 from transformers import AutoModelForCausalLM
 
 from converter.evaluation.harness import HarnessLM
 from converter.evaluation.statistics import anova, paired, recovery
-from converter.evaluation.tasks import LOCAL, Setting, load_tasks
+from converter.evaluation.tasks import Setting, load_tasks
 from converter.runtimes.onnxruntime import load_onnx
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -159,17 +159,3 @@ def test_what_cannot_be_evaluated_is_said(
     (model / "tokenizer.json").write_text(json.dumps(settings))
     text = refused(nmsparse, tmp_path, 11, *command, data, "--against", model)
     assert "must have the tokenizer of" in text
-
-
-@pytest.mark.slow
-def test_the_real_model_on_real_examples(nmsparse: Command, smol: Path, tmp_path: Path) -> None:
-    if not DATASETS.exists():
-        pytest.skip(f"the data sets are not at {DATASETS}")
-    command = ["evaluate", smol, "--data-dir", DATASETS, "--tasks", "piqa,arc_easy,boolq,winogrande"]
-    found = nmsparse(*command, "--limit", "8", "--out", tmp_path / "results", "--json")
-    assert found.returncode == 0, found.stderr
-    compared = json.loads(found.stdout)["compared"]
-    assert {one["task"] for one in compared} == set(LOCAL) - {"wikitext"}
-    assert all(one["examples"] == 8 for one in compared)
-    # Eight examples prove little: that the dense model is a model, not one that guesses.
-    assert np.mean([one["dense"] for one in compared if one["task"] in {"piqa", "arc_easy"}]) > 0.5

@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from conftest import WITH_RTX, from_make
+from conftest import DATASETS, WITH_RTX, from_make
 from native import DENSE, GEMV, Native
 from test_plugin import LOAD
 from test_tensorrt import assert_plugins_are_the_layers, nodes
@@ -109,6 +109,21 @@ def test_weights_of_eight_bits_cost_little(
     ]
     # Near ties are kept the other way, in every block: that moves the perplexity of so few tokens by percents.
     assert found[0] != found[1] == pytest.approx(found[0], rel=0.08)
+
+
+def test_tasks_on_real_examples(
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]], smol: Path, tmp_path: Path
+) -> None:
+    if not DATASETS.exists():
+        pytest.skip(f"the data sets are not at {DATASETS}")
+    command = ["evaluate", smol, "--data-dir", DATASETS, "--tasks", "piqa,arc_easy,boolq,winogrande"]
+    found = nmsparse(*command, "--limit", "8", "--out", tmp_path / "results", "--json")
+    assert found.returncode == 0, found.stderr
+    compared = json.loads(found.stdout)["compared"]
+    assert {one["task"] for one in compared} == {"piqa", "arc_easy", "boolq", "winogrande"}
+    assert all(one["examples"] == 8 for one in compared)
+    # Eight examples prove little: that the dense model is a model, not one that guesses.
+    assert sum(one["dense"] for one in compared if one["task"] in {"piqa", "arc_easy"}) > 4 * 0.5
 
 
 def written(smol: Path) -> list[int]:

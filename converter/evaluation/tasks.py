@@ -46,7 +46,7 @@ class Local:
 def _arc(row: dict[str, Any]) -> dict[str, Any]:
     labels = [chr(ord("A") + number) for number in range(len(row["choices"]))]
     choices = {"text": row["choices"], "label": labels}
-    return {"id": row["id"], "question": row["question"], "choices": choices, "answerKey": labels[row["answer"]]}
+    return {"question": row["question"], "choices": choices, "answerKey": labels[row["answer"]]}
 
 
 def _boolq(row: dict[str, Any]) -> dict[str, Any]:
