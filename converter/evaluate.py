@@ -19,7 +19,7 @@ from converter.errors import CheckpointError, EvaluationError, OutputError, Reco
 from converter.evaluation.harness import HarnessLM
 from converter.evaluation.statistics import Paired, compare, f1, recovery
 from converter.evaluation.tasks import Setting, ask, load_tasks
-from converter.pipeline import load_with_tokenizer
+from converter.pipeline import load_with_tokenizer, require_decoder
 from converter.runtimes.onnxruntime import library
 from converter.stages import Stages
 
@@ -54,22 +54,22 @@ def evaluate(
         CheckpointError: when the checkpoint has another tokenizer than OUT.
         RecoveryError: when less of the accuracy is left than `min_recovery`; the results are written.
     """
-    with stages.stage("tasks"):
-        tasks = load_tasks(setting, data)
     folder = Path(model)
     sparse = is_bundle(folder)
-    if min_recovery is not None and not sparse:
-        raise EvaluationError(f"--min-recovery: must be given with an OUT of nmsparse, got {model}. Leave it out.")
-    found: dict[str, pd.DataFrame] = {}
+    if not sparse:
+        for option, value in (("--min-recovery", min_recovery), ("--against", against)):
+            if value is not None:
+                raise EvaluationError(f"{option}: must be given with an OUT of nmsparse, got {model}. Leave it out.")
+    checkpoint = _dense(folder, against) if sparse else open_checkpoint(model)
+    require_decoder(checkpoint, "evaluate")
     if sparse:
         out = out or folder / FOLDER
-        checkpoint = _dense(folder, against)
         _same_tokenizer(folder, checkpoint)
+    with stages.stage("tasks"):
+        tasks = load_tasks(setting, data)
+    found: dict[str, pd.DataFrame] = {}
+    if sparse:
         found["sparse"] = _ask("sparse", model, _fingerprint(folder), setting, tasks, context, batch, stages)
-    else:
-        if against is not None:
-            raise EvaluationError(f"--against: must be given with an OUT of nmsparse, got {model}. Leave it out.")
-        checkpoint = open_checkpoint(model)
     key = f"dense {checkpoint.fingerprint()}"
     found["dense"] = _ask("dense", checkpoint, key, setting, tasks, context, batch, stages)
     compared = compare(found["dense"], found.get("sparse", found["dense"]), setting.seed)

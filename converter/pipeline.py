@@ -108,13 +108,21 @@ def load_decoder(path: str | Path, use: str) -> tuple[PreTrainedModel, PreTraine
         CheckpointError: when it is a model of another kind.
     """
     folder = Path(path)
-    source = Checkpoint(str(path), None, folder) if is_bundle(folder) else open_checkpoint(str(path))
+    require_decoder(Checkpoint(str(path), None, folder) if is_bundle(folder) else open_checkpoint(str(path)), use)
+    return load_with_tokenizer(path)
+
+
+def require_decoder(source: Checkpoint, use: str) -> None:
+    """Raise where the model is not a causal language model; `use` is what one is asked for.
+
+    Raises:
+        CheckpointError: when it is a model of another kind.
+    """
     if not source.kind.cached:
         raise CheckpointError(
-            f"{path}: must be a {DECODER.name} for {use}, got one that is not: {source.kind.name}. "
+            f"{source.source}: must be a {DECODER.name} for {use}, got one that is not: {source.kind.name}. "
             "Call it in Python: converter.load."
         )
-    return load_with_tokenizer(path)
 
 
 def run(model: str, out: Path, recipe: Recipe, revision: str | None, device: str, stages: Stages) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def test_what_only_decoders_can_do(
     bert: tuple[Path, Path], nmsparse: Callable[..., CompletedProcess[str]], tmp_path: Path
 ) -> None:
     source, out = bert
-    for command in (("generate", out, "Hello"), ("perplexity", source)):
+    for command in (("generate", out, "Hello"), ("perplexity", source), ("evaluate", out), ("evaluate", source)):
         done = nmsparse(*command)
         assert done.returncode == CheckpointError.exit_code
         assert f"must be a causal language model for {command[0]}, got one that is not: encoder" in done.stderr
