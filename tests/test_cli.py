@@ -129,7 +129,9 @@ def test_bad_checkpoints(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
     assert "model.layers.1.mlp.up_proj.weight: weights must be finite, got 1 NaN or Inf" in text
 
     (tmp_path / "x.gguf").write_bytes(b"no gguf at all")
-    assert "must hold a model that transformers can read" in refused(nmsparse, tmp_path, 11, "convert", tmp_path / "x.gguf", out)
+    assert "must hold a model that transformers can read" in refused(
+        nmsparse, tmp_path, 11, "convert", tmp_path / "x.gguf", out
+    )
     _gguf_of_a_vision_tower(tmp_path / "clip.gguf")
     text = refused(nmsparse, tmp_path, 11, "convert", tmp_path / "clip.gguf", out)
     assert "must hold a model that transformers can read" in text
