@@ -18,6 +18,7 @@ from converter.cli import app
 from converter.delivery.page import Line, Section, page
 from converter.delivery.report import Out, compare, read, report
 from converter.errors import OutputError
+from converter.graph.costs import LayerCost
 from converter.pipeline import convert
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -185,6 +186,15 @@ def test_figures_are_those_of_the_files(out: Out) -> None:
     ):
         assert f"<td>{cell}</td>" in text
     assert out.recipe.splitlines()[0] in text
+
+
+def test_figures_of_a_layer_worked_by_hand(out: Out) -> None:
+    # 4096 x 14336 in float32 at 8:16: 58,720,256 products of two operations, 234,881,024 bytes, and half of them.
+    layer = LayerCost("model.layers.0.up_proj", 4096, 14336, 8, 16, 234_881_024, 117_440_512, 58_720_256, 29_360_128)
+    cells = ("4096 x 14336", "8:16", "50%", "117.44", "58.72", "234.88", "117.44")
+    text = report(Out(out.folder, out.manifest, out.report, out.recipe, [layer]), [])
+    assert "<td>model.layers.0.up_proj</td>" + "".join(f"<td>{cell}</td>" for cell in cells) in text
+    assert "117 dense, 59 sparse in all" in text
 
 
 def test_compare_has_a_row_for_each(out: Out, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
