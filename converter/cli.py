@@ -16,7 +16,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter
-from cyclopts.types import PositiveFloat, PositiveInt
+from cyclopts.types import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.table import Table
 
@@ -518,6 +518,8 @@ def evaluate(
     limit: PositiveInt | None = None,
     shots: int | None = None,
     chat: bool = False,
+    prompts: NonNegativeInt = 0,
+    text: str = "python",
     context: PositiveInt = 2048,
     batch: PositiveInt = 8,
     seed: int = 0,
@@ -533,7 +535,7 @@ def evaluate(
     Parameters
     ----------
     tasks
-        Names of lm-eval's tasks, by commas.
+        Names of lm-eval's tasks, by commas; with --prompts it may be empty.
     against
         The dense checkpoint, where it is no longer where OUT was made from.
     data_dir
@@ -544,6 +546,10 @@ def evaluate(
         Examples in each prompt; by default as many as the task says.
     chat
         Put the prompts into the model's chat template.
+    prompts
+        From how many prompts, 64 tokens of --text each, both models write on: how much of it is the same.
+    text
+        Where these prompts come from, as for nmsparse perplexity.
     context
         The most tokens in a sequence, and in a window of a perplexity.
     batch
@@ -560,7 +566,8 @@ def evaluate(
         raise EvaluationError(
             f"nmsparse evaluate: needs the package {error.name}, got none. pip install 'nmsparse[evaluate]'."
         ) from error
-    setting = Setting(tuple(tasks.split(",")), limit, shots, chat, seed)
+    names = tuple(name for name in tasks.split(",") if name)
+    setting = Setting(names, limit, shots, chat, seed, prompts, text)
     found = stage.evaluate(model, against, setting, data_dir, out, context, batch, min_recovery, Stages())
     if json_output:
         about = {"recovery": found.recovery, "f1": found.f1, "compared": [asdict(one) for one in found.compared]}

@@ -7,15 +7,16 @@ import json
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 from huggingface_hub import constants
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint, beside, open_checkpoint
-from converter.delivery.bundle import is_bundle, manifest, write_json
+from converter.delivery.bundle import EVALUATION, EXAMPLES, RESULTS, is_bundle, manifest, write_json
 from converter.errors import CheckpointError, EvaluationError, OutputError, RecoveryError
+from converter.evaluation.greedy import PROMPT, compared, write_on
 from converter.evaluation.harness import HarnessLM
 from converter.evaluation.statistics import Paired, compare, f1, recovery
 from converter.evaluation.tasks import Setting, ask, load_tasks
@@ -23,7 +24,7 @@ from converter.pipeline import load_with_tokenizer, require_decoder
 from converter.runtimes.onnxruntime import library
 from converter.stages import Stages
 
-FOLDER, EXAMPLES, RESULTS = "evaluation", "examples.parquet", "results.json"
+TABLE = "compared.csv"
 
 
 @dataclass(frozen=True)
@@ -54,28 +55,45 @@ def evaluate(
         CheckpointError: when the checkpoint has another tokenizer than OUT.
         RecoveryError: when less of the accuracy is left than `min_recovery`; the results are written.
     """
+    if not setting.tasks and not setting.prompts:
+        raise EvaluationError("--tasks: must name a task of lm-eval, got none. Name one, or give --prompts.")
     folder = Path(model)
     sparse = is_bundle(folder)
     if not sparse:
-        for option, value in (("--min-recovery", min_recovery), ("--against", against)):
-            if value is not None:
+        for option, value in (("--min-recovery", min_recovery), ("--against", against), ("--prompts", setting.prompts)):
+            if value:
                 raise EvaluationError(f"{option}: must be given with an OUT of nmsparse, got {model}. Leave it out.")
     checkpoint = _dense(folder, against) if sparse else open_checkpoint(model)
     require_decoder(checkpoint, "evaluate")
     if sparse:
-        out = out or folder / FOLDER
+        out = out or folder / EVALUATION
         _same_tokenizer(folder, checkpoint)
     with stages.stage("tasks"):
         tasks = load_tasks(setting, data)
-    found: dict[str, pd.DataFrame] = {}
+        prompts = windows(setting.text, checkpoint.tokenizer(), setting.prompts, PROMPT) if setting.prompts else None
+    sides: dict[str, tuple[str | Checkpoint, str]] = {"dense": (checkpoint, f"dense {checkpoint.fingerprint()}")}
     if sparse:
-        found["sparse"] = _ask("sparse", model, _fingerprint(folder), setting, tasks, context, batch, stages)
-    key = f"dense {checkpoint.fingerprint()}"
-    found["dense"] = _ask("dense", checkpoint, key, setting, tasks, context, batch, stages)
-    compared = compare(found["dense"], found.get("sparse", found["dense"]), setting.seed)
+        sides["sparse"] = (model, _fingerprint(folder))
+    found: dict[str, pd.DataFrame] = {}
+    wrote: list[list[int]] = []  # the dense model, after the prompts
+    for name, (side, key) in sides.items():
+        loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]
+        loaded = load_with_tokenizer(side) if isinstance(side, str) else (side.model(), side.tokenizer())
+        cache = _cache(key, context)
+        frames = []
+        if tasks:
+            with stages.stage(name, "answers") as advance:
+                frames.append(ask(HarnessLM(*loaded, context, batch, advance), tasks, setting, cache))
+        if prompts is not None:
+            with stages.stage(f"{name}, prompts", "prompts") as advance:
+                written = write_on(*loaded, prompts, cache.with_suffix(".greedy"), advance)
+                wrote = wrote or written
+                frames.append(compared(loaded[0], prompts, wrote, written))
+        found[name] = pd.concat(frames, ignore_index=True)
+    both = compare(found["dense"], found.get("sparse", found["dense"]), setting.seed)
     scores = {name: score for name, rows in found.items() if (score := f1(rows)) is not None}
     examples = pd.concat([rows.assign(model=name) for name, rows in found.items()], ignore_index=True)
-    result = Evaluation(examples, compared, recovery(compared) if sparse else None, scores)
+    result = Evaluation(examples, both, recovery(both) if sparse else None, scores)
     if out is not None:
         _write(out, result, setting, context, model, checkpoint.source)
     _check(result, min_recovery)
@@ -107,23 +125,11 @@ def _fingerprint(folder: Path) -> str:
     return f"sparse {hashlib.sha256(files.encode()).hexdigest()} {runs}"
 
 
-def _ask(
-    name: str,
-    model: str | Checkpoint,
-    key: str,
-    setting: Setting,
-    tasks: list[Any],
-    context: int,
-    batch: int,
-    stages: Stages,
-) -> pd.DataFrame:
-    loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]
-    loaded = load_with_tokenizer(model) if isinstance(model, str) else (model.model(), model.tokenizer())
+def _cache(key: str, context: int) -> Path:
+    """Return the file for the answers of a model, which depend on its context and on the packages that run it."""
     packages = [f"{package} {version(package)}" for package in ("lm-eval", "torch", "transformers", "onnxruntime")]
     digest = hashlib.sha256("\n".join([key, str(context), *packages]).encode()).hexdigest()
-    cache = Path(constants.HF_HOME) / "nmsparse" / "evaluation" / digest
-    with stages.stage(name, "answers") as advance:
-        return ask(HarnessLM(*loaded, context, batch, advance), tasks, setting, cache)
+    return Path(constants.HF_HOME) / "nmsparse" / "evaluation" / digest
 
 
 def _write(out: Path, result: Evaluation, setting: Setting, context: int, model: str, dense: str) -> None:
@@ -133,6 +139,7 @@ def _write(out: Path, result: Evaluation, setting: Setting, context: int, model:
         out.parent.mkdir(parents=True, exist_ok=True)
         with beside(out) as staging:
             result.examples.to_parquet(staging / EXAMPLES)
+            pd.DataFrame(map(asdict, result.compared)).to_csv(staging / TABLE, index=False)
             about = {"model": model, "dense": dense, "setting": asdict(setting), "context": context}
             versions = {package: version(package) for package in ("nmsparse", "lm-eval", "torch", "onnxruntime")}
             found = {"recovery": result.recovery, "f1": result.f1, "compared": [asdict(one) for one in result.compared]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import subprocess
@@ -37,6 +38,16 @@ WITH_RTX = pytest.mark.skipif(
     (sys.platform, platform.machine()) != ("linux", "x86_64"),
     reason="nmsparse[tensorrt-rtx] is for Linux on x86-64 only",
 )
+# A few rows of each task of `nmsparse evaluate`.
+ROWS = {
+    "piqa/valid.jsonl": [
+        {"goal": f"open jar {n}", "sol1": "twist it", "sol2": "eat it", "label": n % 2} for n in range(6)
+    ],
+    "arc_easy/test.jsonl": [{"id": "a", "question": "What is hot?", "choices": ["ice", "fire", "rain"], "answer": 1}],
+    "boolq/dev.jsonl": [{"question": "is fire hot", "passage": "Fire -- Fire is hot.", "answer": True}],
+    "winogrande/dev.jsonl": [{"sentence": "A hit B so _ cried.", "option1": "A", "option2": "B", "answer": "2"}],
+}
+WIKITEXT = " = One = \n Some words . \n = = Part = = \n More words . \n = Two = \n Other words . \n"
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 
 
@@ -79,6 +90,18 @@ def make_tiny(folder: Path, family: str = "llama", seed: int = 0, **changes: obj
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `--data-dir`."""
+    folder = tmp_path_factory.mktemp("data")
+    for name, rows in ROWS.items():
+        (folder / name).parent.mkdir()
+        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "wikitext2").mkdir()
+    (folder / "wikitext2" / "wiki.test.raw").write_text(WIKITEXT)
+    return folder
 
 
 @pytest.fixture

@@ -12,43 +12,26 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import make_tiny, tiny_tokenizer
+from conftest import WIKITEXT, make_tiny, tiny_tokenizer
 from lm_eval.models.huggingface import HFLM
+from scipy.stats import ttest_rel
 from test_cli import refused
 from transformers import AutoModelForCausalLM
 
+from converter.calibration.texts import windows
+from converter.evaluation.greedy import compared, write_on
 from converter.evaluation.harness import HarnessLM
 from converter.evaluation.statistics import anova, paired, recovery
-from converter.evaluation.tasks import Setting, load_tasks
+from converter.evaluation.tasks import Setting, ask, load_tasks
 from converter.runtimes.onnxruntime import load_onnx
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
-ROWS = {
-    "piqa/valid.jsonl": [
-        {"goal": f"open jar {n}", "sol1": "twist it", "sol2": "eat it", "label": n % 2} for n in range(6)
-    ],
-    "arc_easy/test.jsonl": [{"id": "a", "question": "What is hot?", "choices": ["ice", "fire", "rain"], "answer": 1}],
-    "boolq/dev.jsonl": [{"question": "is fire hot", "passage": "Fire -- Fire is hot.", "answer": True}],
-    "winogrande/dev.jsonl": [{"sentence": "A hit B so _ cried.", "option1": "A", "option2": "B", "answer": "2"}],
-}
-WIKITEXT = " = One = \n Some words . \n = = Part = = \n More words . \n = Two = \n Other words . \n"
 PROMPTS = {
     "piqa": [("Question: open jar 0\nAnswer:", " twist it"), ("Question: open jar 0\nAnswer:", " eat it")],
     "arc_easy": [("Question: What is hot?\nAnswer:", f" {choice}") for choice in ("ice", "fire", "rain")],
     "boolq": [("Fire -- Fire is hot.\nQuestion: is fire hot?\nAnswer:", f" {choice}") for choice in ("no", "yes")],
     "winogrande": [(f"A hit B so {option}", " cried.") for option in "AB"],
 }
-
-
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    for name, rows in ROWS.items():
-        (folder / name).parent.mkdir()
-        (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "wikitext2").mkdir()
-    (folder / "wikitext2" / "wiki.test.raw").write_text(WIKITEXT)
-    return folder
 
 
 @pytest.fixture(scope="session")
@@ -114,9 +97,115 @@ def test_statistics_of_a_case_worked_by_hand() -> None:
     # Two documents, 4 and 6 words, -10 and -20 nats: exp(30 / 10).
     one = paired("wikitext", "word_perplexity", np.array([-10, -20.0]), np.array([-10, -20.0]), np.array([4, 6.0]))
     assert one.dense == pytest.approx(np.exp(3))
-    p, table = anova(pd.DataFrame({"dense": dense, "8:16": sparse, "2:4": 1 - dense}))
-    assert 0 < p < 1
+    low, share, high = found.recovery or (0, 0, 0)
+    assert share == pytest.approx(0.625)
+    assert low < share < high <= 1.25
+    assert one.recovery is None
+
+
+def test_analysis_of_variance_of_cases_worked_by_hand() -> None:
+    # Two models, whose F is the square of the paired t: of t = -1.4055 above, so its p is that of the t-test.
+    dense = np.array([1, 1, 1, 1, 1, 1, 1, 1, 0, 0.0])
+    sparse = np.array([1, 1, 1, 1, 0, 0, 0, 0, 1, 0.0])
+    effects, table = anova(pd.DataFrame({"dense": dense, "8:16": sparse}))
+    assert effects == {"model": pytest.approx(0.1934, abs=1e-3)}
+    assert list(table.p_holm) == pytest.approx([effects["model"]])
+    # Three models: of three tests Holm takes the least p three times, the next twice, and none below one before it.
+    effects, table = anova(pd.DataFrame({"dense": dense, "8:16": sparse, "2:4": 1 - dense}))
     assert list(table.difference) == pytest.approx([-0.3, -0.6, -0.3])
+    single = [ttest_rel(*pair).pvalue for pair in ((dense, sparse), (dense, 1 - dense), (sparse, 1 - dense))]
+    first, second, third = np.argsort(single)
+    expected = np.zeros(3)
+    expected[first] = 3 * single[first]
+    expected[second] = max(expected[first], 2 * single[second])
+    expected[third] = max(expected[second], single[third])
+    assert list(table.p_holm) == pytest.approx(list(np.minimum(expected, 1)))
+    # Patterns by mitigations: what the pattern does shows, what the mitigation does not is chance.
+    rng = np.random.default_rng(0)
+    noise = rng.normal(scale=0.1, size=(40, 4))
+    values = pd.DataFrame(noise + np.array([1, 1, 0, 0]), columns=["a", "b", "c", "d"])
+    factors = pd.DataFrame(
+        {"pattern": ["8:16", "8:16", "2:4", "2:4"], "mitigation": ["none", "var", "none", "var"]}, ["a", "b", "c", "d"]
+    )
+    effects, table = anova(values, factors)
+    assert set(effects) == {"pattern", "mitigation", "pattern:mitigation"}
+    assert effects["pattern"] < 1e-10
+    assert min(effects["mitigation"], effects["pattern:mitigation"]) > 0.01
+    # One factor of a 2 x 2 design is the paired t-test of its two means.
+    means = [(values.a + values.b) / 2, (values.c + values.d) / 2]
+    assert effects["pattern"] == pytest.approx(ttest_rel(*means).pvalue)
+    same, table = anova(pd.DataFrame({"dense": dense, "8:16": dense}))
+    assert (same["model"], table.p_holm[0]) == (1, 1)
+
+
+def test_greedy_texts_of_a_case_worked_by_hand() -> None:
+    # The dense model wrote 5 6 7 8 after the prompt 1 2, this one 5 6 9: two of four places are equal, and they part
+    # after two. After the dense model's own text it would write 5 6 9 8: three of four.
+    logits = torch.nn.functional.one_hot(torch.tensor([[0, 5, 6, 9, 8]]), 10).float()
+    seen: list[list[int]] = []
+
+    def model(input_ids: torch.Tensor) -> SimpleNamespace:
+        seen.extend(input_ids.tolist())
+        return SimpleNamespace(logits=logits[:, : input_ids.shape[1]])
+
+    model.device = "cpu"  # type: ignore[attr-defined]
+    rows = compared(model, torch.tensor([[1, 2]]), [[5, 6, 7, 8]], [[5, 6, 9]])  # type: ignore[arg-type]
+    assert seen == [[1, 2, 5, 6, 7]]
+    found = dict(zip(rows.metric, rows.value, strict=True))
+    assert found == {"same_next": 0.75, "same": 0.5, "parts_at": 2, "length": 3}
+    rows = compared(model, torch.tensor([[1, 2]]), [[5, 6]], [[5, 6]])  # type: ignore[arg-type]
+    assert dict(zip(rows.metric, rows.value, strict=True))["parts_at"] == 2
+
+
+def test_both_models_write_on_from_the_same_prompts(
+    nmsparse: Command, tiny: Path, out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    command = ["evaluate", out, "--tasks", "", "--prompts", "3", "--json", "--out", tmp_path / "results"]
+    found = nmsparse(*command)
+    assert found.returncode == 0, found.stderr
+    said = {one["metric"]: one for one in json.loads(found.stdout)["compared"]}
+    assert set(said) == {"same_next", "same", "parts_at", "length"}
+    assert said["same_next"]["dense"] == said["same"]["dense"] == 1
+    assert said["same"]["sparse"] < 1
+    table = pd.read_csv(tmp_path / "results" / "compared.csv")
+    assert list(table.metric) == list(said)
+    assert list(table["sparse"]) == pytest.approx([one["sparse"] for one in said.values()])
+    # What each wrote is what transformers writes, and what is kept is not written again.
+    prompts = windows("python", tiny_tokenizer(), 3, 64)
+    model, cache = load_onnx(out), tmp_path / "kept"
+    written = write_on(model, tiny_tokenizer(), prompts, cache, lambda done, total: None)
+    for prompt, text in zip(prompts[:, None], written, strict=True):
+        wanted = model.generate(input_ids=prompt, attention_mask=prompt >= 0, max_new_tokens=64, do_sample=False)
+        assert text == wanted[0, 64:].tolist()
+    rows = compared(model, prompts, written, written)
+    assert set(rows[rows.metric.isin(["same", "same_next"])].value) == {1.0}
+    assert write_on(SimpleNamespace(config=model.config), tiny_tokenizer(), prompts, cache, print) == written  # type: ignore[arg-type]
+
+
+def test_an_interrupted_evaluation_goes_on(data: Path, out: Path, tmp_path: Path) -> None:
+    class Counting(HarnessLM):
+        runs = 0
+
+        def _logits(self, part: list[tuple[int, ...]]) -> torch.Tensor:
+            self.runs += len(part)
+            return super()._logits(part)
+
+    def interrupt(done: int, total: int) -> None:
+        if done < total:
+            raise KeyboardInterrupt
+
+    setting = Setting(("piqa", "boolq"))
+    model = load_onnx(out)
+    whole = Counting(model, tiny_tokenizer(), 128, 2)
+    expected = ask(whole, load_tasks(setting, data), setting, tmp_path / "whole")
+    first = Counting(model, tiny_tokenizer(), 128, 2, interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        ask(first, load_tasks(setting, data), setting, tmp_path / "cache")
+    second = Counting(model, tiny_tokenizer(), 128, 2)
+    pd.testing.assert_frame_equal(ask(second, load_tasks(setting, data), setting, tmp_path / "cache"), expected)
+    assert 0 < second.runs < whole.runs
+    assert first.runs + second.runs == whole.runs
 
 
 def test_evaluate_writes_resumes_and_judges(
@@ -153,6 +242,7 @@ def test_what_cannot_be_evaluated_is_said(
     assert "gsm8k: must be one of arc_easy, boolq, piqa, wikitext, winogrande with --data-dir" in text
     text = refused(nmsparse, tmp_path, 18, *command, data, "--tasks", "boolq", "--context", "8")
     assert "an example must have at most 8 tokens, got" in text
+    assert "must name a task of lm-eval, got none" in refused(nmsparse, tmp_path, 18, *command, data, "--tasks", "")
     model = make_tiny(tmp_path / "model")
     settings = json.loads((model / "tokenizer.json").read_text())
     settings["added_tokens"].append({**settings["added_tokens"][-1], "id": 255, "content": "<other>"})

@@ -6,15 +6,20 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
 import pytest
 from conftest import PLAIN, QUICK, make_tiny
+from huggingface_hub import constants
 from playwright.sync_api import Browser, Page, sync_playwright
 
 import converter.delivery
 from converter.cli import app
+from converter.delivery import accuracy
 from converter.delivery.page import Line, Section, page
 from converter.delivery.report import Out, compare, read, report
 from converter.errors import OutputError
@@ -164,7 +169,7 @@ def test_the_verdict_says_what_was_measured_and_what_was_not(out: Out, tmp_path:
     assert '<li class="bad">Beside the same model run dense: 0.90 times as fast' in report(out, slow)
     assert '<li class="bad">How fast it is was not measured' in report(out, [])
     failed = {"passed": False, "failures": ["layer 1 <is> off"]}
-    broken = Out(out.folder, out.manifest, {**out.report, "parity": {**out.report["parity"], **failed}}, "", out.costs)
+    broken = replace(out, report={**out.report, "parity": {**out.report["parity"], **failed}})
     assert '<li class="bad">ONNX Runtime does not compute what PyTorch does: layer 1 &lt;is&gt; off' in report(
         broken, []
     )
@@ -192,7 +197,7 @@ def test_figures_of_a_layer_worked_by_hand(out: Out) -> None:
     # 4096 x 14336 in float32 at 8:16: 58,720,256 products of two operations, 234,881,024 bytes, and half of them.
     layer = LayerCost("model.layers.0.up_proj", 4096, 14336, 8, 16, 234_881_024, 117_440_512, 58_720_256, 29_360_128)
     cells = ("4096 x 14336", "8:16", "50%", "117.44", "58.72", "234.88", "117.44")
-    text = report(Out(out.folder, out.manifest, out.report, out.recipe, [layer]), [])
+    text = report(replace(out, costs=[layer]), [])
     assert "<td>model.layers.0.up_proj</td>" + "".join(f"<td>{cell}</td>" for cell in cells) in text
     assert "117 dense, 59 sparse in all" in text
 
@@ -209,6 +214,98 @@ def test_compare_has_a_row_for_each(out: Out, tmp_path: Path, capsys: pytest.Cap
         assert f"<td>{cell}</td>" in text
     other = convert(str(make_tiny(tmp_path / "other", seed=1)), tmp_path / "out", PLAIN)
     assert '<li class="bad">These are conversions of different checkpoints: model, other' in compare([out, read(other)])
+
+
+@pytest.fixture(scope="module")
+def asked(data: Path, out: Out, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Out]]:
+    """Two conversions of one model, both evaluated."""
+    folder = tmp_path_factory.mktemp("asked")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(constants, "HF_HOME", str(folder / "home"))
+        first = folder / "first"
+        shutil.copytree(out.folder, first)
+        second = convert(out.manifest["source"]["name"], folder / "second", PLAIN)
+        for made in (first, second):
+            options = ("--tasks", "piqa,boolq,wikitext", "--context", 128, "--prompts", 2)
+            nmsparse("evaluate", made, "--data-dir", data, *options)
+        yield [read(first), read(second)]
+
+
+def test_accuracy_is_said_first_and_is_that_of_the_evaluation(asked: list[Out]) -> None:
+    results = json.loads((asked[1].folder / "evaluation" / "results.json").read_text())
+    text = report(asked[1], [])
+    share = f"{results['recovery']:.0%}"
+    assert f"{share} of the dense model&#39;s accuracy is left, the mean of 2 tasks; " in text.lower()
+    assert text.index(">Accuracy</a>") < text.index(">Layers</a>")
+    for one in results["compared"]:
+        figures = (one["examples"], f"{one['dense']:.3f}", f"{one['sparse']:.3f}", f"{one['difference']:+.3f}")
+        assert "".join(f"<td>{cell}</td>" for cell in (one["task"], one["metric"], *figures)) in text
+    worse = [{**one, "high": -0.01} if one["task"] == "piqa" else one for one in results["compared"]]
+    found = accuracy.Evaluated(asked[1].folder, {**results, "compared": worse})
+    assert not accuracy.verdict(found).good
+    assert "piqa worse beyond chance; perplexity " in accuracy.verdict(found).text
+    assert '<li class="bad">How accurate it is was not measured' in report(replace(asked[1], evaluated=None), [])
+
+
+@WITH_CHROMIUM
+def test_compare_shows_accuracy_and_perplexity_by_pattern(asked: list[Out], browser: Browser, tmp_path: Path) -> None:
+    (tmp_path / "page.html").write_text(compare(asked), "utf-8")
+    tab, wrong = opened(browser, tmp_path / "page.html", 380, "dark")
+    sections = tab.locator("h2").all_text_contents()
+    said = ["Accuracy", "Perplexity of wikitext", "Differences beyond chance", "Pair by pair"]
+    assert sections[1:5] == said
+    for figure in tab.locator("figure").all():
+        assert figure.locator("svg").count()
+    assert tab.evaluate("document.documentElement.scrollWidth") == 380
+    assert tab.evaluate(CONTRAST) >= 4.5
+    assert not wrong
+    tab.close()
+
+
+def test_what_was_asked_differently_is_not_compared(asked: list[Out]) -> None:
+    text = compare([asked[0], replace(asked[1], evaluated=None)])
+    assert f"Not compared; not evaluated: {asked[1].folder}. Run nmsparse evaluate" in text
+    results = asked[1].evaluated.results  # type: ignore[union-attr]
+    other = accuracy.Evaluated(asked[1].folder, {**results, "setting": {**results["setting"], "limit": 1}})
+    text = compare([asked[0], replace(asked[1], evaluated=other)])
+    assert "Not compared; evaluated under different settings or versions." in text
+    assert ">Pair by pair<" not in text
+
+
+def test_patterns_and_mitigations_that_are_crossed_are_told_apart(tmp_path: Path) -> None:
+    sides = []
+    rng = np.random.default_rng(0)
+    for pattern in ("2:4", "8:16"):
+        for mitigation in ("none", "var"):
+            folder = tmp_path / f"{pattern} {mitigation}"
+            folder.mkdir()
+            right = rng.random(50) < (0.9 if pattern == "8:16" else 0.2)
+            rows = {
+                "task": "piqa",
+                "example": range(50),
+                "metric": "acc",
+                "value": right.astype(float),
+                "model": "sparse",
+            }
+            pd.DataFrame(rows).to_parquet(folder / "examples.parquet")
+            one = {"task": "piqa", "metric": "acc", "recovery": None}
+            results = {"compared": [one], "setting": {}, "context": 1, "versions": {}}
+            sides.append(accuracy.Side(folder.name, pattern, mitigation, accuracy.Evaluated(folder, results)))
+    effects, pairs = accuracy.side_by_side(sides)
+    assert [(task, factor) for task, factor, _ in effects.rows] == [
+        ("piqa", "pattern"),
+        ("piqa", "mitigation"),
+        ("piqa", "pattern:mitigation"),
+    ]
+    assert float(effects.rows[0][2]) < 0.001 < 0.01 < float(effects.rows[1][2])
+    assert len(pairs.rows) == 6
+    # Without one of the four they are models, and the dense one is among them.
+    table = pd.read_parquet(sides[0].evaluated.folder / "examples.parquet")  # type: ignore[union-attr]
+    dense = table.assign(model="dense", value=1.0)
+    pd.concat([table, dense]).to_parquet(sides[0].evaluated.folder / "examples.parquet")  # type: ignore[union-attr]
+    effects, pairs = accuracy.side_by_side(sides[:3])
+    assert [factor for _, factor, _ in effects.rows] == ["model"]
+    assert [row[1:3] for row in pairs.rows][:2] == [("dense", "2:4 none"), ("dense", "2:4 var")]
 
 
 def test_what_is_said_is_text_and_never_html() -> None:
@@ -229,10 +326,15 @@ def test_bad_input(out: Out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(OutputError, match="must be a file that can be written"):
         nmsparse("report", out.folder, "--to", tmp_path / "no" / "page.html")
     assert not (out.folder / "report.html").exists()
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").write_text("{}")
+    with pytest.raises(OutputError, match="must be what nmsparse evaluate wrote, got KeyError"):
+        accuracy.evaluated(tmp_path)
     monkeypatch.setitem(sys.modules, "plotly", None)
-    for name in ("converter.delivery.page", "converter.delivery.report"):
+    for name in ("converter.delivery.page", "converter.delivery.accuracy", "converter.delivery.report"):
         monkeypatch.delitem(sys.modules, name)
-    monkeypatch.delattr(converter.delivery, "report")
+    for name in ("report", "accuracy"):
+        monkeypatch.delattr(converter.delivery, name)
     with pytest.raises(OutputError, match=r"Install nmsparse\[report\]"):
         nmsparse("report", out.folder)
 

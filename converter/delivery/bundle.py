@@ -19,6 +19,7 @@ from converter.errors import BuildError, OutputError
 from converter.graph.export import MODEL
 
 MANIFEST, REPORT, RECIPE, GENAI = "manifest.json", "report.json", "recipe.yaml", "genai_config.json"
+EVALUATION, EXAMPLES, RESULTS = "evaluation", "examples.parquet", "results.json"  # what nmsparse evaluate leaves
 FORMAT = "nmsparse-1"
 PACKAGES = ("nmsparse", "torch", "transformers", "onnx", "onnx-ir", "onnxscript", "onnxruntime", "polygraphy")
 

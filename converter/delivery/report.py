@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from converter.delivery import accuracy
 from converter.delivery.bundle import MANIFEST, RECIPE, REPORT, exported, manifest
 from converter.delivery.page import Chart, Line, Section, bars, heat, intervals, line, page
 from converter.errors import OutputError
@@ -28,6 +29,7 @@ class Out:
     report: dict[str, Any]
     recipe: str
     costs: list[LayerCost]
+    evaluated: accuracy.Evaluated | None
 
     def used(self) -> float:
         """Return the share of the sparse layers' products that a token takes part in."""
@@ -37,6 +39,10 @@ class Out:
         """Return the pattern of all layers, or the two between which they are."""
         found = sorted({(cost.keep / cost.group, f"{cost.keep}:{cost.group}") for cost in self.costs})
         return " to ".join(dict.fromkeys((found[0][1], found[-1][1])))
+
+    def mitigation(self) -> str:
+        """Return the methods that it was calibrated with, as a recipe has them."""
+        return "+".join(self.report["recipe"]["mitigation"])
 
     def source(self) -> str:
         """Return the checkpoint's name, without the folders that it lies in."""
@@ -55,7 +61,7 @@ def read(folder: Path) -> Out:
         recipe = (folder / RECIPE).read_text("utf-8")
     except (OSError, ValueError) as error:
         raise OutputError(f"{folder}: must hold {REPORT} and {RECIPE} beside {MANIFEST}, got {error}.") from error
-    return Out(folder, manifest(folder), report, recipe, costs)
+    return Out(folder, manifest(folder), report, recipe, costs, accuracy.evaluated(folder))
 
 
 def report(out: Out, bench: Sequence[dict[str, Any]]) -> str:
@@ -63,9 +69,17 @@ def report(out: Out, bench: Sequence[dict[str, Any]]) -> str:
     verdict = [
         Line(f"A token uses {out.used():.0%} of the weights of {len(out.costs)} layers ({out.patterns()})."),
         _parity_line(out),
+        accuracy.verdict(out.evaluated),
         _speed_line(bench),
     ]
-    sections = [*_layers(out), *_parity(out), *_training(out), *_bench(bench), *_about(out)]
+    sections = [
+        *accuracy.sections(out.evaluated),
+        *_layers(out),
+        *_parity(out),
+        *_training(out),
+        *_bench(bench),
+        *_about(out),
+    ]
     return page(f"{out.source()}, N:M sparse", verdict, sections)
 
 
@@ -96,7 +110,7 @@ def compare(outs: Sequence[Out]) -> str:
             name,
             out.patterns(),
             str(out.report["recipe"]["criterion"]),
-            "+".join(out.report["recipe"]["mitigation"]),
+            out.mitigation(),
             str(out.report["recipe"]["weights"]),
             f"{out.used():.0%}",
             f"{out.report['bytes'] / 1e6:.0f}",
@@ -111,6 +125,12 @@ def compare(outs: Sequence[Out]) -> str:
     ]
     sections = [
         Section("Side by side", head=head, rows=rows),
+        *accuracy.side_by_side(
+            [
+                accuracy.Side(name, out.patterns(), out.mitigation(), out.evaluated)
+                for name, out in zip(names, outs, strict=True)
+            ]
+        ),
         Section("What a token reads", charts=[size]),
         *(Section(f"Recipe of {name}", verbatim=out.recipe) for name, out in zip(names, outs, strict=True)),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,8 @@ PERPLEXITIES = ("word_perplexity", "byte_perplexity")
 class Paired:
     """One metric of one task: dense, sparse, sparse - dense with its 95 % interval, and the tests of no difference.
 
-    `effect` is the mean difference in standard deviations of the differences (Cohen's d of paired samples).
+    `effect` is the mean difference in standard deviations of the differences (Cohen's d of paired samples); `recovery`,
+    of an accuracy, is sparse / dense with its interval.
     """
 
     task: str
@@ -37,6 +38,7 @@ class Paired:
     t_test: float
     mcnemar: float | None
     effect: float
+    recovery: tuple[float, float, float] | None  # low, value, high
 
 
 def paired(task: str, metric: str, dense: Array, sparse: Array, weight: Array, seed: int = 0) -> Paired:
@@ -49,11 +51,11 @@ def paired(task: str, metric: str, dense: Array, sparse: Array, weight: Array, s
     def gap(one: Array, other: Array, of: Array, axis: int = -1) -> Any:
         return _mean(metric, other, of, axis) - _mean(metric, one, of, axis)
 
-    difference = float(gap(dense, sparse, weight))
-    low = high = difference
-    if changes:
-        interval = bootstrap((dense, sparse, weight), gap, paired=True, method="percentile", rng=seed)
-        low, high = map(float, interval.confidence_interval)
+    def share(one: Array, other: Array, axis: int = -1) -> Any:
+        return other.sum(axis) / np.maximum(one.sum(axis), 1)  # a draw in which dense has nothing right says 0
+
+    low, difference, high = _interval(gap, (dense, sparse, weight), changes, seed)
+    kept = metric in ACCURACIES and dense.sum() > 0
     deviation = float(differences.std(ddof=1)) if changes else 0.0
     return Paired(
         task,
@@ -67,7 +69,17 @@ def paired(task: str, metric: str, dense: Array, sparse: Array, weight: Array, s
         float(ttest_rel(sparse / weight, dense / weight).pvalue) if changes else 1.0,
         float(mcnemar(_table(dense, sparse), exact=True).pvalue) if binary else None,
         float(differences.mean()) / deviation if deviation else 0.0,
+        _interval(share, (dense, sparse), changes, seed) if kept else None,
     )
+
+
+def _interval(of: Callable[..., Any], data: tuple[Array, ...], changes: bool, seed: int) -> tuple[float, float, float]:
+    """Return low, value and high of a statistic, by a paired bootstrap over the examples where they differ at all."""
+    value = float(of(*data))
+    if not changes:
+        return value, value, value
+    interval = bootstrap(data, of, paired=True, method="percentile", rng=seed).confidence_interval
+    return float(interval.low), value, float(interval.high)
 
 
 def _mean(metric: str, values: Array, weight: Array, axis: int = -1) -> Any:
@@ -106,17 +118,24 @@ def recovery(found: Sequence[Paired]) -> float | None:
     return float(np.mean(shares)) if shares else None
 
 
-def anova(values: pd.DataFrame) -> tuple[float, pd.DataFrame]:
-    """Return the p of a repeated-measures ANOVA over the models, and every pair's paired t-test corrected by Holm.
+def anova(values: pd.DataFrame, factors: pd.DataFrame | None = None) -> tuple[dict[str, float], pd.DataFrame]:
+    """Return the p of a repeated-measures ANOVA by factor, and every pair's paired t-test corrected by Holm.
 
-    `values [examples, models]` has a column for each model, and the same examples in all.
+    `values [examples, models]` has a column for each model, and the same examples in all; `factors [models, factors]`
+    says what each model is, such as its pattern and its mitigation, every combination once. Without it the models are
+    the one factor. Where no example differs p is 1.
     """
-    long = values.reset_index(names="example").melt("example", var_name="model", value_name="value")
-    p = float(AnovaRM(long, "value", "example", within=["model"]).fit().anova_table["Pr > F"].iloc[0])
+    if factors is None:
+        factors = pd.DataFrame({"model": list(values.columns)}, index=values.columns)
+    long = values.set_axis(range(len(values))).reset_index(names="example").melt("example", var_name="of")
+    long = long.join(factors, on="of")
+    with np.errstate(invalid="ignore", divide="ignore"):
+        table = AnovaRM(long, "value", "example", within=list(factors.columns)).fit().anova_table
+    effects = {str(name): float(np.nan_to_num(p, nan=1.0)) for name, p in table["Pr > F"].items()}
     names = list(values.columns)
     pairs = [(one, other) for number, one in enumerate(names) for other in names[number + 1 :]]
     each = [float(np.nan_to_num(ttest_rel(values[a], values[b]).pvalue, nan=1.0)) for a, b in pairs]
-    table = pd.DataFrame(pairs, columns=["model", "other"])
-    table["difference"] = [float((values[b] - values[a]).mean()) for a, b in pairs]
-    table["p_holm"] = multipletests(each, method="holm")[1]
-    return p, table
+    found = pd.DataFrame(pairs, columns=["model", "other"])
+    found["difference"] = [float((values[b] - values[a]).mean()) for a, b in pairs]
+    found["p_holm"] = multipletests(each, method="holm")[1]
+    return effects, found

@@ -26,13 +26,18 @@ ARTICLE = re.compile(r"^ = [^=]+ = $", re.M)
 
 @dataclass(frozen=True)
 class Setting:
-    """How the tasks are asked; two models are compared under one setting."""
+    """How the tasks are asked; two models are compared under one setting.
+
+    Both also write on from `prompts` prompts of `text`.
+    """
 
     tasks: tuple[str, ...]
     limit: int | None = None
     shots: int | None = None
     chat: bool = False
     seed: int = 0
+    prompts: int = 0
+    text: str = "python"
 
 
 @dataclass(frozen=True)
