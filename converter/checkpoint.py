@@ -14,6 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import constants, snapshot_download
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
+    AutoImageProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -97,11 +99,20 @@ class Checkpoint:
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer."""
-        try:
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.source}: must come with a tokenizer, got {error}") from error
+        tokenizer: PreTrainedTokenizerBase = self.processor()
         return tokenizer
+
+    def processor(self) -> Any:
+        """Return what makes the model's input: the tokenizer, or the processor of images.
+
+        Raises:
+            CheckpointError: when the checkpoint has none, or what it needs is not installed.
+        """
+        try:
+            return _processor(self.kind, self.folder)
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            what = "an image processor (nmsparse[images] reads images)" if self.kind.images else "a tokenizer"
+            raise CheckpointError(f"{self.source}: must come with {what}, got {error}") from error
 
     def generation_config(self) -> GenerationConfig:
         """Return how the model wants to be sampled; from the configuration where the checkpoint does not say."""
@@ -157,6 +168,21 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """Return the SHA-256 of the weights' files in the order of their names, in hexadecimal."""
         return _sha256(sorted(set(self.files.values())))
+
+    def settings(self) -> str:
+        """Return the SHA-256 of everything else that is read: configuration, tokenizer or image processor."""
+        return _sha256([path for path in _read(self.folder) if path.suffix != ".safetensors"])
+
+
+def _read(folder: Path) -> list[Path]:
+    """Return the files of a checkpoint, in the order of their names."""
+    return sorted({path for pattern in WANTED for path in folder.glob(pattern)})
+
+
+def image_shape(processor: Any) -> tuple[int, ...]:
+    """Return `[C, H, W]` of what a processor makes of an image, whatever its size."""
+    found: tuple[int, ...] = processor(np.zeros((480, 640, 3), np.uint8), return_tensors="pt")["pixel_values"].shape[1:]
+    return tuple(found)
 
 
 def _sha256(paths: list[Path]) -> str:
@@ -216,9 +242,19 @@ def _from_hub(source: str, revision: str | None) -> Path:
         ) from error
 
 
+def _processor(kind: Kind, folder: Path, **where: Any) -> Any:
+    # Pillow is enough: torchvision would have to be of the very version that PyTorch is of.
+    return (
+        AutoImageProcessor.from_pretrained(folder, backend="pil")
+        if kind.images
+        else AutoTokenizer.from_pretrained(folder, **where)
+    )
+
+
 def _unpacked(path: Path, *, gguf: bool) -> Path:
     """Return a folder of safetensors, in the Hub cache, with the weights under the names that torch gives them."""
-    digest = _sha256([path] if gguf else sorted(path.glob("*.safetensors")))
+    # Configuration and tokenizer are unpacked with the weights.
+    digest = _sha256([path] if gguf else _read(path))
     folder = Path(constants.HF_HOME) / "nmsparse" / digest
     if folder.exists():
         return folder
@@ -227,10 +263,10 @@ def _unpacked(path: Path, *, gguf: bool) -> Path:
     try:
         with quiet():
             # transformers opens the file anew for each of the three, and is silent about what it lacks.
-            tokenizer = AutoTokenizer.from_pretrained(home, **where)
+            kind = DECODER if gguf else kind_of(AutoConfig.from_pretrained(home), str(path))
+            processor = _processor(kind, home, **where)
             dtype = torch.float32 if gguf else "auto"
             options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **where}
-            kind = DECODER if gguf else kind_of(AutoConfig.from_pretrained(home), str(path))
             loaded: Any = kind.auto.from_pretrained(home, **options)
             model, info = without_pooler(loaded[0]), loaded[1]
     except (ValueError, KeyError, TypeError, OSError, RuntimeError, IndexError, SafetensorError) as error:
@@ -250,7 +286,7 @@ def _unpacked(path: Path, *, gguf: bool) -> Path:
         weights = {name: model.get_parameter_or_buffer(name).contiguous() for name in weight_names(model)}
         save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
         config.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
+        processor.save_pretrained(staging)
         if getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(staging)
     return folder

@@ -512,7 +512,8 @@ def _write_page(to: Path, page: str) -> None:
 def evaluate(
     model: str,
     *,
-    tasks: str = "piqa,arc_easy,boolq,winogrande,wikitext",
+    tasks: str | None = None,
+    images: str | None = None,
     against: str | None = None,
     data_dir: Path | None = None,
     limit: PositiveInt | None = None,
@@ -535,7 +536,10 @@ def evaluate(
     Parameters
     ----------
     tasks
-        Names of lm-eval's tasks, by commas; with --prompts it may be empty.
+        Names of lm-eval's tasks, by commas; by default piqa, arc_easy, boolq, winogrande and wikitext. It may be empty.
+    images
+        For a classifier of images, in the place of tasks: a folder with one of images for each class, or
+        hub:NAME[:CONFIG[:SPLIT]].
     against
         The dense checkpoint, where it is no longer where OUT was made from.
     data_dir
@@ -561,13 +565,14 @@ def evaluate(
     """
     try:
         from converter import evaluate as stage
-        from converter.evaluation.tasks import Setting
+        from converter.evaluation.tasks import TASKS, Setting
     except ModuleNotFoundError as error:
         raise EvaluationError(
             f"nmsparse evaluate: needs the package {error.name}, got none. pip install 'nmsparse[evaluate]'."
         ) from error
+    tasks = tasks if tasks is not None else "" if images else TASKS
     names = tuple(name for name in tasks.split(",") if name)
-    setting = Setting(names, limit, shots, chat, seed, prompts, text)
+    setting = Setting(names, limit, shots, chat, seed, prompts, text, images)
     found = stage.evaluate(model, against, setting, data_dir, out, context, batch, min_recovery, Stages())
     if json_output:
         about = {"recovery": found.recovery, "f1": found.f1, "compared": [asdict(one) for one in found.compared]}

@@ -10,17 +10,19 @@ from pathlib import Path
 
 import pandas as pd
 from huggingface_hub import constants
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from converter.calibration.images import SOURCES
 from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint, beside, open_checkpoint
 from converter.delivery.bundle import EVALUATION, EXAMPLES, RESULTS, is_bundle, manifest, write_json
 from converter.errors import CheckpointError, EvaluationError, OutputError, RecoveryError
+from converter.evaluation.classify import classify, labelled
 from converter.evaluation.greedy import PROMPT, compared, write_on
 from converter.evaluation.harness import HarnessLM
 from converter.evaluation.statistics import Paired, compare, f1, recovery
 from converter.evaluation.tasks import Setting, ask, load_tasks
-from converter.pipeline import load_with_tokenizer, require_decoder
+from converter.kinds import CLASSIFIER
+from converter.pipeline import load_with_processor, require_decoder
 from converter.runtimes.onnxruntime import library
 from converter.stages import Stages
 
@@ -55,8 +57,6 @@ def evaluate(
         CheckpointError: when the checkpoint has another tokenizer than OUT.
         RecoveryError: when less of the accuracy is left than `min_recovery`; the results are written.
     """
-    if not setting.tasks and not setting.prompts:
-        raise EvaluationError("--tasks: must name a task of lm-eval, got none. Name one, or give --prompts.")
     folder = Path(model)
     sparse = is_bundle(folder)
     if not sparse:
@@ -64,23 +64,32 @@ def evaluate(
             if value:
                 raise EvaluationError(f"{option}: must be given with an OUT of nmsparse, got {model}. Leave it out.")
     checkpoint = _dense(folder, against) if sparse else open_checkpoint(model)
-    require_decoder(checkpoint, "evaluate")
+    _check_setting(checkpoint, setting)
     if sparse:
         out = out or folder / EVALUATION
-        _same_tokenizer(folder, checkpoint)
+        if not checkpoint.kind.images:
+            _same_tokenizer(folder, checkpoint)
     with stages.stage("tasks"):
         tasks = load_tasks(setting, data)
+        shown = (
+            labelled(setting.images, checkpoint.config, setting.limit or 0, setting.seed) if setting.images else None
+        )
         prompts = windows(setting.text, checkpoint.tokenizer(), setting.prompts, PROMPT) if setting.prompts else None
-    sides: dict[str, tuple[str | Checkpoint, str]] = {"dense": (checkpoint, f"dense {checkpoint.fingerprint()}")}
+    sides: dict[str, tuple[str | Checkpoint, str]] = {
+        "dense": (checkpoint, f"dense {checkpoint.fingerprint()} {checkpoint.settings()}")
+    }
     if sparse:
         sides["sparse"] = (model, _fingerprint(folder))
     found: dict[str, pd.DataFrame] = {}
     wrote: list[list[int]] = []  # the dense model, after the prompts
     for name, (side, key) in sides.items():
-        loaded: tuple[PreTrainedModel, PreTrainedTokenizerBase]
-        loaded = load_with_tokenizer(side) if isinstance(side, str) else (side.model(), side.tokenizer())
+        loaded = load_with_processor(side) if isinstance(side, str) else (side.model(), side.processor())
         cache = _cache(key, context)
         frames = []
+        if setting.images and shown is not None:
+            with stages.stage(name, "images") as advance:
+                kept = cache.with_suffix(".images")
+                frames.append(classify(*loaded, setting.images, *shown, batch, kept, advance))
         if tasks:
             with stages.stage(name, "answers") as advance:
                 frames.append(ask(HarnessLM(*loaded, context, batch, advance), tasks, setting, cache))
@@ -98,6 +107,21 @@ def evaluate(
         _write(out, result, setting, context, model, checkpoint.source)
     _check(result, min_recovery)
     return result
+
+
+def _check_setting(checkpoint: Checkpoint, setting: Setting) -> None:
+    """Refuse what the kind of model cannot be asked."""
+    if checkpoint.kind is not CLASSIFIER:
+        require_decoder(checkpoint, "evaluate")
+        if setting.images:
+            raise EvaluationError(f"--images: must be given with a {CLASSIFIER.name}, got a {checkpoint.kind.name}.")
+        if not setting.tasks and not setting.prompts:
+            raise EvaluationError("--tasks: must name a task of lm-eval, got none. Name one, or give --prompts.")
+        return
+    if setting.tasks or setting.prompts:
+        raise EvaluationError(f"--tasks, --prompts: must not be given with an {CLASSIFIER.name}. Give --images alone.")
+    if not setting.images:
+        raise EvaluationError(f"--images: must be given with an {CLASSIFIER.name}, got none: {SOURCES}.")
 
 
 def _dense(folder: Path, against: str | None) -> Checkpoint:

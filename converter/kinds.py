@@ -8,16 +8,23 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMaskedLM, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto import modeling_auto
 
 from converter.errors import CalibrationError, CheckpointError, RecipeError
 from converter.recipe import Recipe
 
 
-def _of_tokens(found: Tensor, wanted: Tensor) -> Tensor:
-    """Return the mean over the tokens of KL(wanted || found), in nats, of logits `[B, S, V]`."""
-    logs, targets = (part.flatten(0, 1).log_softmax(-1) for part in (found, wanted))
+def _of_logits(found: Tensor, wanted: Tensor) -> Tensor:
+    """Return the mean over the rows of KL(wanted || found), in nats, of logits `[..., V]`."""
+    logs, targets = (part.flatten(0, -2).log_softmax(-1) for part in (found, wanted))
     return nn.functional.kl_div(logs, targets, reduction="batchmean", log_target=True)
 
 
@@ -30,15 +37,17 @@ def _of_states(found: Tensor, wanted: Tensor) -> Tensor:
 class Kind:
     """A kind of models; `output` is what the graph gives, `calls` how it is called, each one a phase of parity.
 
-    `source` is the calibration text when the recipe names none, `distance` what distillation makes small.
+    `source` is the calibration text when the recipe names none, `distance` what distillation makes small; `images` are
+    what the model is given in the place of text.
     """
 
     name: str
     auto: Any
     output: str
     calls: tuple[str, ...]
-    source: str
+    source: str | None
     distance: Callable[[Tensor, Tensor], Tensor]
+    images: bool = False
 
     @property
     def cached(self) -> bool:
@@ -46,47 +55,59 @@ class Kind:
         return "decode" in self.calls
 
 
-DECODER = Kind("causal language model", AutoModelForCausalLM, "logits", ("prefill", "decode"), "self", _of_tokens)
-MASKED = Kind("masked language model", AutoModelForMaskedLM, "logits", ("text",), "python", _of_tokens)
+DECODER = Kind("causal language model", AutoModelForCausalLM, "logits", ("prefill", "decode"), "self", _of_logits)
+MASKED = Kind("masked language model", AutoModelForMaskedLM, "logits", ("text",), "python", _of_logits)
 ENCODER = Kind("encoder", AutoModel, "last_hidden_state", ("text",), "python", _of_states)
+CLASSIFIER = Kind(
+    "image classifier", AutoModelForImageClassification, "logits", ("images",), None, _of_logits, images=True
+)
+IMAGE_ENCODER = Kind("image encoder", AutoModel, "last_hidden_state", ("images",), None, _of_states, images=True)
 
 
 def kind_of(config: PreTrainedConfig, where: str) -> Kind:
     """Return the kind of the model that the checkpoint `where` was saved from; without a word on it, a decoder.
 
-    The bare model of a family that is trained to fill in masked tokens is an encoder; of any other, part of a decoder.
+    The bare model of a family that is trained to fill in masked tokens, or to name what is on an image, is an encoder;
+    of any other, part of a decoder.
 
     Raises:
         CheckpointError: when it has a head for another task.
     """
     saved = (config.architectures or [""])[0]
-    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if config.model_type not in masked or config.is_encoder_decoder:
-        return DECODER
-    if saved in _names(masked, config):
-        return MASKED
-    if saved in _names(modeling_auto.MODEL_MAPPING_NAMES, config):
-        return ENCODER
-    if saved in {"", *_names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, config)}:
-        return DECODER
-    raise CheckpointError(
-        f"{where}: must be a causal or masked language model or an encoder, got {saved}. Save its base model alone."
+    found = _kind(config, saved)
+    if found is None:
+        raise CheckpointError(
+            f"{where}: must be a causal or masked language model, an image classifier or an encoder, got {saved}. "
+            "Save its base model alone."
+        )
+    return found
+
+
+def kind(model: PreTrainedModel) -> Kind:
+    """Return the kind of a model in memory."""
+    return _kind(model.config, type(model).__name__) or DECODER
+
+
+def _kind(config: PreTrainedConfig, saved: str) -> Kind | None:
+    """Return the kind of the class `saved` of that family, or None when it has a head for another task."""
+    families = (
+        (modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, CLASSIFIER, IMAGE_ENCODER),
+        (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, MASKED, ENCODER),
     )
+    for mapping, headed, bare in families:
+        if config.model_type in mapping and not config.is_encoder_decoder:
+            if saved in _names(mapping, config):
+                return headed
+            if saved in _names(modeling_auto.MODEL_MAPPING_NAMES, config):
+                return bare
+            decoders = {"", *_names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, config)}
+            return DECODER if saved in decoders else None
+    return DECODER
 
 
 def _names(mapping: Any, config: PreTrainedConfig) -> tuple[str, ...]:
     found = mapping.get(config.model_type, ())
     return (found,) if isinstance(found, str) else tuple(found)
-
-
-def kind(model: PreTrainedModel) -> Kind:
-    """Return the kind of a model in memory."""
-    saved, config, masked = type(model).__name__, model.config, modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if config.model_type not in masked or config.is_encoder_decoder:
-        return DECODER
-    if saved in _names(masked, config):
-        return MASKED
-    return ENCODER if saved in _names(modeling_auto.MODEL_MAPPING_NAMES, config) else DECODER
 
 
 def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
@@ -102,10 +123,13 @@ def takes_segments(model: PreTrainedModel) -> bool:
     return segments > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
 
 
-def output(model: PreTrainedModel, ids: Tensor, *, last: bool = False) -> Tensor:
-    """Return what the model gives for the token ids `[B, S]`; with `last`, for the last one alone where it can be."""
-    options: dict[str, Any] = {"input_ids": ids}
+def output(model: PreTrainedModel, given: Tensor, *, last: bool = False) -> Tensor:
+    """Return what the model gives for token ids `[B, S]` or pixels `[B, C, H, W]`.
+
+    With `last`, for the last token alone where it can be.
+    """
     found = kind(model)
+    options: dict[str, Any] = {"pixel_values" if found.images else "input_ids": given}
     if found.cached:
         options |= {"use_cache": False, "logits_to_keep": 1} if last else {"use_cache": False}
     result: Tensor = getattr(model(**options), found.output)
@@ -115,17 +139,24 @@ def output(model: PreTrainedModel, ids: Tensor, *, last: bool = False) -> Tensor
 def completed(recipe: Recipe, found: Kind, config: PreTrainedConfig) -> Recipe:
     """Return the recipe for a model of that kind, with the calibration text that such a model has by default.
 
+    Of an image model a window of text is an image.
+
     Raises:
         RecipeError: when it asks for what only a model with a cache can do.
-        CalibrationError: when a window of text is longer than the model's positions.
+        CalibrationError: when a window of text is longer than the model's positions, or an image model has no images.
     """
     recipe = recipe if recipe.calibration.source else recipe.replace({"calibration.source": found.source})
     if found.cached:
         return recipe
     if recipe.phases != "both":
-        raise RecipeError(
-            f"phases: must be both for an encoder, which has no cache, got {recipe.phases}. Leave it out."
-        )
+        raise RecipeError(f"phases: must be both for a model without a cache, got {recipe.phases}. Leave it out.")
+    if found.images:
+        if recipe.calibration.source in {None, "self", "python"}:
+            raise CalibrationError(
+                f"calibration.source: must be images for an {found.name}, got {recipe.calibration.source}. "
+                "Give --calibration with a folder of them, or hub:NAME[:CONFIG[:SPLIT]]."
+            )
+        return recipe
     if "self" in (recipe.calibration.source or "").split(","):
         raise RecipeError(
             "calibration.source: must be a text for an encoder, got self: it cannot write. "

@@ -24,6 +24,7 @@ from converter.calibration import file as calibration_file
 from converter.calibration.allocate import allocate
 from converter.calibration.arrange import arrange
 from converter.calibration.distill import distill
+from converter.calibration.images import images
 from converter.calibration.resume import resumable
 from converter.calibration.texts import sampled, windows
 from converter.calibration.train import Curve
@@ -58,7 +59,7 @@ from converter.sparsity.linear import Params
 from converter.stages import Stages
 from converter.tensor_file import write_whole
 
-VALIDATION_TOKENS = 128
+VALIDATION_TOKENS, VALIDATION_IMAGES = 128, 2
 TEXT = "python"
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -88,28 +89,28 @@ def convert(
 
 def load(path: str | Path) -> PreTrainedModel:
     """Return OUT on ONNX Runtime, or a checkpoint in PyTorch, as a transformers model."""
-    return load_with_tokenizer(path)[0]
+    return load_with_processor(path)[0]
 
 
-def load_with_tokenizer(path: str | Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return the model as `load` does, and its tokenizer."""
+def load_with_processor(path: str | Path) -> tuple[PreTrainedModel, Any]:
+    """Return the model as `load` does, and what makes its input: the tokenizer, or the processor of images."""
     folder = Path(path)
     if is_bundle(folder):
         manifest(folder)
-        return load_onnx(folder), Checkpoint(str(path), None, folder).tokenizer()
+        return load_onnx(folder), Checkpoint(str(path), None, folder).processor()
     checkpoint = open_checkpoint(str(path))
-    return checkpoint.model(), checkpoint.tokenizer()
+    return checkpoint.model(), checkpoint.processor()
 
 
 def load_decoder(path: str | Path, use: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Return a causal language model and its tokenizer, as `load_with_tokenizer` does; `use` is what for.
+    """Return a causal language model and its tokenizer, as `load_with_processor` does; `use` is what for.
 
     Raises:
         CheckpointError: when it is a model of another kind.
     """
     folder = Path(path)
     require_decoder(Checkpoint(str(path), None, folder) if is_bundle(folder) else open_checkpoint(str(path)), use)
-    return load_with_tokenizer(path)
+    return load_with_processor(path)
 
 
 def require_decoder(source: Checkpoint, use: str) -> None:
@@ -216,20 +217,27 @@ def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Pat
 
 
 def calibration_text(checkpoint: Checkpoint, recipe: Recipe, state: Path | None, stages: Stages) -> Tensor:
-    """Return the windows `[count, window]` of calibration text, in turn from each source that the recipe names.
+    """Return the windows `[count, window]` of calibration text, or the images, in turn from each source of the recipe.
 
     What the model has written for an interrupted run, in the folder `state`, is not written anew.
     """
     settings = completed(recipe, checkpoint.kind, checkpoint.config).calibration
     sources = (settings.source or "").split(",")
-    each, tokenizer = ceil(recipe.windows() / len(sources)), checkpoint.tokenizer()
+    each = ceil(recipe.windows() / len(sources))
     parts = [
         _written(checkpoint, recipe, each, state, stages)
         if source == "self"
-        else windows(source, tokenizer, each, settings.window, settings.field, framed=not checkpoint.kind.cached)
+        else _read(checkpoint, source, each, settings.window, settings.field, recipe.seed)
         for source in sources
     ]
     return torch.stack(parts, 1).flatten(0, 1)[: recipe.windows()]
+
+
+def _read(checkpoint: Checkpoint, source: str, count: int, window: int, field: str, seed: int) -> Tensor:
+    """Return so many windows of a text, or images."""
+    if checkpoint.kind.images:
+        return images(source, checkpoint.processor(), count, seed)
+    return windows(source, checkpoint.tokenizer(), count, window, field, framed=not checkpoint.kind.cached)
 
 
 def _written(checkpoint: Checkpoint, recipe: Recipe, count: int, state: Path | None, stages: Stages) -> Tensor:
@@ -254,7 +262,7 @@ def fitted(
     state: Path | None,
     stages: Stages,
 ) -> Fitted:
-    """Return what the recipe makes of the checkpoint on the windows `text [count, window]`; None when it needs none.
+    """Return what the recipe makes of the checkpoint on the windows or images `text`; None when it needs none.
 
     `scratch` is a folder for hidden states; `state`, where given, one from which an interrupted call goes on. All of it
     runs where the checkpoint puts its model; the result is on the CPU.
@@ -308,8 +316,10 @@ def _validate(
     folder: Path, checkpoint: Checkpoint, params: dict[str, Params], recipe: Recipe, text: str | None, stages: Stages
 ) -> Parity:
     with stages.stage("validate", "comparisons") as advance:
-        tokenizer, framed = checkpoint.tokenizer(), not checkpoint.kind.cached
-        ids = windows(text or TEXT, tokenizer, 1, VALIDATION_TOKENS, framed=framed)
+        settings, pictures = recipe.calibration, checkpoint.kind.images
+        source = text or ((settings.source or "").split(",")[0] if pictures else TEXT)
+        count = VALIDATION_IMAGES if pictures else 1
+        ids = _read(checkpoint, source, count, VALIDATION_TOKENS, "text", recipe.seed)
         parity = compare(folder, checkpoint.model(), params, recipe.storage(), recipe.phases, ids, advance)
     parity.check()
     return parity

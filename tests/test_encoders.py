@@ -26,7 +26,7 @@ from converter.calibration.texts import texts, windows
 from converter.checkpoint import open_checkpoint
 from converter.errors import BuildError, CalibrationError, CheckpointError, ExportError, RecipeError
 from converter.kinds import output
-from converter.pipeline import inspect, load_with_tokenizer
+from converter.pipeline import inspect, load_with_processor
 from converter.plan import plan
 from converter.runtimes.tensorrt import Options
 from converter.sparsity.linear import Params, install
@@ -179,7 +179,7 @@ def test_a_checkpoint_without_pooler_and_under_other_names(bert: tuple[Path, Pat
 @pytest.mark.parametrize(
     ("changes", "error", "match"),
     [
-        ({"phases": "prefill"}, RecipeError, "phases: must be both for an encoder"),
+        ({"phases": "prefill"}, RecipeError, "phases: must be both for a model without a cache"),
         ({"calibration.source": "python,self"}, RecipeError, "calibration.source: must be a text for an encoder"),
         (
             {"calibration.window": 256, "calibration.tokens": 256},
@@ -231,7 +231,7 @@ def test_minilm(tmp_path: Path) -> None:
     sentences = [text.strip().partition(".")[0] for text in texts("python")][:32]
 
     def embedded(path: Path) -> Tensor:
-        model, tokenizer = load_with_tokenizer(path)
+        model, tokenizer = load_with_processor(path)
         inputs = tokenizer(sentences, padding=True, truncation=True, return_tensors="pt")
         states, seen = model(**inputs).last_hidden_state, inputs["attention_mask"][:, :, None]
         return (states * seen).sum(1) / seen.sum(1)

@@ -41,14 +41,14 @@ def allocate(
 ) -> dict[str, str]:
     """Return the pattern of `recipe.menu()` for each open layer of the plan.
 
-    `model` is dense and stays as it is; of the token ids `windows [count, window]` the first `allocation.tokens` are
-    used. `progress` is called with the number of windows done and their total.
+    `model` is dense and stays as it is; of the windows or images `windows [count, ...]` those of the first
+    `allocation.tokens` are used. `progress` is called with the number of windows done and their total.
 
     Raises:
         CalibrationError: when an effect is not finite, or a layer has no part in the loss.
     """
     menu, settings = recipe.menu(), recipe.allocation
-    used = windows[: settings.tokens // windows.shape[1]]
+    used = windows[: settings.tokens // recipe.calibration.window]
     effects = measure(model, plan.open, recipe, used, progress)
     kept = {
         layer.name: [kept_weights(layer, *Pattern.parse(text).at(layer.in_features, layer.name)) for text in menu]
@@ -102,14 +102,15 @@ def measure(
 def _loss(model: PreTrainedModel, ids: Tensor, generator: torch.Generator) -> Tensor:
     """Return that of the tokens `ids [S]` whose gradients tell what an error anywhere in the model does to its output.
 
-    A decoder is asked for the next token, a masked language model for one that it draws itself: it sees the text's own.
-    An encoder has no loss. Its states under random signs have gradients whose (g . e)^2 is, on average, the square of
-    what the error does to them.
+    A decoder is asked for the next token. A masked language model sees the text's own, so it is asked for one that it
+    draws itself, as is a classifier of images, which have no labels here. An encoder has no loss: its states under
+    random signs have gradients whose (g . e)^2 is, on average, the square of what the error does to them.
     """
     found, y = kind(model), output(model, ids[None])[0].float()
     if found.cached:
         return nn.functional.cross_entropy(y[:-1], ids[1:], reduction="sum")
     if found.output == "logits":
+        y = y.reshape(-1, y.shape[-1])
         drawn = y.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
         return nn.functional.cross_entropy(y, drawn, reduction="sum")
     signs = torch.randint(2, y.shape, generator=generator, device=y.device) * 2 - 1

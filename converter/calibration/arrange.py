@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from converter.arrangement import Arrangement, Orders
 from converter.calibration.blocks import Blocks, statistics
 from converter.calibration.wiring import same_output, wiring
+from converter.kinds import kind
 from converter.plan import Plan
 from converter.sparsity.permutation import decorrelate
 
@@ -36,13 +37,13 @@ def arrange(
 ) -> Arrangement:
     """Return the arrangement of the dense `model` for the groups of `plan`, and leave `model` arranged.
 
-    `windows [count, window]` holds token ids, taken `batch` at a time; `scratch` is a folder for the hidden states.
+    `windows [count, ...]` holds token ids or images, taken `batch` at a time; `scratch` is a folder for hidden states.
     What does not leave the model's output as it is, up to rounding, is no part of the result.
 
     Raises:
         CalibrationError: when an activation is not finite.
     """
-    sample = windows[:1, :SAMPLE].to(model.device)
+    sample = (windows[:1] if kind(model).images else windows[:1, :SAMPLE]).to(model.device)
     found = wiring(model, plan, sample)
     wanted = {layer.name for layer in plan.sparse if layer.name in found.feeds or layer.name in found.readers}
     if not wanted:

@@ -1,4 +1,4 @@
-"""A model on batches of text, one block at a time: hidden states wait on disk, so that memory stays the same."""
+"""A model on batches of text or images, a block at a time: hidden states wait on disk, so memory stays the same."""
 
 from __future__ import annotations
 
@@ -20,18 +20,20 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Blocks:
-    """The blocks of `model`, called `name`, on batches of token ids `[B, S]`; `folder` holds the hidden states."""
+    """The blocks of `model`, called `name`, on batches of token ids or images; `folder` holds the hidden states."""
 
     def __init__(self, model: PreTrainedModel, name: str, batches: list[Tensor], folder: Path) -> None:
         """Write what the first block is given for every batch."""
         blocks = model.get_submodule(name)
         assert isinstance(blocks, nn.ModuleList)
         self.model, self.blocks, self.folder = model, blocks, folder
-        self.sizes, self.length = [len(batch) for batch in batches], batches[0].shape[1]
+        self.sizes, self.length = [len(batch) for batch in batches], 0
         batches = [batch.to(model.device) for batch in batches]
         self.calls = {len(batch): block_calls(model, blocks, batch) for batch in batches}
         for number, batch in enumerate(batches):
-            self._write(number, first_hidden(model, blocks, batch))
+            hidden = first_hidden(model, blocks, batch)
+            self.length = hidden.shape[1]  # tokens of a window, or patches of an image
+            self._write(number, hidden)
 
     def run(self, index: int, number: int) -> Tensor:
         """Return what block `index` makes of the hidden states of batch `number`."""
@@ -72,7 +74,8 @@ def statistics(
 
     def update(stats: LayerStats, x: Tensor) -> None:
         # Without the first token of a window: it is an attention sink, whose activations are hundreds of times larger
-        # than any other and would be the mean. Some families flatten windows and tokens into one axis.
+        # than any other and would be the mean. (Of an image it stands for the whole.) Some families flatten windows and
+        # tokens into one axis.
         stats.update(x.reshape(-1, text.length, x.shape[-1])[:, 1:])
 
     stats: dict[str, LayerStats] = {}
@@ -104,7 +107,7 @@ class _Stop(Exception):  # noqa: N818 - no error: the forward has given what was
 
 
 def first_hidden(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor) -> Tensor:
-    """Return what the first block is given for these ids."""
+    """Return what the first block is given for these ids, `[B, S, H]`."""
     seen: list[Tensor] = []
 
     def stop(_module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any]) -> None:

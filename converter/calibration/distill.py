@@ -19,7 +19,7 @@ from converter.sparsity.linear import Params
 
 
 def divergence(model: PreTrainedModel, layers: list[TrainedLinear], ids: Tensor) -> Tensor:
-    """Return how far the sparse model is from the dense one on the tokens `ids [B, S]`, as its kind measures it."""
+    """Return how far the sparse model is from the dense one on tokens or images `[B, ...]`, as its kind measures."""
     with teacher(layers):
         wanted = output(model, ids)
     return kind(model).distance(output(model, ids), wanted)
@@ -35,7 +35,7 @@ def distill(
 ) -> tuple[dict[str, Params], Curve]:
     """Return the parameters with `recipe.trains()` trained, and the divergence on held-out text as that went.
 
-    `model` is dense and is used up; `windows [count, window]` holds token ids, which are cut to pieces of
+    `model` is dense and is used up; `windows [count, ...]` holds images, or token ids, which are cut to pieces of
     `training.window`, of which the last `training.held_out` are held out. The same seed gives the same weights;
     `state` is as `train` has it.
 
@@ -43,12 +43,14 @@ def distill(
         CalibrationError: when there is no text left to train on, too little memory, or training fails.
     """
     settings = recipe.training
-    pieces = windows.to(model.device).reshape(-1, min(settings.window, windows.shape[1]))
+    pieces = windows.to(model.device)
+    if not kind(model).images:
+        pieces = pieces.reshape(-1, min(settings.window, windows.shape[1]))
     held_out, text = pieces[-settings.held_out :], pieces[: -settings.held_out]
     if len(text) < settings.batch:
         raise CalibrationError(
             f"training: training.tokens must give at least {settings.batch + settings.held_out} windows of "
-            f"{pieces.shape[1]}, got {len(pieces)}. Ask for more tokens."
+            f"{settings.window}, got {len(pieces)}. Ask for more tokens."
         )
     model.requires_grad_(requires_grad=False)
     dense: dict[str, nn.Linear] = {}

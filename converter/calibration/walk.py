@@ -37,7 +37,7 @@ def calibrate(
 ) -> dict[str, Params]:
     """Return the parameters of every sparse layer, and leave `model` sparse with them.
 
-    `windows [count, window]` holds token ids, None when the recipe needs none; `scratch` is a folder for the hidden
+    `windows [count, ...]` holds token ids or images, None when the recipe needs none; `scratch` is a folder for hidden
     states. In the folder `state`, where given, every trained block is kept, so that an interrupted call can be made
     again and ends with the same bits. `progress` is called with the number of blocks done and their total.
 

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from converter.arrangement import Arrangement, Orders
 from converter.calibration.blocks import Call, block_calls, first_hidden, run_block, watched
 from converter.graph.trace import signature
-from converter.kinds import output
+from converter.kinds import kind, output
 from converter.plan import Plan, find_blocks
 
 CODE = 256  # bits; a row that is not there is read off once in 1e8 blocks of 40,000 rows and 20,000 channels
@@ -95,7 +95,7 @@ class Wiring:
 
 
 def wiring(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Wiring:
-    """Return what can be reordered of the inputs of the sparse layers, tried on the dense `model` with `ids [1, S]`."""
+    """Return what can be reordered of the inputs of the sparse layers, tried on the dense `model` on `ids [1, ...]`."""
     blocks_name, blocks = find_blocks(model)
     sparse = {layer.name: layer for layer in plan.sparse if layer.group < layer.in_features}
     names = parameter_names(model)
@@ -203,6 +203,10 @@ def _outside(model: nn.Module, blocks: nn.ModuleList, width: int) -> Iterator[tu
             for parameter in module.parameters(recurse=False):
                 if parameter.shape == (width,):
                     yield parameter, 0
+                elif parameter.ndim == 3 and parameter.shape[-1] == width:  # what is added to each patch of an image
+                    yield parameter, 2
+                elif isinstance(module, nn.Conv2d) and module.out_channels == width:  # makes the patches
+                    yield parameter, 0
 
 
 @dataclass(frozen=True)
@@ -219,7 +223,8 @@ def _kinds(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, width: in
     """Return the kind of each block; None for one with a layer that is not given each token once."""
     most = max(sum(isinstance(m, nn.Linear) for m in block.modules()) for block in blocks)
     runs = 2 + CODE + most
-    calls = block_calls(model, blocks, ids[:, :1].expand(runs, 1))
+    # What else a block is given depends on how many rows and tokens there are; of an image model it is nothing.
+    calls = block_calls(model, blocks, ids if kind(model).images else ids[:, :1].expand(runs, 1))
     found: dict[str, _Kind | None] = {}
     kinds = []
     for block, call in zip(blocks, calls, strict=True):

@@ -89,14 +89,18 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
 
 
 def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str, kernel: Path | None) -> None:
-    """Write configuration and tokenizer into `folder`; for a decoder generation and genai configuration, too.
+    """Write configuration and tokenizer or image processor into `folder`; for a decoder what generates text, too.
 
     The library `kernel`, where one is given, goes along: onnxruntime-genai loads what lies beside the model.
     """
-    config, tokenizer = checkpoint.config, checkpoint.tokenizer()
+    config, processor = checkpoint.config, checkpoint.processor()
     config.dtype = dtype
     config.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    processor.save_pretrained(folder)
+    if kernel is not None:
+        shutil.copy(kernel, folder / kernel.name)
+    if checkpoint.kind.images:
+        return
     path = folder / "tokenizer_config.json"
     settings = json.loads(path.read_text("utf-8"))
     if settings.get("tokenizer_class") == "TokenizersBackend":
@@ -106,12 +110,10 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str, kernel:
         for key in ("backend", "is_local", "local_files_only"):
             settings.pop(key, None)
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    if kernel is not None:
-        shutil.copy(kernel, folder / kernel.name)
     if checkpoint.kind.cached:
         generation = checkpoint.generation_config()
         generation.save_pretrained(folder)
-        about = genai_config(config, generation, tokenizer)
+        about = genai_config(config, generation, processor)
         if kernel is not None:
             about["model"]["decoder"]["session_options"]["custom_ops_library"] = kernel.name
         write_json(folder / GENAI, about)

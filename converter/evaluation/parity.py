@@ -49,7 +49,7 @@ from converter.runtimes.onnxruntime import session
 from converter.sparsity.linear import Baked, Params, Phases, install
 from converter.sparsity.quantize import Storage
 
-IDS = "input_ids"
+IDS, MASK = "input_ids", "attention_mask"
 
 
 @dataclass(frozen=True)
@@ -115,12 +115,13 @@ def validate(
 ) -> Parity:
     """Return how `folder/model.onnx` compares with the dense `model`, which is made sparse with `params` on the way.
 
-    `ids [1, S]` is real text; where there is a cache the last token is decoded, the others are the prefill.
+    `ids [1, S]` is real text, `ids [B, C, H, W]` are images; where there is a cache the last token is decoded, the
+    others are the prefill.
 
     A bfloat16 graph is compared as ONNX Runtime's CPU provider can run it: in float32, on the bfloat16 weights.
     """
     dtype = storage.dtype
-    report = Parity(dtype, LIMITS[dtype], ids.numel())
+    report = Parity(dtype, LIMITS[dtype], 0)
     graph = onnx.load(folder / MODEL, load_external_data=False)
     kind = np.float16 if dtype == "float16" else np.float32
     with torch.no_grad(), quiet():
@@ -134,6 +135,7 @@ def validate(
         for name, layer in rounded.items():
             install(model, name, layer, unfitted[name], phases)
         inputs = layer_inputs(model, list(params), ids, kind)
+        report.tokens = sum(len(next(iter(feed.values()))) for feed in inputs)
         if _phase_nodes(graph):
             # Of two rows, so that a graph that takes the batch for the sequence is found out.
             for feed, part in zip(inputs, (ids[:, :-1], ids[:, -1:]), strict=True):
@@ -194,7 +196,9 @@ def _relative(error: float, magnitude: float) -> float:
 
 def _seen(feed: Any, array: Array) -> Array:
     """Return `array` with the padding positions zero: nothing reads them, and runtimes fill them as they like."""
-    mask = feed["attention_mask"].astype(bool)
+    if MASK not in feed:
+        return array
+    mask = feed[MASK].astype(bool)
     if array.ndim == 3:
         return np.where(mask[:, -array.shape[1] :, None], array, 0)
     return np.where(mask[:, None, :, None], array, 0)
@@ -401,9 +405,10 @@ def _report_sparse(
     for phase, feed in zip(kind_of_model(model).calls, feeds, strict=True):
         found = _seen(feed, ort.run([name], feed)[0].astype(np.float32))
         expected = _seen(feed, run_model(model, feed)[name])
-        seen = feed["attention_mask"][:, -found.shape[1] :].astype(bool)
         report.sparse[f"{phase}_{name}_error"] = _relative(
             float(np.abs(found - expected).max()), float(np.abs(expected).max())
         )
         if name == "logits":
-            report.sparse[f"{phase}_same_top_token"] = float((found.argmax(-1) == expected.argmax(-1))[seen].mean())
+            same = found.argmax(-1) == expected.argmax(-1)
+            seen = feed[MASK][:, -found.shape[1] :].astype(bool) if MASK in feed else slice(None)
+            report.sparse[f"{phase}_same_top_token"] = float(same[seen].mean())

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
-from converter.graph.trace import cache_names, input_names
+from converter.graph.trace import PIXELS, cache_names, input_names
 from converter.kinds import kind as kind_of_model
+from converter.kinds import output
 from converter.sparsity.linear import Params, SparseLinear
 from converter.sparsity.quantize import Storage
 
@@ -69,8 +70,11 @@ def round_params(params: Params, storage: Storage) -> Params:
 def model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:
     """Return inputs of the whole graph: a prefill of two rows, one padded on the left, then one token more for both.
 
-    `kind` is the numpy dtype of the cache. Without a cache it is one call, of two rows, one padded on the right.
+    `kind` is the numpy dtype of the cache. Without a cache it is one call, of two rows, one padded on the right, or of
+    the images.
     """
+    if kind_of_model(model).images:
+        return [OrderedDict([(PIXELS, ids.numpy().astype(kind))])]
     pad, length = 3, min(ids.shape[1], 64)
     text = ids[0, :length]
     if not kind_of_model(model).cached:
@@ -109,7 +113,8 @@ def run_model(model: PreTrainedModel, feed: Any) -> dict[str, Array]:
     """Return logits (or states) and cache under the names of the graph's outputs, computed by torch."""
     found = kind_of_model(model)
     if not found.cached:
-        out = model(**{name: torch.from_numpy(array) for name, array in feed.items()})
+        given = {name: torch.from_numpy(array) for name, array in feed.items()}
+        out = model(**{name: part.float() if part.is_floating_point() else part for name, part in given.items()})
         return {found.output: getattr(out, found.output).numpy()}
     cache = DynamicCache()
     count = sum(name.startswith("past_key_values.") for name in feed) // 2
@@ -138,7 +143,7 @@ def layer_inputs(model: PreTrainedModel, names: list[str], ids: Tensor, kind: An
     """
     feeds: list[Any] = []
     cached = kind_of_model(model).cached
-    options: dict[str, Any] = {"past_key_values": DynamicCache(), "use_cache": True} if cached else {}
+    cache = DynamicCache()
     for part in (ids[:, :-1], ids[:, -1:]) if cached else (ids,):
         seen: OrderedDict[str, Array] = OrderedDict()
         handles = []
@@ -148,7 +153,10 @@ def layer_inputs(model: PreTrainedModel, names: list[str], ids: Tensor, kind: An
                 seen[f"{name}.X"] = args[0].reshape(-1, args[0].shape[-1]).numpy().astype(kind)
 
             handles.append(model.get_submodule(name).register_forward_pre_hook(note))
-        model(input_ids=part, **options)
+        if cached:
+            model(input_ids=part, past_key_values=cache, use_cache=True)
+        else:
+            output(model, part)
         for handle in handles:
             handle.remove()
         feeds.append(seen)

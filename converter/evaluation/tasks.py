@@ -20,6 +20,7 @@ from lm_eval.tasks import TaskManager
 from converter.errors import EvaluationError
 from converter.evaluation.harness import HarnessLM
 
+TASKS = "piqa,arc_easy,boolq,winogrande,wikitext"  # by default
 COLUMNS = ("task", "example", "metric", "value", "weight", "predicted", "target")
 ARTICLE = re.compile(r"^ = [^=]+ = $", re.M)
 
@@ -28,7 +29,7 @@ ARTICLE = re.compile(r"^ = [^=]+ = $", re.M)
 class Setting:
     """How the tasks are asked; two models are compared under one setting.
 
-    Both also write on from `prompts` prompts of `text`.
+    Both also write on from `prompts` prompts of `text`. Classifiers of images are asked for the classes of `images`.
     """
 
     tasks: tuple[str, ...]
@@ -38,6 +39,7 @@ class Setting:
     seed: int = 0
     prompts: int = 0
     text: str = "python"
+    images: str | None = None
 
 
 @dataclass(frozen=True)

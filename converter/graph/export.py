@@ -11,7 +11,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from converter.checkpoint import Checkpoint
+from converter.checkpoint import Checkpoint, image_shape
 from converter.errors import ExportError
 from converter.graph.op import DOMAIN, OP, VERSION, Form, function
 from converter.graph.phase import give_phase
@@ -65,7 +65,8 @@ def export(
         for layer in plan.layers
         if layer.name in params or f"{layer.name}.weight" not in tied
     }
-    model = trace(skeleton, nodes, form, dtype)
+    image = image_shape(checkpoint.processor()) if checkpoint.kind.images else ()
+    model = trace(skeleton, nodes, form, dtype, image)
     stamp(model, plan.blocks)
     if phases != "both":
         give_phase(model, phases)

@@ -25,10 +25,11 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from converter.errors import ExportError
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION, Form
-from converter.kinds import kind, takes_segments
+from converter.kinds import kind, output, takes_segments
 from converter.plan import find_blocks
 
 ATTENTION = "nmsparse_onnx"
+PIXELS = "pixel_values"
 BLOCK, ENTER, LEAVE = "Block", "Enter", "Leave"
 # Sizes of the example inputs: all different, none 0 or 1, which torch.export would take for constants.
 BATCH, SEQUENCE, PAST = 2, 3, 5
@@ -208,14 +209,30 @@ class _ExportedEncoder(nn.Module):
         return result
 
 
+class _ExportedVision(nn.Module):
+    """A model of images with the input and the output of the ONNX graph."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        return output(self.model, pixel_values)
+
+
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None = None, **_: Any
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float | None = None,
+    **_: Any,
 ) -> tuple[Tensor, None]:
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     shape = (*query.shape[:-1], value.shape[-1])
-    y = torch.onnx.ops.symbolic(
-        "Attention", [query, key, value, mask], {"scale": scale}, dtype=query.dtype, shape=shape
-    )
+    given = [query, key, value, *([] if mask is None else [mask])]
+    y = torch.onnx.ops.symbolic("Attention", given, {"scale": scale}, dtype=query.dtype, shape=shape)
     return y.transpose(1, 2), None
 
 
@@ -231,14 +248,18 @@ def _additive_mask(*args: Any, dtype: torch.dtype = torch.float32, **kwargs: Any
     return torch.where(seen, torch.zeros((), dtype=dtype), torch.full((), torch.finfo(dtype).min / 2, dtype=dtype))
 
 
-def trace(model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtype: torch.dtype) -> ir.Model:
+def trace(
+    model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtype: torch.dtype, image: tuple[int, ...] = ()
+) -> ir.Model:
     """Return the graph of a skeleton, with placeholder blocks and without weights; `model` is used up.
+
+    A model of images takes those of the shape `image [C, H, W]`.
 
     Raises:
         ExportError: when the model does not have the shape of a decoder with a key/value cache, or of an encoder.
     """
     blocks_name, blocks = find_blocks(model)
-    cached, names = kind(model).cached, input_names(model)
+    cached, images, names = kind(model).cached, kind(model).images, input_names(model)
     _check_blocks(model, blocks, cached)
     for layer, node in nodes.items():
         linear = model.get_submodule(layer)
@@ -254,7 +275,10 @@ def trace(model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtyp
             traced.append(TracedBlock(bare[index], index, None if like == index else traced[like]))
             blocks[index] = traced[index]
         own = [index for index, like in enumerate(likes) if like == index]
-        program = _program(model, len(blocks), own, dtype) if cached else _encoder_program(model, names, dtype)
+        if cached:
+            program = _program(model, len(blocks), own, dtype)
+        else:
+            program = _image_program(model, image, dtype) if images else _encoder_program(model, names, dtype)
         differing = [block.index for block in traced if block.differs()]
         if not differing:
             break
@@ -321,10 +345,20 @@ def _encoder_program(model: PreTrainedModel, names: list[str], dtype: torch.dtyp
         return torch.export.export(_ExportedEncoder(model), (), inputs, dynamic_shapes=dims, strict=False)
 
 
+def _image_program(model: PreTrainedModel, image: tuple[int, ...], dtype: torch.dtype) -> torch.export.ExportedProgram:
+    inputs = {PIXELS: torch.zeros(BATCH, *image, dtype=dtype)}
+    with torch.no_grad():
+        _use_onnx_attention(model, dtype)
+        dims = {PIXELS: {0: torch.export.Dim("batch")}}
+        return torch.export.export(_ExportedVision(model), (), inputs, dynamic_shapes=dims, strict=False)
+
+
 def input_names(model: PreTrainedModel) -> list[str]:
     """Return the names of the graph's inputs besides the caches."""
     if kind(model).cached:
         return ["input_ids", "attention_mask", "position_ids"]
+    if kind(model).images:
+        return [PIXELS]
     return ["input_ids", "attention_mask", *(["token_type_ids"] if takes_segments(model) else [])]
 
 
@@ -334,7 +368,7 @@ def _check_blocks(model: PreTrainedModel, blocks: nn.ModuleList, cached: bool) -
         raise ExportError(
             f"{type(model).__name__}: must be a model whose blocks are all attention blocks, each its own."
         )
-    if cached and not getattr(model, "_supports_sdpa", False):
+    if (cached or kind(model).images) and not getattr(model, "_supports_sdpa", False):
         raise ExportError(f"{type(model).__name__}: must support transformers' attention interface, got none.")
 
 
@@ -383,10 +417,10 @@ def _name(model: ir.Model, own: list[int], inputs: list[str], output: str) -> No
         value.name = name
     for value, name in zip(model.graph.outputs, [output, *present], strict=True):
         value.name = name
-    ids, mask = (value.shape for value in model.graph.inputs[:2])
+    ids, mask = (value.shape for value in (model.graph.inputs[0], model.graph.inputs[min(1, len(inputs) - 1)]))
     assert ids is not None
     assert mask is not None
-    names = {str(ids[0]): "batch_size", str(ids[1]): "sequence_length"}
+    names = {str(ids[0]): "batch_size", **({} if inputs == [PIXELS] else {str(ids[1]): "sequence_length"})}
     sums: dict[str, str] = {}
     if own:
         key = model.graph.inputs[3].shape

@@ -13,7 +13,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, MaskedLMOutput
+from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, ImageClassifierOutput, MaskedLMOutput
 
 from converter.errors import ExportError
 from converter.graph.export import MODEL
@@ -190,12 +190,38 @@ class OnnxEncoder(PreTrainedModel):
         return MaskedLMOutput(logits=y) if self.output == "logits" else BaseModelOutput(last_hidden_state=y)
 
 
-def load_onnx(folder: Path) -> OnnxCausalLM | OnnxEncoder:
+class OnnxVision(PreTrainedModel):
+    """A classifier or an encoder of images whose forward is an ONNX Runtime session."""
+
+    main_input_name = "pixel_values"
+    _supports_sdpa = True
+
+    def __init__(self, config: PreTrainedConfig, onnx_session: onnxruntime.InferenceSession) -> None:
+        """Keep the session; `config` is that of the checkpoint."""
+        super().__init__(config)
+        self.session = onnx_session
+        (pixels,), (found,) = onnx_session.get_inputs(), onnx_session.get_outputs()
+        self.pixels, self.output = (np.float16 if "float16" in pixels.type else np.float32), found.name
+
+    @property
+    def device(self) -> torch.device:
+        """The CPU, where inputs are expected and outputs lie."""
+        return torch.device("cpu")
+
+    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput | ImageClassifierOutput:
+        """Return logits `[B, V]` or last_hidden_state `[B, S, H]` in float32 for pixels `[B, C, H, W]`."""
+        pixels = np.ascontiguousarray(pixel_values.numpy().astype(self.pixels))
+        y = torch.from_numpy(self.session.run(None, {self.main_input_name: pixels})[0]).float()
+        return ImageClassifierOutput(logits=y) if self.output == "logits" else BaseModelOutput(last_hidden_state=y)
+
+
+def load_onnx(folder: Path) -> OnnxCausalLM | OnnxEncoder | OnnxVision:
     """Return the model in OUT, ready to run."""
     config = AutoConfig.from_pretrained(folder)
     run = session(onnx.load(folder / MODEL, load_external_data=False), folder)
-    if not kind_of(config, str(folder)).cached:
-        return OnnxEncoder(config, run)
+    kind = kind_of(config, str(folder))
+    if not kind.cached:
+        return OnnxVision(config, run) if kind.images else OnnxEncoder(config, run)
     model = OnnxCausalLM(config, run)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

@@ -1,0 +1,89 @@
+"""Images: where a model of images reads from for calibration, validation and evaluation, as the pixels it is given."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from converter.checkpoint import image_shape
+from converter.errors import CalibrationError
+
+SOURCES = "a folder of images, in one folder for each class where they have classes, or hub:NAME[:CONFIG[:SPLIT]]"
+
+
+def images(source: str, processor: Any, count: int, seed: int) -> Tensor:
+    """Return the pixels `[count, C, H, W]` of images of the source, drawn by the seed and made by the processor.
+
+    Raises:
+        CalibrationError: when there are fewer, they cannot be read, or the processor makes them of several shapes.
+    """
+    found = drawn(source, count, seed)
+    if len(found) < count:
+        raise CalibrationError(
+            f"{source}: must have at least {count} images, got {len(found)}. "
+            "Give more, or ask for fewer with --calibration-tokens N, a window's worth for each image."
+        )
+    shape = image_shape(processor)
+    return torch.cat([pixels(row, source, processor, shape) for row in found])
+
+
+def drawn(source: str, count: int, seed: int) -> Any:
+    """Return at most `count` rows of a data set of images, drawn by the seed; 0 is all of them, in order.
+
+    Raises:
+        CalibrationError: when it cannot be read, or has no images.
+    """
+    try:
+        import PIL  # noqa: F401 # what datasets reads images with
+        from datasets import (
+            Image,
+            are_progress_bars_disabled,
+            disable_progress_bars,
+            enable_progress_bars,
+            load_dataset,
+        )
+    except ImportError as error:
+        raise CalibrationError(f"{source}: reading images needs {error.name}. Install nmsparse[images].") from error
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()  # the progress is ours
+    try:
+        if source.startswith("hub:"):
+            _, name, *rest = source.split(":")
+            config, split = [*rest, "", ""][:2]
+            found = load_dataset(name, config or None, split=split or "train")
+        elif Path(source).is_dir():
+            found = load_dataset("imagefolder", data_dir=source, split="train")
+        else:
+            raise CalibrationError(f"images: must be {SOURCES}; there is no folder {source!r}.")
+    except CalibrationError:
+        raise
+    except Exception as error:  # whatever a data set may raise
+        raise CalibrationError(
+            f"{source}: must be {SOURCES}, got {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        ) from error
+    finally:
+        if shown:
+            enable_progress_bars()
+    column = next((name for name, feature in found.features.items() if isinstance(feature, Image)), None)
+    if column is None:
+        raise CalibrationError(f"{source}: must have a column of images, got {', '.join(found.features)}.")
+    found = found.rename_column(column, "image") if column != "image" else found
+    return found.shuffle(seed=seed).select(range(min(count, len(found)))) if count else found
+
+
+def pixels(row: Any, source: str, processor: Any, shape: tuple[int, ...]) -> Tensor:
+    """Return the pixels `[1, C, H, W]` of one row.
+
+    Raises:
+        CalibrationError: when they are not of the `shape [C, H, W]`.
+    """
+    made: Tensor = processor(row["image"].convert("RGB"), return_tensors="pt")["pixel_values"].float()
+    if tuple(made.shape[1:]) != shape:
+        raise CalibrationError(
+            f"{source}: images must be made {list(shape)} by the checkpoint's processor, got {list(made.shape[1:])}. "
+            "Let its preprocessor_config.json resize or crop them to one size."
+        )
+    return made

@@ -1,0 +1,81 @@
+"""Images of a classifier: whether their label is the likeliest class, and whether it is among the five likeliest."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from sqlitedict import SqliteDict
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from converter.calibration.images import drawn, pixels
+from converter.checkpoint import image_shape
+from converter.errors import EvaluationError
+from converter.evaluation.harness import Advance
+from converter.evaluation.tasks import COLUMNS
+
+TASK, TOP = "images", 5
+
+
+def labelled(source: str, config: PreTrainedConfig, count: int, seed: int) -> tuple[Any, list[int]]:
+    """Return rows of a data set of images as `drawn` does, and the model's class of each.
+
+    Classes are told by their names, or by their order where the model's have other names and are as many.
+
+    Raises:
+        EvaluationError: when the images have no classes, or others than the model.
+    """
+    rows = drawn(source, count, seed)
+    column, names = next(((name, f.names) for name, f in rows.features.items() if hasattr(f, "names")), ("", []))
+    known = {str(name): int(number) for name, number in (config.label2id or {}).items()}
+    if names and set(names) <= set(known):
+        return rows, [known[names[label]] for label in rows[column]]
+    if len(names) != len(known):
+        raise EvaluationError(
+            f"{source}: images must have the {len(known)} classes of the model, got {len(names)}. "
+            "Put the images of each class into a folder of its name."
+        )
+    return rows, list(rows[column])
+
+
+def classify(
+    model: PreTrainedModel,
+    processor: Any,
+    source: str,
+    rows: Any,
+    classes: list[int],
+    batch: int,
+    cache: Path,
+    advance: Advance,
+) -> pd.DataFrame:
+    """Return a row for each image and metric: `acc`, and `top5` where there are more than five classes.
+
+    An image that the file `cache` knows is not shown to the model again.
+    """
+    cache.parent.mkdir(parents=True, exist_ok=True)
+    shape = image_shape(processor)
+    found: list[tuple[Any, ...]] = []
+    with SqliteDict(cache, autocommit=True) as kept:
+        for start in range(0, len(rows), batch):
+            given = [
+                pixels(row, source, processor, shape)
+                for row in rows.select(range(start, min(start + batch, len(rows))))
+            ]
+            keys = [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in given]
+            new = [number for number, key in enumerate(keys) if key not in kept]
+            if new:
+                with torch.no_grad():
+                    logits = model(pixel_values=torch.cat([given[number] for number in new]).to(model.device)).logits
+                best = logits.float().topk(TOP if logits.shape[-1] > TOP else 1).indices.tolist()
+                kept.update({keys[number]: likeliest for number, likeliest in zip(new, best, strict=True)})
+            for place, key in enumerate(keys, start):
+                likeliest, target = kept[key], classes[place]
+                values = {"acc": likeliest[0] == target}
+                if len(likeliest) == TOP:  # of more classes, or all would be right
+                    values["top5"] = target in likeliest
+                found += [(TASK, place, metric, float(v), 1.0, likeliest[0], target) for metric, v in values.items()]
+            advance(min(start + batch, len(rows)), len(rows))
+    return pd.DataFrame(found, columns=list(COLUMNS))
