@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -65,13 +66,23 @@ def test_prompts_are_those_of_the_definitions_of_lm_eval(data: Path) -> None:
 def test_log_likelihoods_are_those_of_lm_eval_on_transformers(tiny: Path, out: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tiny_tokenizer()
     theirs = HFLM(model, tokenizer=tokenizer, batch_size=2, device="cpu", max_length=64)
+    long = "the quick brown fox jumps over the lazy dog " * 4  # a context that is run once for all that follow it
     pairs = [("the quick", " brown fox"), ("the quick", " dog"), ("a lazy dog jumps", " over"), ("", "the fox")]
+    pairs += [(long, follow) for follow in ("the", "the lazy dog", "quick fox", "fox over the dog")]
     requests = [SimpleNamespace(args=pair) for pair in pairs]
     texts = [SimpleNamespace(args=("the quick brown fox jumps over the lazy dog " * 5,))]
-    ours = HarnessLM(model, tokenizer, 64, 3)
+    after: list[int] = []
+
+    class Watched(HarnessLM):
+        def _after(self, context: Any, continuations: Any) -> Any:
+            after.append(len(continuations))
+            return super()._after(context, continuations)
+
+    ours = Watched(model, tokenizer, 64, 3)
     for method, asked in (("loglikelihood", requests), ("loglikelihood_rolling", texts)):
         expected = np.array(getattr(theirs, method)(asked, disable_tqdm=True), dtype=float)
         np.testing.assert_allclose(np.array(getattr(ours, method)(asked), dtype=float), expected, rtol=2e-5)
+    assert after == [4]
     # In ONNX Runtime a sequence has the same score alone and padded in a batch.
     sparse = load_onnx(out)
     alone, together = (HarnessLM(sparse, tokenizer, 64, size).loglikelihood(requests, True) for size in (1, 4))

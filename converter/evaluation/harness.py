@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -11,19 +12,21 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from converter.errors import EvaluationError
 
 Advance = Callable[[int, int], None]
+SPARED = 64  # tokens that a context run once must spare: less is made up for by a batch of many contexts
 Answer = tuple[float, bool]
 
 
 class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
     """A transformers model, or OUT in ONNX Runtime, as lm-eval calls it.
 
-    Sequences that are equal but for their last token are run once, and each batch has sequences of about one length.
-    They are padded on the right, where a causal model does not look.
+    Sequences that are equal but for their last token are run once, each batch has sequences of about one length, and a
+    context that several continuations follow is run once where that spares more than a batch does. Sequences are padded
+    on the right, where a causal model does not look.
     """
 
     def __init__(
@@ -81,34 +84,67 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any
     ) -> list[Answer]:
-        inputs: dict[tuple[int, ...], list[int]] = {}
+        asked: dict[tuple[int, ...], dict[tuple[int, ...], list[int]]] = {}  # context, continuation, requests
         for number, (_text, context, continuation) in enumerate(requests):
-            whole = context + continuation
-            if len(whole) - 1 > self.max_length:
+            length = len(context) + len(continuation) - 1  # nothing is asked after the last token
+            if length > self.max_length:
                 raise EvaluationError(
-                    f"request {number}: an example must have at most {self.max_length} tokens, got {len(whole) - 1}. "
+                    f"request {number}: an example must have at most {self.max_length} tokens, got {length}. "
                     "Raise --context where the model can take it, or ask for fewer --shots."
                 )
-            inputs.setdefault(tuple(whole[:-1]), []).append(number)
+            asked.setdefault(tuple(context), {}).setdefault(tuple(continuation[:-1]), []).append(number)
         answers: list[Answer | None] = [None] * len(requests)
-        ordered, done = sorted(inputs, key=len, reverse=True), 0
+        done = 0
+
+        def note(numbers: list[int], logits: Tensor) -> None:
+            nonlocal done
+            for number in numbers:
+                text, _context, continuation = requests[number]
+                answers[number] = answer = _score(logits, continuation)
+                if text is not None:
+                    self.cache_hook.add_partial("loglikelihood", text, answer)
+                done += 1
+
+        alone: dict[tuple[int, ...], list[int]] = {}
+        for before, several in asked.items():
+            if len(before) * (len(several) - 1) < SPARED:
+                for after, numbers in several.items():
+                    alone.setdefault(before + after, []).extend(numbers)
+                continue
+            for after, logits in self._after(before, list(several)):
+                note(several[after], logits)
+            self.advance(done, len(requests))
+        ordered = sorted(alone, key=len, reverse=True)
         for start in range(0, len(ordered), self.batch):
             part = ordered[start : start + self.batch]
             for ids, logits in zip(part, self._logits(part), strict=True):
-                for number in inputs[ids]:
-                    text, _context, continuation = requests[number]
-                    answers[number] = answer = _score(logits[: len(ids)], continuation)
-                    if text is not None:
-                        self.cache_hook.add_partial("loglikelihood", text, answer)
-                    done += 1
+                note(alone[ids], logits[: len(ids)])
             self.advance(done, len(requests))
         return [answer for answer in answers if answer is not None]
 
-    def _logits(self, part: list[tuple[int, ...]]) -> Tensor:
+    def _after(
+        self, context: tuple[int, ...], continuations: list[tuple[int, ...]]
+    ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+        """Yield each continuation with its logits and the one before them; what the context leaves is computed once."""
+        cache = DynamicCache()
+        first = self._logits([context], cache)[:, -1:]
+        for start in range(0, len(continuations), self.batch):
+            part = continuations[start : start + self.batch]
+            own = copy.deepcopy(cache)
+            own.batch_repeat_interleave(len(part))
+            logits = first.expand(len(part), -1, -1)
+            if any(part):
+                logits = torch.cat([logits, self._logits(part, own)], 1)
+            for continuation, row in zip(part, logits, strict=True):
+                yield continuation, row[: len(continuation) + 1]
+
+    def _logits(self, part: list[tuple[int, ...]], cache: Cache | None = None) -> Tensor:
+        """Return the logits of the sequences, one batch, after those whose keys and values `cache` holds."""
         longest = max(map(len, part))
         rows = [[*ids, *[self.eot_token_id] * (longest - len(ids))] for ids in part]
         with torch.no_grad():
-            logits: Tensor = self.model(input_ids=torch.tensor(rows, device=self.model.device)).logits
+            ids = torch.tensor(rows, device=self.model.device)
+            logits: Tensor = self.model(input_ids=ids, past_key_values=cache).logits
         return logits
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
