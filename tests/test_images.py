@@ -229,7 +229,7 @@ def test_the_features_of_a_real_backbone(backbone: Path, tmp_path: Path) -> None
     # Its weights are kept under the names of today, and with them the processor; not for another processor's.
     path = tmp_path / "model" / "preprocessor_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "image_mean": [0, 0, 0]}))
-    assert open_checkpoint(str(tmp_path / "model")).processor().image_mean == [0, 0, 0]
+    assert list(open_checkpoint(str(tmp_path / "model")).processor().image_mean) == [0, 0, 0]
 
 
 def test_what_an_image_model_cannot_do_is_said(digits: Path, tmp_path: Path) -> None:
