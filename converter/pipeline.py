@@ -51,6 +51,7 @@ from converter.graph.costs import LayerCost, layer_costs
 from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
 from converter.graph.lower import form_of
+from converter.graph.trace import check_blocks
 from converter.kinds import DECODER, completed
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
@@ -131,8 +132,7 @@ def run(model: str, out: Path, recipe: Recipe, revision: str | None, device: str
     recipe.require_exportable()
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision).on(device)
-        recipe = completed(recipe, checkpoint.kind, checkpoint.config)
-        layers = plan(checkpoint.skeleton(), recipe)
+        recipe, layers = _planned(checkpoint, recipe)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
         about = _about(checkpoint, found.recipe, found.plan)
@@ -149,8 +149,7 @@ def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, devic
     recipe.require_exportable()
     with stages.stage("checkpoint"):
         checkpoint = open_checkpoint(model, revision).on(device)
-        recipe = completed(recipe, checkpoint.kind, checkpoint.config)
-        layers = plan(checkpoint.skeleton(), recipe)
+        recipe, layers = _planned(checkpoint, recipe)
     with staged(out, 0) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
         write_manifest(folder, _about(checkpoint, found.recipe, found.plan))
@@ -204,6 +203,14 @@ def inspect(folder: Path, table: Path | None = None, target: str | None = None) 
         layer = dispatch.described(target or dispatch.ANY, dtype, *shape)
         found.append((cost, dispatch.paths(dispatch.choose(rows, layer), layer)))
     return found
+
+
+def _planned(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Recipe, Plan]:
+    """Return the recipe for this kind of model, and its plan; what cannot be exported is refused here."""
+    recipe, skeleton = completed(recipe, checkpoint.kind, checkpoint.config), checkpoint.skeleton()
+    layers = plan(skeleton, recipe)
+    check_blocks(skeleton)
+    return recipe, layers
 
 
 def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> Fitted:

@@ -196,10 +196,13 @@ def test_recipes_that_no_encoder_can_have(
     assert not (tmp_path / "out").exists()
 
 
-def test_blocks_that_share_their_weights_are_refused(tmp_path: Path) -> None:
+def test_blocks_that_share_their_weights_are_refused_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source = make(tmp_path / "model", "albert")
     with pytest.raises(ExportError, match="AlbertModel: must be a model whose blocks are all attention blocks"):
         convert(str(source), tmp_path / "out", PLAIN)
+    assert "calibrate" not in capsys.readouterr().err
 
 
 def test_a_head_for_another_task_is_refused(tmp_path: Path) -> None:

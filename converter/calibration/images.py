@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from converter.calibration.texts import hub_name
 from converter.checkpoint import image_shape
 from converter.errors import CalibrationError
 
@@ -51,9 +52,8 @@ def drawn(source: str, count: int, seed: int) -> Any:
     disable_progress_bars()  # the progress is ours
     try:
         if source.startswith("hub:"):
-            _, name, *rest = source.split(":")
-            config, split = [*rest, "", ""][:2]
-            found = load_dataset(name, config or None, split=split or "train")
+            name, config, split = hub_name(source)
+            found = load_dataset(name, config, split=split)
         elif Path(source).is_dir():
             found = load_dataset("imagefolder", data_dir=source, split="train")
         else:

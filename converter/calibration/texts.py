@@ -71,12 +71,18 @@ def _hub(source: str) -> Iterator[Any]:
         from datasets import load_dataset
     except ImportError as error:
         raise CalibrationError(f"{source}: reading the Hub needs datasets. Install nmsparse[data].") from error
-    _, name, *rest = source.split(":")
-    config, split = [*rest, "", ""][:2]
+    name, config, split = hub_name(source)
     try:
-        yield from load_dataset(name, config or None, split=split or "train", streaming=True)
+        yield from load_dataset(name, config, split=split, streaming=True)
     except Exception as error:  # whatever a remote data set may raise
         raise CalibrationError(f"{source}: must be a data set that can be reached, got {error}.") from error
+
+
+def hub_name(source: str) -> tuple[str, str | None, str]:
+    """Return the name, the configuration and the split in hub:NAME[:CONFIG[:SPLIT]]."""
+    _, name, *rest = source.split(":")
+    config, split = [*rest, "", ""][:2]
+    return name, config or None, split or "train"
 
 
 def _rows(rows: Iterator[Any], source: str, field: str) -> Iterator[str]:

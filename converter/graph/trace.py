@@ -260,7 +260,7 @@ def trace(
     """
     blocks_name, blocks = find_blocks(model)
     cached, images, names = kind(model).cached, kind(model).images, input_names(model)
-    _check_blocks(model, blocks, cached)
+    check_blocks(model)
     for layer, node in nodes.items():
         linear = model.get_submodule(layer)
         assert isinstance(linear, nn.Linear)
@@ -362,13 +362,19 @@ def input_names(model: PreTrainedModel) -> list[str]:
     return ["input_ids", "attention_mask", *(["token_type_ids"] if takes_segments(model) else [])]
 
 
-def _check_blocks(model: PreTrainedModel, blocks: nn.ModuleList, cached: bool) -> None:
+def check_blocks(model: PreTrainedModel) -> None:
+    """Refuse a model that cannot be traced, which its skeleton shows.
+
+    Raises:
+        ExportError: when its blocks are not all attention blocks, or it has no attention interface.
+    """
+    _, blocks = find_blocks(model)
     config = model.config.get_text_config()
     if getattr(config, "num_hidden_layers", None) != len(blocks) or not hasattr(config, "num_attention_heads"):
         raise ExportError(
             f"{type(model).__name__}: must be a model whose blocks are all attention blocks, each its own."
         )
-    if (cached or kind(model).images) and not getattr(model, "_supports_sdpa", False):
+    if (kind(model).cached or kind(model).images) and not getattr(model, "_supports_sdpa", False):
         raise ExportError(f"{type(model).__name__}: must support transformers' attention interface, got none.")
 
 
