@@ -34,7 +34,7 @@ APT := apt-get -qq -o APT::Sandbox::User=root -o Dir::Etc::SourceList=/dev/null 
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test test-gpu check style plugins cpu-op chromium bench bench-models accuracy encoders clean
+.PHONY: demo test test-gpu check style plugins cpu-op chromium bench bench-models accuracy encoders tasks clean
 
 demo: cpu-op $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -129,6 +129,10 @@ accuracy: $(GGUF) $(VENV)/installed
 # TEXT is a table of texts, such as BoolQ's dev.jsonl, whose column `question` is embedded.
 encoders: $(ENCODER)/config.json $(VENV)/installed
 	$(BIN)/python benchmarks/encoders.py $(ENCODER) --text $(TEXT) --json build/encoders.json
+
+# DATA is a folder with the data of the tasks, as `nmsparse evaluate --data-dir` takes it. An hour on two cores.
+tasks: cpu-op $(GGUF)
+	$(BIN)/python benchmarks/tasks.py $(GGUF) --data-dir $(DATA) --work build/tasks --json build/tasks.json
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

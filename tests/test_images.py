@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageClassification,
 from converter import convert, load
 from converter.calibration.images import images
 from converter.checkpoint import open_checkpoint
+from converter.delivery import report as pages
 from converter.errors import CalibrationError, EvaluationError
 from converter.pipeline import load_with_processor
 
@@ -110,6 +111,9 @@ def test_a_classifier_is_fitted_and_keeps_its_accuracy(
     assert fitted["sparse"] > 0.93
     assert least["sparse"] < fitted["sparse"] - 0.02
     assert accuracies["out"]["top5"]["sparse"] >= fitted["sparse"]
+    page = pages.report(pages.read(tmp_path / "out"), [])
+    assert f"{fitted['sparse'] / fitted['dense']:.0%} of the dense model&#39;s accuracy is left (images)" in page
+    assert "<td>images</td><td>top5</td>" in page
     # The figures are those of the model and its processor, asked directly.
     model, processor = load_with_processor(tmp_path / "out")
     paths = sorted((digits / "test").glob("*/*.png"))

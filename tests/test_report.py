@@ -235,7 +235,7 @@ def test_accuracy_is_said_first_and_is_that_of_the_evaluation(asked: list[Out]) 
     results = json.loads((asked[1].folder / "evaluation" / "results.json").read_text())
     text = report(asked[1], [])
     share = f"{results['recovery']:.0%}"
-    assert f"{share} of the dense model&#39;s accuracy is left, the mean of 2 tasks; " in text.lower()
+    assert f"{share} of the dense model&#39;s accuracy is left (the mean of 2 tasks)" in text.lower()
     assert text.index(">Accuracy</a>") < text.index(">Layers</a>")
     for one in results["compared"]:
         figures = (one["examples"], f"{one['dense']:.3f}", f"{one['sparse']:.3f}", f"{one['difference']:+.3f}")

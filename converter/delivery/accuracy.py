@@ -65,7 +65,8 @@ def verdict(found: Evaluated | None) -> Line:
         if one["metric"] == PERPLEXITY
     ]
     if left:
-        share = f"{found.results['recovery']:.0%} of the dense model's accuracy is left, the mean of {len(left)} tasks"
+        of = left[0]["task"] if len(left) == 1 else f"the mean of {len(left)} tasks"
+        share = f"{found.results['recovery']:.0%} of the dense model's accuracy is left ({of})"
         says = [share, *([f"{' and '.join(worse)} worse beyond chance"] if worse else []), *says]
     text = "; ".join(says) or "what it writes was compared with the dense model"
     return Line(f"{text[0].upper()}{text[1:]}.", good=not worse)
