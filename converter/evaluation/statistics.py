@@ -129,12 +129,12 @@ def anova(values: pd.DataFrame, factors: pd.DataFrame | None = None) -> tuple[di
         factors = pd.DataFrame({"model": list(values.columns)}, index=values.columns)
     long = values.set_axis(range(len(values))).reset_index(names="example").melt("example", var_name="of")
     long = long.join(factors, on="of")
-    with np.errstate(invalid="ignore", divide="ignore"):
-        table = AnovaRM(long, "value", "example", within=list(factors.columns)).fit().anova_table
-    effects = {str(name): float(np.nan_to_num(p, nan=1.0)) for name, p in table["Pr > F"].items()}
     names = list(values.columns)
     pairs = [(one, other) for number, one in enumerate(names) for other in names[number + 1 :]]
-    each = [float(np.nan_to_num(ttest_rel(values[a], values[b]).pvalue, nan=1.0)) for a, b in pairs]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        table = AnovaRM(long, "value", "example", within=list(factors.columns)).fit().anova_table
+        each = [float(np.nan_to_num(ttest_rel(values[a], values[b]).pvalue, nan=1.0)) for a, b in pairs]
+    effects = {str(name): float(np.nan_to_num(p, nan=1.0)) for name, p in table["Pr > F"].items()}
     found = pd.DataFrame(pairs, columns=["model", "other"])
     found["difference"] = [float((values[b] - values[a]).mean()) for a, b in pairs]
     found["p_holm"] = multipletests(each, method="holm")[1]
