@@ -67,7 +67,11 @@ def verdict(found: Evaluated | None) -> Line:
     if left:
         of = left[0]["task"] if len(left) == 1 else f"the mean of {len(left)} tasks"
         share = f"{found.results['recovery']:.0%} of the dense model's accuracy is left ({of})"
-        says = [share, *([f"{' and '.join(worse)} worse beyond chance"] if worse else []), *says]
+        examples = sum(one["examples"] for one in left)
+        chance = (
+            f"{' and '.join(worse)} worse beyond chance" if worse else f"{examples} examples show no task to be worse"
+        )
+        says = [share, chance, *says]
     text = "; ".join(says) or "what it writes was compared with the dense model"
     return Line(f"{text[0].upper()}{text[1:]}.", good=not worse)
 

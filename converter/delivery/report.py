@@ -85,7 +85,9 @@ def report(out: Out, bench: Sequence[dict[str, Any]]) -> str:
 
 def compare(outs: Sequence[Out]) -> str:
     """Return the page that shows several OUTs side by side."""
-    names = [str(out.folder) for out in outs]
+    names = [out.folder.resolve().name for out in outs]
+    if len(set(names)) < len(names):
+        names = [str(out.folder) for out in outs]
     sources = {out.manifest["source"]["weights_sha256"] for out in outs}
     verdict = [Line(f"{len(outs)} conversions of {outs[0].source()}.")]
     if len(sources) > 1:
