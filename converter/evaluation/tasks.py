@@ -76,6 +76,8 @@ def load_tasks(setting: Setting, data: Path | None) -> list[Any]:
     Raises:
         EvaluationError: when a task is unknown, or its data are not there.
     """
+    if not setting.tasks:
+        return []
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     manager = TaskManager()
     for name in setting.tasks:
