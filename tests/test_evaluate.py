@@ -17,6 +17,7 @@ from conftest import WIKITEXT, make_tiny, tiny_tokenizer
 from lm_eval.models.huggingface import HFLM
 from scipy.stats import ttest_rel
 from test_cli import refused
+from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
 from converter.calibration.texts import windows
@@ -87,6 +88,26 @@ def test_log_likelihoods_are_those_of_lm_eval_on_transformers(tiny: Path, out: P
     sparse = load_onnx(out)
     alone, together = (HarnessLM(sparse, tokenizer, 64, size).loglikelihood(requests, True) for size in (1, 4))
     np.testing.assert_allclose([a for a, _ in together], [a for a, _ in alone], rtol=1e-3)
+
+
+def test_texts_that_are_written_are_those_of_lm_eval_on_transformers(tiny: Path, out: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32), tiny_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.ByteLevel()  # or no string could be found in what it writes
+    theirs = HFLM(model, tokenizer=tokenizer, batch_size=1, device="cpu", max_length=64)
+    whole = HarnessLM(model, tokenizer, 64, 3).generate_until(_asked([], 12))
+    stop = next(text[len(text) // 2] for text in whole if len(set(text)) > 1)  # a letter amid what it writes
+    for until in ([], [stop]):
+        expected = theirs.generate_until(_asked(until, 12), disable_tqdm=True)
+        assert HarnessLM(model, tokenizer, 64, 3).generate_until(_asked(until, 12)) == expected
+    assert expected != whole
+    written = HarnessLM(load_onnx(out), tokenizer, 64, 3).generate_until(_asked([stop], 12))
+    assert all(stop not in text for text in written)
+
+
+def _asked(until: list[str], length: int) -> list[Any]:
+    prompts = ("the quick brown fox", "a lazy dog", "jumps over the")
+    settings = {"until": until, "max_gen_toks": length, "do_sample": False}
+    return [SimpleNamespace(args=(prompt, dict(settings))) for prompt in prompts]
 
 
 def test_statistics_of_a_case_worked_by_hand() -> None:

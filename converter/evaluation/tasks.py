@@ -92,6 +92,10 @@ def load_tasks(setting: Setting, data: Path | None) -> list[Any]:
         try:
             # Of a member of a group lm-eval takes its own definition, with changes; of a task alone only what is given.
             loaded = manager.load([{"group": "nmsparse", "task": [{"task": name, **changes}]}])
+        except ImportError as error:
+            raise EvaluationError(
+                f"{name}: needs the package {error.name}, got none. Install lm_eval[{name}]."
+            ) from error
         except (OSError, ValueError, ConnectionError) as error:
             raise EvaluationError(
                 f"{name}: its data must be on the Hub and in reach, got {type(error).__name__}: "
