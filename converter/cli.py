@@ -514,6 +514,7 @@ def evaluate(
     *,
     tasks: str | None = None,
     images: str | None = None,
+    runtime: Literal["onnxruntime", "pytorch"] = "onnxruntime",
     against: str | None = None,
     data_dir: Path | None = None,
     limit: PositiveInt | None = None,
@@ -528,7 +529,7 @@ def evaluate(
     out: Path | None = None,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
-    """Measure tasks of lm-evaluation-harness on OUT (on ONNX Runtime) beside its checkpoint, dense, in PyTorch.
+    """Measure tasks of lm-evaluation-harness on OUT beside its checkpoint, dense, in PyTorch.
 
     Of a checkpoint, on it alone. Answers are kept under the Hub cache: what was interrupted goes on, and the dense
     model is asked once for all that were made of it.
@@ -540,6 +541,8 @@ def evaluate(
     images
         For a classifier of images, in the place of tasks: a folder with one of images for each class, or
         hub:NAME[:CONFIG[:SPLIT]].
+    runtime
+        What runs OUT: ONNX Runtime, or PyTorch, whose sparse model is what validate compares it with.
     against
         The dense checkpoint, where it is no longer where OUT was made from.
     data_dir
@@ -572,7 +575,7 @@ def evaluate(
         ) from error
     tasks = tasks if tasks is not None else "" if images else TASKS
     names = tuple(name for name in tasks.split(",") if name)
-    setting = Setting(names, limit, shots, chat, seed, prompts, text, images)
+    setting = Setting(names, limit, shots, chat, seed, prompts, text, images, runtime)
     found = stage.evaluate(model, against, setting, data_dir, out, context, batch, min_recovery, Stages())
     if json_output:
         about = {"recovery": found.recovery, "f1": found.f1, "compared": [asdict(one) for one in found.compared]}

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from huggingface_hub import constants
+from transformers import PreTrainedModel
 
 from converter.calibration.images import SOURCES
 from converter.calibration.texts import windows
@@ -22,7 +25,7 @@ from converter.evaluation.harness import HarnessLM
 from converter.evaluation.statistics import Paired, compare, f1, recovery
 from converter.evaluation.tasks import Setting, ask, load_tasks
 from converter.kinds import CLASSIFIER
-from converter.pipeline import load_with_processor, require_decoder
+from converter.pipeline import load_with_processor, reference, require_decoder
 from converter.runtimes.onnxruntime import library
 from converter.stages import Stages
 
@@ -75,16 +78,25 @@ def evaluate(
             labelled(setting.images, checkpoint.config, setting.limit or 0, setting.seed) if setting.images else None
         )
         prompts = windows(setting.text, checkpoint.tokenizer(), setting.prompts, PROMPT) if setting.prompts else None
-    sides: dict[str, tuple[str | Checkpoint, str]] = {
-        "dense": (checkpoint, f"dense {checkpoint.fingerprint()} {checkpoint.settings()}")
+    sides: dict[str, tuple[Callable[[], tuple[PreTrainedModel, Any]], str]] = {
+        "dense": (
+            lambda: (checkpoint.model(), checkpoint.processor()),
+            f"dense {checkpoint.fingerprint()} {checkpoint.settings()}",
+        )
     }
-    if sparse:
-        sides["sparse"] = (model, _fingerprint(folder))
+    if sparse and setting.runtime == "pytorch":
+        sides["sparse"] = (
+            lambda: (reference(folder, against), checkpoint.processor()),
+            _fingerprint(folder, "PyTorch"),
+        )
+    elif sparse:
+        kernel = library()
+        runs = "function body" if kernel is None else hashlib.sha256(kernel.read_bytes()).hexdigest()
+        sides["sparse"] = (lambda: load_with_processor(folder), _fingerprint(folder, runs))
     found: dict[str, pd.DataFrame] = {}
     wrote: list[list[int]] = []  # the dense model, after the prompts
-    for name, (side, key) in sides.items():
-        loaded = load_with_processor(side) if isinstance(side, str) else (side.model(), side.processor())
-        cache = _cache(key, context)
+    for name, (load, key) in sides.items():
+        loaded, cache = load(), _cache(key, context)
         frames = []
         if setting.images and shown is not None:
             with stages.stage(name, "images") as advance:
@@ -141,10 +153,8 @@ def _same_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def _fingerprint(folder: Path) -> str:
-    """Return what tells this OUT and what runs it from all others."""
-    kernel = library()
-    runs = "function body" if kernel is None else hashlib.sha256(kernel.read_bytes()).hexdigest()
+def _fingerprint(folder: Path, runs: str) -> str:
+    """Return what tells this OUT and what `runs` it from all others."""
     files = json.dumps(manifest(folder)["files"], sort_keys=True)
     return f"sparse {hashlib.sha256(files.encode()).hexdigest()} {runs}"
 

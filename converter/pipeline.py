@@ -46,6 +46,7 @@ from converter.delivery.bundle import (
 from converter.errors import CheckpointError
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
+from converter.evaluation.reference import make_sparse
 from converter.graph import dispatch
 from converter.graph.costs import LayerCost, layer_costs
 from converter.graph.export import MODEL
@@ -184,6 +185,14 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
         checkpoint = _source(folder, recipe, source)
         params = calibration_file.read(folder / calibration_file.NAME)
     return _validate(folder, checkpoint, params, recipe, text, stages)
+
+
+def reference(folder: Path, source: str | None) -> PreTrainedModel:
+    """Return the sparse model of OUT in PyTorch, of its checkpoint (`source` where that has moved)."""
+    recipe = from_yaml(folder / RECIPE)
+    model = _source(folder, recipe, source).model()
+    make_sparse(model, calibration_file.read(folder / calibration_file.NAME), recipe.storage(), recipe.phases)
+    return model
 
 
 def inspect(folder: Path, table: Path | None = None, target: str | None = None) -> list[tuple[LayerCost, str]]:

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from converter.graph.trace import PIXELS, cache_names, input_names
 from converter.kinds import kind as kind_of_model
 from converter.kinds import output
-from converter.sparsity.linear import Params, SparseLinear
+from converter.sparsity.linear import Params, Phases, SparseLinear, install
 from converter.sparsity.quantize import Storage
 
 Array = np.ndarray[Any, Any]
@@ -65,6 +65,15 @@ def round_params(params: Params, storage: Storage) -> Params:
         residual_in=rounded(params.residual_in),
         residual_out=rounded(params.residual_out),
     )
+
+
+def make_sparse(model: nn.Module, params: dict[str, Params], storage: Storage, phases: Phases) -> None:
+    """Make the dense `model` what OUT is: weights rounded as the export does, and its layers sparse."""
+    with torch.no_grad():
+        rounded = {name: round_params(layer, storage) for name, layer in storage.every_layer(model, params).items()}
+        round_weights(model, storage)
+        for name, layer in rounded.items():
+            install(model, name, layer, phases=phases)
 
 
 def model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lm_eval
 import numpy as np
@@ -21,6 +21,7 @@ from converter.errors import EvaluationError
 from converter.evaluation.harness import HarnessLM
 
 TASKS = "piqa,arc_easy,boolq,winogrande,wikitext"  # by default
+Runtime = Literal["onnxruntime", "pytorch"]
 COLUMNS = ("task", "example", "metric", "value", "weight", "predicted", "target")
 ARTICLE = re.compile(r"^ = [^=]+ = $", re.M)
 
@@ -30,6 +31,7 @@ class Setting:
     """How the tasks are asked; two models are compared under one setting.
 
     Both also write on from `prompts` prompts of `text`. Classifiers of images are asked for the classes of `images`.
+    OUT runs in `runtime`, a checkpoint always in PyTorch.
     """
 
     tasks: tuple[str, ...]
@@ -40,6 +42,7 @@ class Setting:
     prompts: int = 0
     text: str = "python"
     images: str | None = None
+    runtime: Runtime = "onnxruntime"
 
 
 @dataclass(frozen=True)
