@@ -335,7 +335,9 @@ def _validate(
         settings, pictures = recipe.calibration, checkpoint.kind.images
         source = text or ((settings.source or "").split(",")[0] if pictures else TEXT)
         count = VALIDATION_IMAGES if pictures else 1
-        ids = _read(checkpoint, source, count, VALIDATION_TOKENS, "text", recipe.seed)
+        # RoBERTa counts positions from after two that no token has.
+        most = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or VALIDATION_TOKENS + 2
+        ids = _read(checkpoint, source, count, min(VALIDATION_TOKENS, most - 2), "text", recipe.seed)
         parity = compare(folder, checkpoint.model(), params, recipe.storage(), recipe.phases, ids, advance)
     parity.check()
     return parity

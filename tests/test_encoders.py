@@ -53,10 +53,11 @@ SMALL = {"calibration.tokens": 64, "calibration.window": 32}
 SHARED = {"albert": SIZES | {"embedding_size": 32}}
 
 
-def make(folder: Path, family: str, auto: type = AutoModel) -> Path:
+def make(folder: Path, family: str, auto: type = AutoModel, **changes: int) -> Path:
     """Write a random model of a family, with weights large enough that a wrong layer shows."""
     torch.manual_seed(0)
-    model = auto.from_config(AutoConfig.for_model(family, **(FAMILIES | SHARED)[family]))  # type: ignore[attr-defined]
+    sizes = (FAMILIES | SHARED)[family] | changes
+    model = auto.from_config(AutoConfig.for_model(family, **sizes))  # type: ignore[attr-defined]
     for name, parameter in model.named_parameters():
         if "norm" not in name.lower():
             torch.nn.init.normal_(parameter, std=0.2)
@@ -194,6 +195,13 @@ def test_recipes_that_no_encoder_can_have(
     with pytest.raises(error, match=match):
         convert(str(bert[0]), tmp_path / "out", Recipe().replace({**SMALL, **changes}))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("family", ["bert", "roberta"])
+def test_a_model_of_few_positions_is_validated_on_as_many(tmp_path: Path, family: str) -> None:
+    source = make(tmp_path / "model", family, max_position_embeddings=40)
+    out = convert(str(source), tmp_path / "out", PLAIN)
+    assert json.loads((out / "report.json").read_text())["parity"]["tokens"] == 38
 
 
 def test_blocks_that_share_their_weights_are_refused_at_once(
