@@ -43,14 +43,15 @@ def distill(
         CalibrationError: when there is no text left to train on, too little memory, or training fails.
     """
     settings = recipe.training
-    pieces = windows.to(model.device)
+    pieces, what = windows.to(model.device), "images"
     if not kind(model).images:
         pieces = pieces.reshape(-1, min(settings.window, windows.shape[1]))
+        what = f"windows of {pieces.shape[1]}"
     held_out, text = pieces[-settings.held_out :], pieces[: -settings.held_out]
     if len(text) < settings.batch:
         raise CalibrationError(
-            f"training: training.tokens must give at least {settings.batch + settings.held_out} windows of "
-            f"{settings.window}, got {len(pieces)}. Ask for more tokens."
+            f"training: training.tokens must give at least {settings.batch + settings.held_out} {what}, "
+            f"got {len(pieces)}. Ask for more tokens."
         )
     model.requires_grad_(requires_grad=False)
     dense: dict[str, nn.Linear] = {}
