@@ -18,7 +18,7 @@ from rich.table import Table
 
 from converter import json_rows
 from converter.delivery.bundle import is_bundle
-from converter.evaluate import Evaluation, evaluate
+from converter.evaluate import evaluate
 from converter.evaluation.statistics import Paired
 from converter.evaluation.tasks import Setting
 from converter.pipeline import run
@@ -29,14 +29,6 @@ CHOICES = ("piqa", "arc_easy", "boolq", "winogrande")
 SHOWN = {"acc": ".3f", "word_perplexity": ".1f", "same_next": ".3f"}
 CONTEXT = 2048
 app = App(help_format="plaintext")
-
-
-def measure(out: Path, settings: list[Setting], data: Path, batch: int, stages: Stages) -> list[Evaluation]:
-    """Return what `nmsparse evaluate` finds under each setting; its files lie beside OUT."""
-    return [
-        evaluate(str(out), None, setting, data, out.with_name(f"{out.name}-{number}"), CONTEXT, batch, None, stages)
-        for number, setting in enumerate(settings)
-    ]
 
 
 @app.default
@@ -63,7 +55,10 @@ def main(
         if not is_bundle(out):
             recipe = Recipe().replace({"pattern": pattern, **parse_set(changes.split())})
             run(model, out, recipe, None, "cpu", stages)
-        found = measure(out, settings, data_dir, batch, stages)
+        found = [
+            evaluate(str(out), None, setting, data_dir, work / f"{out.name}-{number}", CONTEXT, batch, None, stages)
+            for number, setting in enumerate(settings)
+        ]
         compared = [one for of in found for one in of.compared if one.metric in SHOWN]
         heads = ["model", *(f"{one.task} {one.metric}" for one in compared), "recovery"]
         lines["dense"] = [*(format(one.dense, SHOWN[one.metric]) for one in compared), "1"]

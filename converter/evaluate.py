@@ -98,10 +98,9 @@ def evaluate(
     for name, (load, key) in sides.items():
         loaded, cache = load(), _cache(key, context)
         frames = []
-        if setting.images and shown is not None:
+        if shown is not None:
             with stages.stage(name, "images") as advance:
-                kept = cache.with_suffix(".images")
-                frames.append(classify(*loaded, setting.images, *shown, batch, kept, advance))
+                frames.append(classify(loaded[0], loaded[1], *shown, batch, cache.with_suffix(".images"), advance))
         if tasks:
             with stages.stage(name, "answers") as advance:
                 frames.append(ask(HarnessLM(*loaded, context, batch, advance), tasks, setting, cache))
@@ -163,7 +162,9 @@ def _cache(key: str, context: int) -> Path:
     """Return the file for the answers of a model, which depend on its context and on the packages that run it."""
     packages = [f"{package} {version(package)}" for package in ("lm-eval", "torch", "transformers", "onnxruntime")]
     digest = hashlib.sha256("\n".join([key, str(context), *packages]).encode()).hexdigest()
-    return Path(constants.HF_HOME) / "nmsparse" / "evaluation" / digest
+    folder = Path(constants.HF_HOME) / "nmsparse" / "evaluation"
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / digest
 
 
 def _write(out: Path, result: Evaluation, setting: Setting, context: int, model: str, dense: str) -> None:

@@ -262,4 +262,4 @@ def test_what_cannot_be_evaluated_is_said(digits: Path, tmp_path: Path) -> None:
     with pytest.raises(EvaluationError, match="must have the 10 classes of the model, got 2"):
         labelled(str(tmp_path / "two"), config, 0, 0)
     config.label2id = {"1": 7, "0": 3}
-    assert labelled(str(tmp_path / "two"), config, 0, 0)[1] == [3, 7]
+    assert labelled(str(tmp_path / "two"), config, 0, 0)[2] == [3, 7]

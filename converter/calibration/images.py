@@ -48,18 +48,17 @@ def drawn(source: str, count: int, seed: int) -> Any:
         )
     except ImportError as error:
         raise CalibrationError(f"{source}: reading images needs {error.name}. Install nmsparse[images].") from error
+    hub = source.startswith("hub:")
+    if not hub and not Path(source).is_dir():
+        raise CalibrationError(f"images: must be {SOURCES}; there is no folder {source!r}.")
     shown = not are_progress_bars_disabled()
     disable_progress_bars()  # the progress is ours
     try:
-        if source.startswith("hub:"):
+        if hub:
             name, config, split = hub_name(source)
             found = load_dataset(name, config, split=split)
-        elif Path(source).is_dir():
-            found = load_dataset("imagefolder", data_dir=source, split="train")
         else:
-            raise CalibrationError(f"images: must be {SOURCES}; there is no folder {source!r}.")
-    except CalibrationError:
-        raise
+            found = load_dataset("imagefolder", data_dir=source, split="train")
     except Exception as error:  # whatever a data set may raise
         raise CalibrationError(
             f"{source}: must be {SOURCES}, got {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -20,8 +20,8 @@ from converter.evaluation.tasks import COLUMNS
 TASK, TOP = "images", 5
 
 
-def labelled(source: str, config: PreTrainedConfig, count: int, seed: int) -> tuple[Any, list[int]]:
-    """Return rows of a data set of images as `drawn` does, and the model's class of each.
+def labelled(source: str, config: PreTrainedConfig, count: int, seed: int) -> tuple[str, Any, list[int]]:
+    """Return the source, rows of a data set of images as `drawn` does, and the model's class of each.
 
     Classes are told by their names, or by their order where the model's have other names and are as many.
 
@@ -32,13 +32,13 @@ def labelled(source: str, config: PreTrainedConfig, count: int, seed: int) -> tu
     column, names = next(((name, f.names) for name, f in rows.features.items() if hasattr(f, "names")), ("", []))
     known = {str(name): int(number) for name, number in (config.label2id or {}).items()}
     if names and set(names) <= set(known):
-        return rows, [known[names[label]] for label in rows[column]]
+        return source, rows, [known[names[label]] for label in rows[column]]
     if len(names) != len(known):
         raise EvaluationError(
             f"{source}: images must have the {len(known)} classes of the model, got {len(names)}. "
             "Put the images of each class into a folder of its name."
         )
-    return rows, list(rows[column])
+    return source, rows, list(rows[column])
 
 
 def classify(
@@ -55,7 +55,6 @@ def classify(
 
     An image that the file `cache` knows is not shown to the model again.
     """
-    cache.parent.mkdir(parents=True, exist_ok=True)
     shape = image_shape(processor)
     found: list[tuple[Any, ...]] = []
     with SqliteDict(cache, autocommit=True) as kept:

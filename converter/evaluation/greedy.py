@@ -30,7 +30,6 @@ def write_on(
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and most < PROMPT + LENGTH:
         raise EvaluationError(f"--prompts: the model must take {PROMPT + LENGTH} tokens, got {most}. Leave it out.")
-    cache.parent.mkdir(parents=True, exist_ok=True)
     written: list[list[int]] = []
     with SqliteDict(cache, autocommit=True) as kept:
         for number, prompt in enumerate(prompts.tolist()):

@@ -34,8 +34,7 @@ from converter.evaluation.reference import (
     Array,
     layer_inputs,
     model_feeds,
-    round_params,
-    round_weights,
+    round_model,
     run_model,
     sparse_layer,
     use_fitted,
@@ -125,16 +124,14 @@ def validate(
     graph = onnx.load(folder / MODEL, load_external_data=False)
     kind = np.float16 if dtype == "float16" else np.float32
     with torch.no_grad(), quiet():
-        params = storage.every_layer(model, params)
-        rounded = {name: round_params(layer, storage) for name, layer in params.items()}
-        round_weights(model, storage)
+        rounded = round_model(model, params, storage)
         unfitted = use_fitted(model, rounded)
         feeds = model_feeds(model, ids, kind)
         _compare_dense(report, folder, graph, model, feeds)
         progress(1, 4)
         for name, layer in rounded.items():
             install(model, name, layer, unfitted[name], phases)
-        inputs = layer_inputs(model, list(params), ids, kind)
+        inputs = layer_inputs(model, list(rounded), ids, kind)
         report.tokens = sum(len(next(iter(feed.values()))) for feed in inputs)
         if _phase_nodes(graph):
             # Of two rows, so that a graph that takes the batch for the sequence is found out.

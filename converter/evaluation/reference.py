@@ -67,12 +67,17 @@ def round_params(params: Params, storage: Storage) -> Params:
     )
 
 
+def round_model(model: nn.Module, params: dict[str, Params], storage: Storage) -> dict[str, Params]:
+    """Round the weights of `model` as the export does; return the parameters of every layer that is a node, rounded."""
+    rounded = {name: round_params(layer, storage) for name, layer in storage.every_layer(model, params).items()}
+    round_weights(model, storage)
+    return rounded
+
+
 def make_sparse(model: nn.Module, params: dict[str, Params], storage: Storage, phases: Phases) -> None:
     """Make the dense `model` what OUT is: weights rounded as the export does, and its layers sparse."""
     with torch.no_grad():
-        rounded = {name: round_params(layer, storage) for name, layer in storage.every_layer(model, params).items()}
-        round_weights(model, storage)
-        for name, layer in rounded.items():
+        for name, layer in round_model(model, params, storage).items():
             install(model, name, layer, phases=phases)
 
 

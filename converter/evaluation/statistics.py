@@ -114,7 +114,7 @@ def f1(rows: pd.DataFrame) -> float | None:
 
 def recovery(found: Sequence[Paired]) -> float | None:
     """Return sparse / dense accuracy, the mean over tasks, or None where no task has an accuracy above 0."""
-    shares = [one.sparse / one.dense for one in found if one.metric == "acc" and one.dense > 0]
+    shares = [one.recovery[1] for one in found if one.metric == "acc" and one.recovery]
     return float(np.mean(shares)) if shares else None
 
 

@@ -152,7 +152,6 @@ def ask(lm: HarnessLM, tasks: list[Any], setting: Setting, cache: Path) -> pd.Da
 
     A perplexity's value is a document's log-likelihood, and its weight the words or bytes it is spread over.
     """
-    cache.parent.mkdir(parents=True, exist_ok=True)
     found = lm_eval.simple_evaluate(
         lm,
         tasks=tasks,

@@ -277,8 +277,10 @@ def trace(
         own = [index for index, like in enumerate(likes) if like == index]
         if cached:
             program = _program(model, len(blocks), own, dtype)
+        elif images:
+            program = _image_program(model, image, dtype)
         else:
-            program = _image_program(model, image, dtype) if images else _encoder_program(model, names, dtype)
+            program = _encoder_program(model, names, dtype)
         differing = [block.index for block in traced if block.differs()]
         if not differing:
             break
@@ -423,13 +425,15 @@ def _name(model: ir.Model, own: list[int], inputs: list[str], output: str) -> No
         value.name = name
     for value, name in zip(model.graph.outputs, [output, *present], strict=True):
         value.name = name
-    ids, mask = (value.shape for value in (model.graph.inputs[0], model.graph.inputs[min(1, len(inputs) - 1)]))
+    ids = model.graph.inputs[0].shape
     assert ids is not None
-    assert mask is not None
-    names = {str(ids[0]): "batch_size", **({} if inputs == [PIXELS] else {str(ids[1]): "sequence_length"})}
+    names = {str(ids[0]): "batch_size"}
+    if inputs != [PIXELS]:
+        names[str(ids[1])] = "sequence_length"
     sums: dict[str, str] = {}
     if own:
-        key = model.graph.inputs[3].shape
+        mask, key = model.graph.inputs[1].shape, model.graph.inputs[3].shape
+        assert mask is not None
         assert key is not None
         total = "past_sequence_length + sequence_length"
         names[str(key[2])] = "past_sequence_length"
