@@ -96,18 +96,30 @@ def validate_engine(
     """Return the manifest of an engine of OUT that has run on what `build` wrote, and came near ONNX Runtime on it.
 
     Raises:
+        OutputError, BuildError, DeviceError: as `runnable`.
+        ValidationError: when it computes something else.
+    """
+    with stages.stage("check"):
+        place, about = runnable(folder, runtime, target)
+    with stages.stage("validate", "profiles") as advance:
+        trial.run(place, runtime, len(about["engine"]["profiles"]), plugin, advance)
+    return about
+
+
+def runnable(folder: Path, runtime: str, target: str | None) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of an engine of OUT that can run here, and its manifest.
+
+    Raises:
         OutputError: when a file of the engine or of OUT is not what `build` wrote.
         BuildError: when there is no such engine, or OUT is not what it was built of.
         DeviceError: when there is no GPU to run it on; what is known of it is in the message.
-        ValidationError: when it computes something else.
     """
     place = _built(folder, runtime, target)
-    with stages.stage("check"):
-        check_files(folder)
-        check_files(place)
-        about = manifest(place)
-        if about["model_sha256"] != manifest(folder)["files"][MODEL]["sha256"]:
-            raise BuildError(f"{place}: must be built of {folder / MODEL}, got another graph's. Build it again.")
+    check_files(folder)
+    check_files(place)
+    about = manifest(place)
+    if about["model_sha256"] != manifest(folder)["files"][MODEL]["sha256"]:
+        raise BuildError(f"{place}: must be built of {folder / MODEL}, got another graph's. Build it again.")
     if "engine" not in about:
         raise BuildError(f"{place}: the engine must be of nmsparse build --plugin, got another. Run validate.sh on it.")
     engine = about["engine"]
@@ -115,9 +127,7 @@ def validate_engine(
         said = ", ".join(f"{count} {kind}" for kind, count in engine["layers"].items())
         size = f"{engine['version']}, {engine['bytes'] / 1e9:.2f} GB, layers by type and output: {said}"
         raise DeviceError(f"{place}: a GPU must be here to run it, got none. Its files are as they were built: {size}.")
-    with stages.stage("validate", "profiles") as advance:
-        trial.run(place, runtime, len(engine["profiles"]), plugin, advance)
-    return about
+    return place, about
 
 
 def _built(folder: Path, runtime: str, target: str | None) -> Path:

@@ -514,7 +514,9 @@ def evaluate(
     *,
     tasks: str | None = None,
     images: str | None = None,
-    runtime: Literal["onnxruntime", "pytorch"] = "onnxruntime",
+    runtime: Literal["onnxruntime", "pytorch", "tensorrt-rtx", "tensorrt"] = "onnxruntime",
+    target: str | None = None,
+    plugin: Path | None = None,
     against: str | None = None,
     data_dir: Path | None = None,
     limit: PositiveInt | None = None,
@@ -542,7 +544,12 @@ def evaluate(
         For a classifier of images, in the place of tasks: a folder with one of images for each class, or
         hub:NAME[:CONFIG[:SPLIT]].
     runtime
-        What runs OUT: ONNX Runtime, or PyTorch, whose sparse model is what validate compares it with.
+        What runs OUT: ONNX Runtime; PyTorch, whose sparse model is what validate compares it with; or, where a GPU is,
+        an engine that `nmsparse build` wrote.
+    target
+        With tensorrt-rtx: the compute capabilities of the engine, where OUT has several.
+    plugin
+        With tensorrt: the plugin's library.
     against
         The dense checkpoint, where it is no longer where OUT was made from.
     data_dir
@@ -566,6 +573,8 @@ def evaluate(
     out
         Where to write each example's results and the comparison; by default OUT/evaluation, of a checkpoint nowhere.
     """
+    theirs = {"tensorrt-rtx": ["--target"], "tensorrt": ["--plugin"]}.get(runtime, [])
+    _refuse_others(f"with --runtime {runtime}", {"--target": target, "--plugin": plugin}, theirs)
     try:
         from converter import evaluate as stage
         from converter.evaluation.tasks import TASKS, Setting
@@ -576,7 +585,9 @@ def evaluate(
     tasks = tasks if tasks is not None else "" if images else TASKS
     names = tuple(name for name in tasks.split(",") if name)
     setting = Setting(names, limit, shots, chat, seed, prompts, text, images, runtime)
-    found = stage.evaluate(model, against, setting, data_dir, out, context, batch, min_recovery, Stages())
+    found = stage.evaluate(
+        model, against, setting, data_dir, out, context, batch, min_recovery, Stages(), target, plugin
+    )
     if json_output:
         about = {"recovery": found.recovery, "f1": found.f1, "compared": [asdict(one) for one in found.compared]}
         print(json.dumps(about, indent=2))

@@ -14,10 +14,12 @@ import pandas as pd
 from huggingface_hub import constants
 from transformers import PreTrainedModel
 
+from converter.build import runnable
 from converter.calibration.images import SOURCES
 from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint, beside, open_checkpoint
 from converter.delivery.bundle import EVALUATION, EXAMPLES, RESULTS, is_bundle, manifest, write_json
+from converter.doctor import gpu
 from converter.errors import CheckpointError, EvaluationError, OutputError, RecoveryError
 from converter.evaluation.classify import classify, labelled
 from converter.evaluation.greedy import PROMPT, compared, write_on
@@ -26,10 +28,14 @@ from converter.evaluation.statistics import Paired, compare, f1, recovery
 from converter.evaluation.tasks import Setting, ask, load_tasks
 from converter.kinds import CLASSIFIER
 from converter.pipeline import load_with_processor, reference, require_decoder
+from converter.runtimes.engine import ENGINE
+from converter.runtimes.engine_model import load_engine
 from converter.runtimes.onnxruntime import library
+from converter.runtimes.profile import Profile
 from converter.stages import Stages
 
 TABLE = "compared.csv"
+Side = tuple[Callable[[], tuple[PreTrainedModel, Any]], str]  # loads a model and its processor; names both
 
 
 @dataclass(frozen=True)
@@ -52,10 +58,15 @@ def evaluate(
     batch: int,
     min_recovery: float | None,
     stages: Stages,
+    target: str | None = None,
+    plugin: Path | None = None,
 ) -> Evaluation:
     """Return how OUT does beside its dense checkpoint, or how a checkpoint does alone, and write it to a folder.
 
+    `target` and `plugin` are of the engine, where the setting's runtime has one.
+
     Raises:
+        BuildError, DeviceError: when there is no engine of that runtime, or no GPU that can run it.
         EvaluationError: when a task is unknown, its data are not there, or its examples do not fit.
         CheckpointError: when the checkpoint has another tokenizer than OUT.
         RecoveryError: when less of the accuracy is left than `min_recovery`; the results are written.
@@ -78,21 +89,9 @@ def evaluate(
             labelled(setting.images, checkpoint.config, setting.limit or 0, setting.seed) if setting.images else None
         )
         prompts = windows(setting.text, checkpoint.tokenizer(), setting.prompts, PROMPT) if setting.prompts else None
-    sides: dict[str, tuple[Callable[[], tuple[PreTrainedModel, Any]], str]] = {
-        "dense": (
-            lambda: (checkpoint.model(), checkpoint.processor()),
-            f"dense {checkpoint.fingerprint()} {checkpoint.settings()}",
-        )
-    }
-    if sparse and setting.runtime == "pytorch":
-        sides["sparse"] = (
-            lambda: (reference(folder, against), checkpoint.processor()),
-            _fingerprint(folder, "PyTorch"),
-        )
-    elif sparse:
-        kernel = library()
-        runs = "function body" if kernel is None else hashlib.sha256(kernel.read_bytes()).hexdigest()
-        sides["sparse"] = (lambda: load_with_processor(folder), _fingerprint(folder, runs))
+    sides = {"dense": _dense_side(checkpoint)}
+    if sparse:
+        sides["sparse"] = _sparse_side(folder, checkpoint, setting, against, target, plugin, context)
     found: dict[str, pd.DataFrame] = {}
     wrote: list[list[int]] = []  # the dense model, after the prompts
     for name, (load, key) in sides.items():
@@ -118,6 +117,48 @@ def evaluate(
         _write(out, result, setting, context, model, checkpoint.source)
     _check(result, min_recovery)
     return result
+
+
+def _dense_side(checkpoint: Checkpoint) -> Side:
+    """Return what loads the checkpoint, dense, and what tells it from all others."""
+    return (
+        lambda: (checkpoint.model(), checkpoint.processor()),
+        f"dense {checkpoint.fingerprint()} {checkpoint.settings()}",
+    )
+
+
+def _sparse_side(
+    folder: Path,
+    checkpoint: Checkpoint,
+    setting: Setting,
+    against: str | None,
+    target: str | None,
+    plugin: Path | None,
+    context: int,
+) -> Side:
+    """Return what loads OUT in the setting's runtime, and what tells it and what runs it from all others."""
+    if setting.runtime == "pytorch":
+        return lambda: (reference(folder, against), checkpoint.processor()), _fingerprint(folder, "PyTorch")
+    if setting.runtime == "onnxruntime":
+        kernel = library()
+        runs = "function body" if kernel is None else _digest(kernel)
+        return lambda: load_with_processor(folder), _fingerprint(folder, runs)
+    place, about = runnable(folder, setting.runtime, target)
+    _check_context(place, about, checkpoint, context)
+    runs = f"{gpu().found} {about['files'][ENGINE]['sha256']} {_digest(plugin) if plugin else ''}"
+    return lambda: (load_engine(folder, place, about, plugin), checkpoint.processor()), _fingerprint(folder, runs)
+
+
+def _check_context(place: Path, about: dict[str, Any], checkpoint: Checkpoint, context: int) -> None:
+    """Refuse a context that the engine's profiles cannot take, before anything is asked."""
+    profiles = [Profile.parse(text) for text in about["engine"]["profiles"]]
+    longest = max((p.tokens[2] for p in profiles if p.past[0] == 0 and p.batch[0] == 1), default=0)
+    wanted = min(context, getattr(checkpoint.config.get_text_config(), "max_position_embeddings", context))
+    if wanted > longest:
+        raise EvaluationError(
+            f"--context: must be at most {longest}, what a profile of {place} takes in one call, got {wanted}. "
+            "Lower it, or build the engine again with --profile."
+        )
 
 
 def _check_setting(checkpoint: Checkpoint, setting: Setting) -> None:
@@ -150,6 +191,10 @@ def _same_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
             f"{checkpoint.source}: must have the tokenizer of {folder}, got another ({len(theirs)} tokens, not the "
             f"same {len(ours)}). The two would answer different questions: give the checkpoint of OUT with --against."
         )
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _fingerprint(folder: Path, runs: str) -> str:

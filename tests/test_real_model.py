@@ -23,7 +23,7 @@ from converter.checkpoint import Checkpoint
 from converter.delivery import report as pages
 from converter.plan import plan
 from converter.recipe import from_yaml
-from converter.runtimes.onnxruntime import VARIABLE, OnnxCausalLM, session
+from converter.runtimes.onnxruntime import VARIABLE, decoder, session
 
 pytestmark = pytest.mark.slow
 PROMPT = "The capital of France is"
@@ -257,7 +257,7 @@ def test_left_padded_batch_of_the_graph_run_dense(smol: Path) -> None:
             attributes = {a.name: a for a in node.attribute}
             attributes["keep"].i = attributes["group"].i
     checkpoint = Checkpoint("", None, smol)
-    model = OnnxCausalLM(checkpoint.config, session(graph, smol))
+    model = decoder(checkpoint.config, session(graph, smol))
     inputs = checkpoint.tokenizer()(
         ["Hello!", "Name three rivers of Europe, please."], return_tensors="pt", padding=True, padding_side="left"
     )

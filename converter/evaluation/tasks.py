@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache as once
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from converter.errors import EvaluationError
 from converter.evaluation.harness import HarnessLM
 
 TASKS = "piqa,arc_easy,boolq,winogrande,wikitext"  # by default
-Runtime = Literal["onnxruntime", "pytorch"]
+Runtime = Literal["onnxruntime", "pytorch", "tensorrt-rtx", "tensorrt"]
 COLUMNS = ("task", "example", "metric", "value", "weight", "predicted", "target")
 ARTICLE = re.compile(r"^ = [^=]+ = $", re.M)
 
@@ -82,7 +83,7 @@ def load_tasks(setting: Setting, data: Path | None) -> list[Any]:
     if not setting.tasks:
         return []
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    manager = TaskManager()
+    manager = _manager()
     for name in setting.tasks:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=5)
@@ -106,6 +107,12 @@ def load_tasks(setting: Setting, data: Path | None) -> list[Any]:
             ) from error
         found += loaded["tasks"].values()
     return found
+
+
+@once
+def _manager() -> TaskManager:
+    """Return lm-eval's index of its tasks, which it takes seconds to read from thousands of files."""
+    return TaskManager()
 
 
 def _local(name: str, data: Path) -> dict[str, Any]:
@@ -159,6 +166,7 @@ def ask(lm: HarnessLM, tasks: list[Any], setting: Setting, cache: Path) -> pd.Da
         num_fewshot=setting.shots,
         apply_chat_template=setting.chat,
         use_cache=str(cache),
+        task_manager=_manager(),
         bootstrap_iters=0,
         random_seed=setting.seed,
         numpy_random_seed=setting.seed,

@@ -44,7 +44,7 @@ def build(
         BuildError: when the graph cannot be read or built.
     """
     product = f"{trt.__name__.partition('_bindings')[0]} {trt.__version__}"
-    logger = _logger(trt)
+    logger = log(trt)
     builder = _builder(trt, logger, product)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, logger)
@@ -116,7 +116,9 @@ def _tensor(tensor: Any) -> dict[str, Any]:
     return {"name": tensor.name, "dtype": tensor.dtype.name.lower(), "shape": list(tensor.shape)}
 
 
-def _logger(trt: Any) -> Any:
+def log(trt: Any) -> Any:
+    """Return a logger for the bindings `trt` that keeps `errors`, and the list of an engine's `layers`."""
+
     class Log(trt.ILogger):  # type: ignore[misc]
         """Keeps what goes wrong, for the error message, and the list of the engine's layers."""
 

@@ -12,13 +12,14 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor
-from transformers import AutoConfig, DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutput, CausalLMOutputWithPast, ImageClassifierOutput, MaskedLMOutput
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput, MaskedLMOutput
 
 from converter.errors import ExportError
 from converter.graph.export import MODEL
 from converter.graph.widen import is_bfloat16, widen
 from converter.kinds import kind_of
+from converter.runtimes.decoder import PAST, CacheInput, GraphCausalLM
 
 # Dense products of integers, which OUT is timed against, are fastest with activations rounded to eight bits (level 4).
 ACCURACY = "session.qdq_matmulnbits_accuracy_level"
@@ -93,65 +94,17 @@ def call_feed(run: onnxruntime.InferenceSession, ids: Tensor, caches: Sequence[A
     return {value.name: array for value, array in zip(inputs, arrays, strict=True)}
 
 
-class OnnxCausalLM(PreTrainedModel, GenerationMixin):
-    """A language model whose forward is an ONNX Runtime session."""
+def decoder(config: PreTrainedConfig, run: onnxruntime.InferenceSession) -> GraphCausalLM:
+    """Return the language model whose graph the session runs; `config` is that of the checkpoint."""
+    inputs = [value for value in run.get_inputs() if value.name.startswith(PAST)]
+    dtype = torch.float16 if "float16" in inputs[0].type else torch.float32
+    caches = [CacheInput(value.name, value.shape[1], value.shape[3], dtype) for value in inputs]
 
-    main_input_name = "input_ids"
-    _supports_sdpa = True
+    def call(feeds: dict[str, Tensor]) -> list[Tensor]:
+        arrays = run.run(None, {name: tensor.numpy() for name, tensor in feeds.items()})
+        return [torch.from_numpy(array) for array in arrays]
 
-    def __init__(self, config: PreTrainedConfig, onnx_session: onnxruntime.InferenceSession) -> None:
-        """Keep the session; `config` is that of the checkpoint."""
-        super().__init__(config)
-        self.session = onnx_session
-        self.cache_inputs = [i for i in onnx_session.get_inputs() if i.name.startswith("past_key_values.")]
-        self.cache_type = np.float16 if "float16" in self.cache_inputs[0].type else np.float32
-
-    @property
-    def device(self) -> torch.device:
-        """The CPU, where inputs are expected and outputs lie."""
-        return torch.device("cpu")
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what transformers' `generate` returns, with a cache that keeps every position."""
-        kwargs.setdefault("past_key_values", DynamicCache())
-        return super().generate(*args, **kwargs)  # type: ignore[misc] # transformers declares another self
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: DynamicCache | None = None,
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        """Return logits `[B, S, V]` in float32 for token ids `[B, S]`, and the cache with their keys and values."""
-        cache: Any = DynamicCache() if past_key_values is None else past_key_values
-        past = cache.get_seq_length()
-        batch, sequence = input_ids.shape
-        if attention_mask is None:
-            attention_mask = torch.ones(batch, past + sequence, dtype=torch.int64)
-        attention_mask = attention_mask.to(torch.int64)
-        if position_ids is None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -sequence:]
-        feeds = {
-            "input_ids": input_ids.numpy(),
-            "attention_mask": attention_mask.numpy(),
-            "position_ids": position_ids.expand(batch, sequence).contiguous().numpy(),
-        }
-        for number, value in enumerate(self.cache_inputs):
-            layer, part = divmod(number, 2)
-            if past:
-                tensor = cache.layers[layer].values if part else cache.layers[layer].keys
-                feeds[value.name] = tensor.contiguous().numpy()
-            else:
-                feeds[value.name] = np.zeros((batch, value.shape[1], 0, value.shape[3]), self.cache_type)
-        logits, *present = (torch.from_numpy(array) for array in self.session.run(None, feeds))
-        for layer in range(len(present) // 2):
-            keys, values = present[2 * layer : 2 * layer + 2]
-            if len(cache.layers) <= layer:
-                cache.update(keys, values, layer)
-            cache.layers[layer].keys, cache.layers[layer].values = keys, values
-        return CausalLMOutputWithPast(logits=logits.float(), past_key_values=cache)
+    return GraphCausalLM(config, caches, call)
 
 
 class OnnxEncoder(PreTrainedModel):
@@ -215,13 +168,13 @@ class OnnxVision(PreTrainedModel):
         return ImageClassifierOutput(logits=y) if self.output == "logits" else BaseModelOutput(last_hidden_state=y)
 
 
-def load_onnx(folder: Path) -> OnnxCausalLM | OnnxEncoder | OnnxVision:
+def load_onnx(folder: Path) -> GraphCausalLM | OnnxEncoder | OnnxVision:
     """Return the model in OUT, ready to run."""
     config = AutoConfig.from_pretrained(folder)
     run = session(onnx.load(folder / MODEL, load_external_data=False), folder)
     kind = kind_of(config, str(folder))
     if not kind.cached:
         return OnnxVision(config, run) if kind.images else OnnxEncoder(config, run)
-    model = OnnxCausalLM(config, run)
+    model = decoder(config, run)
     model.generation_config = GenerationConfig.from_pretrained(folder)
     return model

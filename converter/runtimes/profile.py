@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -65,6 +66,28 @@ class Profile:
             return length
 
         return [tuple(size(dim, at) for dim in value.type.tensor_type.shape.dim) for at in range(3)]
+
+
+def fitting(profiles: Sequence[Profile], batch: int, tokens: int, past: int) -> tuple[int, int]:
+    """Return the number of the profile that takes most of a call of `batch` sequences at once, and how many.
+
+    Raises:
+        BuildError: when none takes any.
+    """
+    found = [
+        (min(batch, profile.batch[2]), -number)
+        for number, profile in enumerate(profiles)
+        if profile.batch[0] <= batch
+        and profile.tokens[0] <= tokens <= profile.tokens[2]
+        and profile.past[0] <= past <= profile.past[2]
+    ]
+    if not found:
+        raise BuildError(
+            f"--profile: must take {batch} sequences of {tokens} tokens after {past}, got {listing(map(str, profiles))}"
+            ". Build the engine with one more."
+        )
+    rows, number = max(found)
+    return -number, rows
 
 
 def default_profiles(context: int) -> tuple[Profile, Profile]:

@@ -53,9 +53,8 @@ def build(
         BuildError: when TensorRT, a GPU or the plugin's library is missing, when TensorRT cannot build the graph, or
             when the engine has not as many plugin layers.
     """
-    trt = _bindings()
-    if trt.get_plugin_registry().load_library(str(library.resolve())) is None:
-        raise BuildError(f"--plugin: must be a library that TensorRT {trt.__version__} can load, got {library}.")
+    trt = bindings()
+    load_plugin(trt, library)
     timing: list[Any] = []
 
     def configure(config: Any) -> None:
@@ -124,7 +123,22 @@ def script(inputs: Sequence[onnx.ValueInfoProto], profiles: Sequence[Profile], o
     return "\n".join(lines) + "\n"
 
 
-def _bindings() -> Any:
+def load_plugin(trt: Any, library: Path) -> None:
+    """Make the plugin known to TensorRT.
+
+    Raises:
+        BuildError: when the library cannot be loaded.
+    """
+    if trt.get_plugin_registry().load_library(str(library.resolve())) is None:
+        raise BuildError(f"--plugin: must be a library that TensorRT {trt.__version__} can load, got {library}.")
+
+
+def bindings() -> Any:
+    """Return TensorRT.
+
+    Raises:
+        BuildError: when it is not installed.
+    """
     try:
         import tensorrt
     except ImportError as error:
