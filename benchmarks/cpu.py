@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import ml_dtypes
 import numpy as np
@@ -33,7 +33,7 @@ from converter import json_rows
 from converter.graph.dense import dense
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
 from converter.runtimes.onnxruntime import ACCURACY, library
-from converter.sparsity.quantize import BITS, Storage
+from converter.sparsity.quantize import BITS, Storage, Weights
 
 app = App(help_format="plaintext")
 SECONDS = 1.0  # of dense time for a shape and number of tokens, within the rounds
@@ -42,22 +42,34 @@ ROUNDS = (7, 40)
 HALF = ("2:4", "8:16")
 GOALS = {
     "dtype": {"2:4": 1.95, "8:16": 1.95, "1:4": 3.5},
+    "float16": {},
+    "bfloat16": {},
     "int8": dict.fromkeys(HALF, 1.4),
     "int4": dict.fromkeys(HALF, 1.2),
 }
 MANY = 0.93
 BLOCK = 128
 INTEGERS = {"int8": np.int8, "int4": ml_dtypes.int4}
-DENSE = {"dtype": ("MatMul",), "int8": ("DynamicQuantizeMatMul", "MatMulNBits"), "int4": ("MatMulNBits",)}
+HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+# Of 16 bits ONNX Runtime has no product on every CPU: it widens the weights when it loads the graph.
+DENSE = {
+    "dtype": ("MatMul",),
+    "float16": ("MatMul",),
+    "bfloat16": ("MatMul",),
+    "int8": ("DynamicQuantizeMatMul", "MatMulNBits"),
+    "int4": ("MatMulNBits",),
+}
 
 
-def made(w: np.ndarray, what: str, weights: str, kernel: Path, threads: int) -> onnxruntime.InferenceSession:
+def made(w: np.ndarray, what: str, weights: Weights, kernel: Path, threads: int) -> onnxruntime.InferenceSession:
     """Return a session of one product: the op where `what` is a pattern, else ONNX Runtime's."""
     k, n = w.shape
     block = 0 if what == "DynamicQuantizeMatMul" else BLOCK
     stored = {"W": w}
-    if weights != "dtype":
-        whole, scale = Storage(bits=BITS[weights], block=block).quantized(torch.from_numpy(w))
+    if weights in HALVES and what != "MatMul":
+        stored["W"] = w.astype(HALVES[weights])
+    elif weights in BITS:
+        whole, scale = Storage(weights=weights, block=block).quantized(torch.from_numpy(w))
         stored = {"W": whole.numpy().astype(INTEGERS[weights]), "scale": scale.numpy()}
     make = onnx.helper.make_node
     if what == "DynamicQuantizeMatMul":
@@ -97,11 +109,11 @@ def main(
     shapes: str = "2048x8192,8192x2048,4096x14336",
     tokens: str = "1,2,4,8,16,32,64,128,512",
     patterns: str = "2:4,8:16,1:4",
-    weights: Literal["dtype", "int8", "int4"] = "dtype",
+    weights: Weights = "dtype",
     threads: str = "1,2",
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
-    """Measure layers of `shapes` (in x out), in float32, with weights in that or in integers."""
+    """Measure layers of `shapes` (in x out), in float32, with weights in that or in fewer bits."""
     kernel = library()
     if kernel is None:
         sys.exit("benchmarks/cpu.py: the op's library must be built, got none. Run make cpu-op.")

@@ -22,7 +22,7 @@ from converter.sparsity.criteria import criterion
 from converter.sparsity.linear import Phases
 from converter.sparsity.mitigations import Mitigation, mitigations
 from converter.sparsity.pattern import Pattern
-from converter.sparsity.quantize import BITS, Storage
+from converter.sparsity.quantize import Storage, Weights
 
 DENSE = "dense"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -130,7 +130,7 @@ class Recipe(_Frozen):
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    weights: Literal["dtype", "int8", "int4"] = "dtype"
+    weights: Weights = "dtype"
     block: int = Field(default=32, ge=0, multiple_of=16)
     seed: int = 0
     allocation: Allocation = Allocation()
@@ -211,7 +211,7 @@ class Recipe(_Frozen):
 
     def storage(self) -> Storage:
         """Return how the exported weights are stored."""
-        return Storage(self.dtype, BITS[self.weights], self.block)
+        return Storage(self.dtype, self.weights, self.block)
 
     def methods(self) -> list[Mitigation]:
         """Return the mitigations in the order given."""

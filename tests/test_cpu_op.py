@@ -29,7 +29,7 @@ from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
 from converter.runtimes.onnxruntime import VARIABLE, session
 from converter.runtimes.polygraphy import kernel_session
 from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake, prune, token_scale
-from converter.sparsity.quantize import Storage
+from converter.sparsity.quantize import Storage, Weights
 
 PATTERNS = [(2, 4), (1, 4), (8, 16), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
 # On both sides of every threshold: streamed or held (2; 3 and 4 at 1:4), held or packed (11 and 12 at 1:4, 19 and 20 at
@@ -37,6 +37,7 @@ PATTERNS = [(2, 4), (1, 4), (8, 16), (5, 8), (7, 9), (15, 16), (40, 80), (96, 48
 TOKENS = [1, 2, 3, 4, 8, 11, 12, 19, 20, 31, 32, 33, 119, 120, 129]
 
 INTEGERS = {8: np.int8, 4: ml_dtypes.int4}
+HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @pytest.fixture(scope="session")
@@ -60,8 +61,11 @@ class Node:
         tensors = {name: getattr(baked, {"W": "weight"}.get(name, name), None) for name in INPUTS[1:]}
         given = {name: t.contiguous().numpy() for name, t in tensors.items() if isinstance(t, Tensor)}
         if storage is not None:
-            whole, scale = storage.quantized(baked.weight)
-            given |= {"W": whole.numpy().astype(INTEGERS[storage.bits]), "weight_scale": scale.numpy()}
+            if storage.bits:
+                whole, scale = storage.quantized(baked.weight)
+                given |= {"W": whole.numpy().astype(INTEGERS[storage.bits]), "weight_scale": scale.numpy()}
+            else:
+                given["W"] = given["W"].astype(HALVES[storage.weights])
         names = [n if n in {"X", *given, *(["sparse"] if phased else [])} else "" for n in INPUTS]
         node = onnx.helper.make_node(
             OP,
@@ -186,12 +190,14 @@ def test_a_dense_phase_keeps_every_channel_and_corrects_nothing(library: Path, s
         assert error(node(x, sparse=np.array(sparse)), exact(x, baked, sparse)) < 2e-6
 
 
-@pytest.mark.parametrize(("bits", "block"), [(8, 0), (8, 32), (4, 16), (4, 48)])
+@pytest.mark.parametrize(
+    ("weights", "block"), [("int8", 0), ("int8", 32), ("int4", 16), ("int4", 48), ("float16", 0), ("bfloat16", 0)]
+)
 @pytest.mark.parametrize(("keep", "group", "permuted"), [(8, 16, False), (8, 16, True), (5, 8, False), (1, 1, False)])
-def test_integers_are_the_reference_at_every_number_of_tokens(
-    library: Path, bits: int, block: int, keep: int, group: int, permuted: bool
+def test_weights_of_fewer_bits_are_the_reference_at_every_number_of_tokens(
+    library: Path, weights: Weights, block: int, keep: int, group: int, permuted: bool
 ) -> None:
-    storage = Storage(bits=bits, block=block)
+    storage = Storage(weights=weights, block=block)
     params = the_params(keep, group, 480, "token_mean", permuted, variance=True)
     for n, rank in ((200, 0), (2, 5), (1106, 70)):
         baked = layer(params, 480, n, True, rank)
@@ -208,11 +214,22 @@ def test_integers_are_the_reference_at_every_number_of_tokens(
 def test_integers_that_do_not_fit_are_refused(library: Path) -> None:
     x, params = torch.ones(1, 48), Params(8, 16)
     for storage, n, said in (
-        (Storage(bits=8, block=8), 4, "K / B must be K or a multiple of 16, got 8"),
-        (Storage(bits=4, block=16), 3, "W of int4 must have an even N, got 3"),
+        (Storage(weights="int8", block=8), 4, "K / B must be K or a multiple of 16, got 8"),
+        (Storage(weights="int4", block=16), 3, "W of int4 must have an even N, got 3"),
     ):
         with pytest.raises(Exception, match=said):
             Node(library, layer(params, 48, n), storage=storage)(x)
+
+
+@pytest.mark.parametrize("copy", ["onnxruntime", "avx2", "plain"])
+@pytest.mark.parametrize("weights", ["float16", "bfloat16"])
+def test_every_number_of_sixteen_bits_is_read_exactly(cpu_op: Path, copy: str, weights: Weights) -> None:
+    """Subnormal ones too; W has every finite number once, and one row of it is kept."""
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(getattr(torch, weights)).float()
+    finite = every[every.isfinite()]
+    baked = replace(layer(Params(1, 2), 2, 1, bias=False), weight=torch.stack([finite, finite.flip(0)]))
+    node = Node(cpu_op / f"libnmsparse_{copy}.so", baked, storage=Storage(weights=weights))
+    assert torch.equal(node(torch.tensor([[1.0, 0.5], [0.0, -1.0]])), torch.stack([finite, -finite.flip(0)]) + 0.0)
 
 
 def test_any_shape_of_x(library: Path) -> None:
@@ -281,9 +298,11 @@ def every_path(library: Path) -> None:
         ((5, 8), "token_mean", 1040, 1, 0, None),
         ((15, 16), "static", 80, 1100, 70, None),
         ((200, 601), "none", 601, 17, 9, None),
-        ((8, 16), "token_mean", 1040, 301, 5, Storage(bits=8, block=16)),
-        ((1, 4), "none", 600, 70, 0, Storage(bits=8)),
-        ((5, 8), "static", 1040, 1102, 0, Storage(bits=4, block=80)),
+        ((8, 16), "token_mean", 1040, 301, 5, Storage(weights="int8", block=16)),
+        ((1, 4), "none", 600, 70, 0, Storage(weights="int8")),
+        ((5, 8), "static", 1040, 1102, 0, Storage(weights="int4", block=80)),
+        ((8, 16), "token_mean", 1040, 301, 5, Storage(weights="float16")),
+        ((1, 4), "none", 600, 1, 0, Storage(weights="bfloat16")),
     ):
         baked = layer(the_params(keep, group, k, shift_mode, permuted=rank > 0), k, n, rank=rank)
         node = Node(library, baked, phased=True, threads=2, storage=storage)

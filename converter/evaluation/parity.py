@@ -41,7 +41,7 @@ from converter.evaluation.reference import (
 )
 from converter.graph.export import MODEL
 from converter.graph.lower import DTYPES
-from converter.graph.op import DOMAIN, INPUTS, OP
+from converter.graph.op import DOMAIN, INPUTS, OP, widens
 from converter.kinds import kind as kind_of_model
 from converter.quiet import quiet
 from converter.runtimes.onnxruntime import session
@@ -241,10 +241,8 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
     With `probe`, W is the identity and nothing is added, so that Y shows which channels of X are kept.
     """
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
-    kind = tensors[_nodes(graph)[0].input[1]].data_type
-    integers = kind not in DTYPES
-    if integers:
-        kind = onnx.TensorProto.FLOAT
+    stored = tensors[_nodes(graph)[0].input[1]].data_type
+    kind = onnx.TensorProto.FLOAT if widens(graph) else stored
     nodes: dict[str, list[onnx.NodeProto]] = {}
     phase = _phase_nodes(graph)
     inputs, outputs, weights = [value for value in graph.graph.input if phase and value.name == IDS], [], {}
@@ -258,7 +256,7 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
             if probe and given and INPUTS[position] in {"W", "bias", "row_sum", "residual_out", "weight_scale"}:
                 dims = [*tensors[given].dims[:-1], width]
                 if INPUTS[position] == "W":
-                    stand_in, made = _identity(width, onnx.TensorProto.INT8 if integers else kind)
+                    stand_in, made = _identity(width, stored if stored in DTYPES else onnx.TensorProto.INT8)
                 else:
                     stand_in, made = _filled(dims, tensors[given].data_type, float(INPUTS[position] == "weight_scale"))
                 new.input[position] = stand_in

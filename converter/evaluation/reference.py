@@ -25,7 +25,7 @@ def round_weights(model: nn.Module, storage: Storage) -> None:
     if storage.dtype != "float32":
         for parameter in model.parameters():
             parameter.data = parameter.data.to(getattr(torch, storage.dtype)).float()
-    if storage.bits:
+    if storage.weights != "dtype":
         for module in model.modules():
             if isinstance(module, nn.Linear):  # whose weight is no longer that of another
                 module.weight = nn.Parameter(storage.rounded(module.weight.data), requires_grad=False)

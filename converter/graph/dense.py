@@ -6,7 +6,7 @@ import onnx
 import onnx.helper
 
 from converter.errors import BuildError
-from converter.graph.op import DOMAIN, INPUTS, OP
+from converter.graph.op import DOMAIN, INPUTS, OP, widens
 
 BLOCKS = (16, 32, 64, 128, 256)
 
@@ -15,24 +15,24 @@ def dense(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model with each `SparseLinear` as a MatMul of all channels: what the op means where `sparse` is false.
 
     A token's own shift cancels, and what corrects for dropped channels is left out. Integers are dequantized by the
-    operator that ONNX Runtime makes one with the MatMul.
+    operator that ONNX Runtime makes one with the MatMul, weights of 16 bits are cast, once, when the graph is loaded.
 
     Raises:
         BuildError: when integers are stored so that ONNX Runtime has no kernel for their product.
     """
     made = onnx.ModelProto()
     made.CopyFrom(model)
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    stored, wide = {tensor.name: tensor for tensor in model.graph.initializer}, widens(model)
     del made.graph.node[:]
     for node in model.graph.node:
-        made.graph.node.extend(_product(node, stored) if (node.domain, node.op_type) == (DOMAIN, OP) else [node])
+        made.graph.node.extend(_product(node, stored, wide) if (node.domain, node.op_type) == (DOMAIN, OP) else [node])
     others = [f for f in made.functions if (f.domain, f.name) != (DOMAIN, OP)]
     del made.functions[:]
     made.functions.extend(others)
     return made
 
 
-def _product(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> list[onnx.NodeProto]:
+def _product(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto], wide: bool) -> list[onnx.NodeProto]:
     """Return the nodes that give `(x - shift) W + bias`, with what is stored in float32 cast to the dtype of W."""
     given = {part: name for part, name in zip(INPUTS, node.input, strict=False) if name}
     make, y, x, w = onnx.helper.make_node, node.output[0], given["X"], given["W"]
@@ -47,6 +47,9 @@ def _product(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto]) -> list[
             )
         dequantize = [make("DequantizeLinear", [w, scale.name], [f"{y}.W"], axis=0, block_size=block)]
         w = f"{y}.W"
+    elif wide:
+        kind = onnx.TensorProto.FLOAT
+        dequantize, w = [make("Cast", [w], [f"{y}.W"], to=kind)], f"{y}.W"
     nodes = dequantize + [
         make("Cast", [given[part]], [f"{y}.{part}"], to=kind) for part in ("shift", "bias") if part in given
     ]

@@ -113,7 +113,7 @@ def _form(biased: set[str], params: dict[str, Params], storage: Storage, phases:
         permutation=any(p.permutation is not None for p in params.values()),
         residual=any(p.residual_in is not None for p in params.values()),
         phased=phases != "both",
-        quantized=storage.bits > 0,
+        weights=storage.weights,
     )
 
 

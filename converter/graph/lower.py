@@ -10,12 +10,19 @@ import onnx.inliner
 import onnx_ir as ir
 
 from converter.errors import BuildError
-from converter.graph.op import ATTRIBUTES, DOMAIN, INPUTS, OP, Form, function
+from converter.graph.op import ATTRIBUTES, DOMAIN, INPUTS, OP, Form, function, widens
+from converter.sparsity.quantize import Weights
 
 DTYPES = {
     onnx.TensorProto.FLOAT: "float32",
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
+}
+STORED: dict[int, Weights] = {
+    onnx.TensorProto.FLOAT16: "float16",
+    onnx.TensorProto.BFLOAT16: "bfloat16",
+    onnx.TensorProto.INT8: "int8",
+    onnx.TensorProto.INT4: "int4",
 }
 
 
@@ -27,7 +34,7 @@ def form_of(model: onnx.ModelProto) -> Form:
     assert set(attributes) == set(ATTRIBUTES)
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
     return Form(
-        dtype=DTYPES.get(weight.data_type, "float32"),
+        dtype="float32" if widens(model) else DTYPES[weight.data_type],
         shift_mode=attributes["shift_mode"].decode(),
         variance=bool(attributes["variance"]),
         bias="bias" in given,
@@ -35,7 +42,7 @@ def form_of(model: onnx.ModelProto) -> Form:
         permutation="permutation" in given,
         residual="residual_in" in given,
         phased="sparse" in given,
-        quantized="weight_scale" in given,
+        weights=STORED[weight.data_type] if widens(model) else "dtype",
     )
 
 
@@ -45,14 +52,14 @@ def lower(model: onnx.ModelProto) -> onnx.ModelProto:
     The body that OUT holds multiplies in float32 where the dtype is bfloat16, for ONNX Runtime's CPU provider.
 
     Raises:
-        BuildError: when the weights are integers.
+        BuildError: when the weights are stored in fewer bits than the dtype.
     """
     lowered = onnx.ModelProto()
     lowered.CopyFrom(model)
     form = form_of(model)
-    if form.quantized:
+    if form.weights != "dtype":
         raise BuildError(
-            "weights: must be dtype for TensorRT-RTX, got integers. Export the model again: --weights dtype."
+            f"weights: must be dtype for TensorRT-RTX, got {form.weights}. Export the model again: --weights dtype."
         )
     if form.dtype == "bfloat16":
         # The lines for float16 name no dtype: they cast like X.

@@ -9,6 +9,8 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
+from converter.sparsity.quantize import BITS, Weights
+
 DOMAIN = "nmsparse"
 OP = "SparseLinear"
 VERSION = 1
@@ -27,6 +29,7 @@ INPUTS = (
     "sparse",
     "weight_scale",
 )
+WIDENED = "W_real"  # in the body: W in float32, where it is stored in fewer bits
 ATTRIBUTES = ("keep", "group", "shift_mode", "variance")
 
 
@@ -42,7 +45,12 @@ class Form:
     permutation: bool = False
     residual: bool = False
     phased: bool = False
-    quantized: bool = False
+    weights: Weights = "dtype"
+
+    @property
+    def quantized(self) -> bool:
+        """Whether W is of integers."""
+        return self.weights in BITS
 
     def takes(self) -> tuple[str, ...]:
         """Return X and the names of the inputs that are stored for a layer, in order; `sparse` is the graph's own."""
@@ -59,6 +67,12 @@ class Form:
             "weight_scale": self.quantized,
         }
         return tuple(name for name in INPUTS if given.get(name))
+
+
+def widens(model: onnx.ModelProto) -> bool:
+    """Return whether the model's weights are stored in fewer bits than its dtype."""
+    bodies = (body for body in model.functions if (body.domain, body.name) == (DOMAIN, OP))
+    return any(WIDENED in node.output for body in bodies for node in body.node)
 
 
 def function(form: Form) -> ir.Function:
@@ -171,12 +185,14 @@ def _shifted(form: Form, x: str) -> Sequence[str]:
 
 
 def _weight(form: Form) -> Sequence[str]:
-    """Return lines that make W of its integers, which ONNX Runtime folds when it loads the graph.
+    """Return lines that make W of what is stored, which ONNX Runtime folds when it loads the graph.
 
     Not DequantizeLinear: with a MatMul, ONNX Runtime 1.32 makes that a kernel that for int8 is ten times slower.
     """
-    if not form.quantized:
+    if form.weights == "dtype":
         return []
+    if not form.quantized:
+        return [f"{WIDENED} = Cast <to = 1> (W)"]
     return [
         "whole = Cast <to = 1> (W)",
         "blocks = Shape <start = 0, end = 1> (weight_scale)",
@@ -187,13 +203,13 @@ def _weight(form: Form) -> Sequence[str]:
         "scales = Unsqueeze (weight_scale, block_axis)",
         "scaled_parts = Mul (parts, scales)",
         "W_shape = Shape (W)",
-        "W_real = Reshape (scaled_parts, W_shape)",
+        f"{WIDENED} = Reshape (scaled_parts, W_shape)",
     ]
 
 
 def _product(form: Form, zs: str) -> Sequence[str]:
     if form.dtype == "float32":
-        return [f"product = MatMul ({zs}, {'W_real' if form.quantized else 'W'})"]
+        return [f"product = MatMul ({zs}, {'W' if form.weights == 'dtype' else WIDENED})"]
     if form.dtype == "bfloat16":
         return [
             f"pruned_x = CastLike ({zs}, X)",

@@ -9,12 +9,11 @@ import onnx_ir as ir
 
 from converter.errors import BuildError
 from converter.graph.dispatch import Row, choose, described
-from converter.graph.op import DOMAIN, INPUTS, OP, VERSION
+from converter.graph.op import DOMAIN, INPUTS, OP, VERSION, WIDENED
 from converter.sparsity.linear import SHIFT_MODES
 
 LARGEST_GROUP = 1024
 UNKNOWN = {
-    "weight_scale": "weights int8 or int4",
     "residual_in": "mitigation r_sparse",
     "sparse": "phases prefill or decode",
 }
@@ -30,6 +29,11 @@ def to_plugin(model: ir.Model, dispatch: Sequence[Row], sm: str) -> list[Row]:
     Raises:
         BuildError: naming the first node that the plugin has no kernel for.
     """
+    body = model.functions.pop((DOMAIN, OP, ""))
+    if any(value.name == WIDENED for node in body for value in node.outputs):
+        raise BuildError(
+            "weights: must be dtype for the TensorRT plugin, got fewer bits. Export the model again: --weights dtype."
+        )
     used: list[Row] = []
     for node in model.graph:
         if (node.domain, node.op_type) != (DOMAIN, OP):
@@ -61,7 +65,6 @@ def to_plugin(model: ir.Model, dispatch: Sequence[Row], sm: str) -> list[Row]:
         for index, value in enumerate(given.values()):
             node.replace_input_with(index, value)
         node.resize_inputs(len(given))
-    model.functions.pop((DOMAIN, OP, ""), None)
     return list(dict.fromkeys(used))
 
 

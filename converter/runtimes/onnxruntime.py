@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 
 from converter.errors import ExportError
 from converter.graph.export import MODEL
+from converter.graph.op import DOMAIN, OP, widens
 from converter.graph.widen import is_bfloat16, widen
 from converter.kinds import kind_of
 from converter.runtimes.decoder import PAST, CacheInput, GraphCausalLM
@@ -44,9 +45,10 @@ def library() -> Path | None:
 
 
 def has_kernel(model: onnx.ModelProto) -> bool:
-    """Return whether the kernel knows the model's numbers: activations in float32, weights in that, int8 or int4."""
+    """Return whether the kernel knows the model's numbers: activations in float32, weights in that or in fewer bits."""
     kinds = {value.type.tensor_type.elem_type for value in model.graph.input}
-    kinds |= {tensor.data_type for tensor in model.graph.initializer}
+    weights = {node.input[1] for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, OP)}
+    kinds |= {tensor.data_type for tensor in model.graph.initializer if not widens(model) or tensor.name not in weights}
     return not kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
 
 

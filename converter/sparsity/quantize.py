@@ -1,8 +1,9 @@
-"""How the weights of OUT are stored: numbers of its dtype, or integers of few bits with a scale for each block."""
+"""How the weights of OUT are stored: numbers of its dtype or of 16 bits, or integers with a scale for each block."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,16 +11,22 @@ from torch import Tensor, nn
 from converter.errors import RecipeError
 from converter.sparsity.linear import Params
 
-BITS = {"dtype": 0, "int8": 8, "int4": 4}
+Weights = Literal["dtype", "float16", "bfloat16", "int8", "int4"]
+BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
 class Storage:
-    """`bits` of a weight's integers, 0 where it is stored in `dtype`; `block` input channels share a scale, 0: all."""
+    """Linear layers are stored as `weights`, all else in `dtype`; `block` input channels share a scale, 0: all."""
 
     dtype: str = "float32"
-    bits: int = 0
+    weights: Weights = "dtype"
     block: int = 0
+
+    @property
+    def bits(self) -> int:
+        """The bits of a weight's integers, 0 where it is stored as numbers."""
+        return BITS.get(self.weights, 0)
 
     def blocks(self, name: str, in_features: int, out_features: int) -> int:
         """Return how many scales each output channel of the layer called `name` has.
@@ -53,20 +60,31 @@ class Storage:
         return whole.to(torch.int8).flatten(0, 1), scale.squeeze(1)
 
     def rounded(self, weight: Tensor) -> Tensor:
-        """Return the weight `[N, K]` in float32 as OUT has it."""
-        weight = weight.to(getattr(torch, self.dtype)).float()
+        """Return the weight `[N, K]` in float32 as OUT has it.
+
+        Raises:
+            RecipeError: when a weight is too large for float16.
+        """
         if not self.bits:
-            return weight
+            stored = self.dtype if self.weights == "dtype" else self.weights
+            found = weight.to(getattr(torch, stored)).float()
+            if self.weights == "float16" and not found.isfinite().all():
+                raise RecipeError(
+                    f"weights: must be at most 65504 for float16, got {weight.abs().max():g}. Use bfloat16."
+                )
+            return found
+        weight = weight.to(getattr(torch, self.dtype)).float()
         whole, scale = self.quantized(weight.t())
-        found: Tensor = whole.unflatten(0, (len(scale), -1)) * scale[:, None]
-        return found.flatten(0, 1).t()
+        parts: Tensor = whole.unflatten(0, (len(scale), -1)) * scale[:, None]
+        return parts.flatten(0, 1).t()
 
     def every_layer(self, model: nn.Module, params: dict[str, Params]) -> dict[str, Params]:
         """Return the parameters of all nodes of the op, by the linear layers of a dense `model`.
 
-        Where weights are integers these are all, the output head too; those that are dense keep every channel.
+        Where weights have fewer bits than `dtype` these are all, the output head too; those that are dense keep every
+        channel.
         """
-        if not self.bits:
+        if self.weights == "dtype":
             return params
         first = next(iter(params.values()))
         dense = Params(1, 1, shift_mode=first.shift_mode, variance=first.variance)

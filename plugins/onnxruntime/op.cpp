@@ -1,4 +1,5 @@
-// The op SparseLinear for ONNX Runtime's CPU provider, in float32, with W in float32, int8 or int4. What it means is in docs/format.md.
+// The op SparseLinear for ONNX Runtime's CPU provider, in float32, with W in that or in fewer bits. What it means is in
+// docs/format.md.
 //
 // A call of tokens goes, in chunks, through `choose` (parallel over tokens), `product` (over tiles of columns and parts
 // of the rows) and `epilogue`. Threads and memory are ONNX Runtime's.
@@ -149,12 +150,15 @@ private:
         cpu::Weight found{cpu::Kind::FLOAT, w.GetTensorRawData(), n, nullptr, k};
         switch (w.GetTensorTypeAndShapeInfo().GetElementType()) {
             case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: break;
+            case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: found.kind = cpu::Kind::FLOAT16; break;
+            case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: found.kind = cpu::Kind::BFLOAT16; break;
             case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: found.kind = cpu::Kind::INT8; break;
             case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4: found.kind = cpu::Kind::INT4; break;
-            default: refuse("W must be of float32, int8 or int4.");
+            default: refuse("W must be of float32, float16, bfloat16, int8 or int4.");
         }
         Ort::ConstValue const scale = input(context, Input::WEIGHT_SCALE);
-        if ((found.kind != cpu::Kind::FLOAT) != static_cast<bool>(scale))
+        bool const integers = found.kind == cpu::Kind::INT8 || found.kind == cpu::Kind::INT4;
+        if (integers != static_cast<bool>(scale))
             refuse("weight_scale must be there where W is of integers, and nowhere else.");
         if (found.kind == cpu::Kind::INT4 && n % 2 != 0) refuse("W of int4 must have an even N, got " + std::to_string(n) + ".");
         if (!scale) return found;

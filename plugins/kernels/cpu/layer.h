@@ -7,9 +7,9 @@
 
 namespace nmsparse::cpu {
 
-// W as it is stored: [k, n] numbers, or integers, each to be multiplied by the scale of its column and of the so many
-// rows that share one. Of four bits, two integers lie in a byte, the first in the lower half.
-enum class Kind { FLOAT, INT8, INT4 };
+// W as it is stored: [k, n] numbers, of 32 or 16 bits, or integers, each to be multiplied by the scale of its column and
+// of the so many rows that share one. Of four bits, two integers lie in a byte, the first in the lower half.
+enum class Kind { FLOAT, FLOAT16, BFLOAT16, INT8, INT4 };
 struct Weight {
     Kind kind;
     void const* data;

@@ -46,7 +46,7 @@ struct OfNumbers<Simd::AVX512> {
 template <Simd S, class Row>
 struct Registers {
     static constexpr int HELD = OfNumbers<S>::ROWS * OfNumbers<S>::VECTORS;
-    static constexpr int VECTORS = Row::SCALED ? Row::VECTORS : OfNumbers<S>::VECTORS;
+    static constexpr int VECTORS = Row::VECTORS > 1 ? Row::VECTORS : OfNumbers<S>::VECTORS;
     static constexpr int ROWS = std::max(HELD / VECTORS, 1), SUMS = OfNumbers<S>::SUMS;
     static constexpr int64_t LANES = LANES_OF<S>, STRIP = VECTORS * LANES, PANEL = SUMS * LANES;  // in columns
 };
@@ -404,6 +404,8 @@ template <class Body>
 void with_rows(Kind kind, Body const& body) {
     switch (kind) {
         case Kind::FLOAT: return body(FloatRow());
+        case Kind::FLOAT16: return body(HalfRow<false>());
+        case Kind::BFLOAT16: return body(HalfRow<true>());
         case Kind::INT8: return body(IntegerRow<8>());
         case Kind::INT4: return body(IntegerRow<4>());
     }
@@ -427,7 +429,8 @@ Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
     // Long rows, so threads share the work by runs first; but the parts of many tokens would be large.
     int64_t const parts = tokens <= 32 ? runs_of(lists) : 1;
     int64_t const most = std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
-    int64_t const bytes = w.kind == Kind::FLOAT ? 4 * n : w.kind == Kind::INT8 ? n : n / 2;
+    int64_t bytes = 0;
+    with_rows(w.kind, [&](auto row) { bytes = decltype(row)::bytes(n); });
     int64_t const shared = std::min<int64_t>(parts == 1 ? 2 : (8 + parts - 1) / parts, std::max<int64_t>(bytes / SHORT, 1));
     int64_t const tiles = std::max((n + most - 1) / most, shared);
     return {round_up((n + tiles - 1) / tiles, 128), parts};

@@ -1,8 +1,8 @@
 // How rows of W are read, by what they are stored as. A row is the place of its first byte.
 //
-// Integers are taken out of 32-bit words by shifts, which compilers know how to do for every processor: the first integer
-// of each word to one vector, the second to the next. So four or eight vectors of columns are read at once, and their sums
-// are put into the order of the columns at the end of a block.
+// What is shorter is taken out of 32-bit words by shifts, which compilers know how to do for every processor: the first
+// number of each word to one vector, the second to the next. So two, four or eight vectors of columns are read at once,
+// and their sums are put into the order of the columns at the end of a block.
 #pragma once
 
 #include "simd.h"
@@ -36,6 +36,30 @@ struct FloatRow {
     template <Simd S>
     NMSPARSE_INLINE static void read(Byte const* row, int64_t c, FloatsOf<S>* to) {
         *to = load<S>(reinterpret_cast<float const*>(row) + c);
+    }
+};
+
+// Numbers of sixteen bits, of either kind. Those of float16 get the place of a float32's, with an exponent that is 112 too
+// low; so infinity is no infinity, but no weight is.
+template <bool BRAIN>
+struct HalfRow {
+    static constexpr bool SCALED = false;
+    static constexpr int VECTORS = 2;
+
+    static constexpr int64_t bytes(int64_t columns) { return 2 * columns; }
+    template <Simd S>
+    NMSPARSE_INLINE static void read(Byte const* row, int64_t c, FloatsOf<S>* to) {
+        constexpr int32_t HIGH = static_cast<int32_t>(BRAIN ? 0xffff0000U : 0x8fffe000U);
+        IntsOf<S> words;
+        std::memcpy(&words, row + bytes(c), sizeof words);
+#pragma GCC unroll 2
+        for (int k = 0; k < VECTORS; ++k) {
+            IntsOf<S> bits = k == 0 ? words << 16 : words;
+            if constexpr (!BRAIN) bits >>= 3;
+            if (!BRAIN || k == 1) bits &= HIGH;
+            std::memcpy(&to[k], &bits, sizeof bits);
+            if constexpr (!BRAIN) to[k] *= 0x1p112F;
+        }
     }
 };
 
