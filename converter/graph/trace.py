@@ -66,8 +66,9 @@ class TracedLinear(nn.Module):
             "weight_scale": (node.blocks, linear.out_features),
         }
         kinds = {"permutation": torch.int64, "residual_in": dtype, "residual_out": dtype}
-        stored = torch.int8 if form.quantized else getattr(torch, form.weights, dtype)
-        weight = stored if node.sparse else dtype
+        weight = dtype
+        if node.sparse and form.weights != "dtype":
+            weight = torch.int8 if form.quantized else getattr(torch, form.weights)
         self.weight = _placeholder((linear.in_features, linear.out_features), weight)
         if node.sparse:
             self.names = form.takes()[2:]
