@@ -143,4 +143,4 @@ def _cpu_op() -> Finding:
     except Exception as error:  # onnxruntime's own classes derive from Exception alone
         return Finding(part, False, str(error).splitlines()[0], "Build it again: make cpu-op.")
     otherwise = "else the ONNX function body serves, slower"
-    return Finding(part, True, f"{found}; for float32, with weights of int8 or int4 too; {otherwise}")
+    return Finding(part, True, f"{found}; for float32, with weights in that or in fewer bits; {otherwise}")
