@@ -29,6 +29,7 @@ from converter import json_rows
 from converter.errors import BuildError, ConverterError, EvaluationError, OutputError
 from converter.recipe import Recipe, from_yaml, parse_set
 from converter.sparsity.linear import Phases
+from converter.sparsity.quantize import Weights
 from converter.stages import Stages
 
 if TYPE_CHECKING:
@@ -69,9 +70,7 @@ class RecipeOptions:
     calibration_tokens: Annotated[int | None, Parameter(help="how many tokens of it")] = None
     phases: Annotated[Phases | None, Parameter(help="when the layers are sparse (default both)")] = None
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    weights: Annotated[
-        Literal["dtype", "float16", "bfloat16", "int8", "int4"] | None, Parameter(help="how weights are stored")
-    ] = None
+    weights: Annotated[Weights | None, Parameter(help="how weights are stored")] = None
     targets: Annotated[str | None, Parameter(help="name patterns of the layers to make sparse, by commas")] = None
     ignore: Annotated[str | None, Parameter(help="name patterns of the layers to leave dense, by commas")] = None
     seed: int | None = None
@@ -143,7 +142,7 @@ def export(
     out: Path,
     *,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
-    weights: Literal["dtype", "float16", "bfloat16", "int8", "int4"] | None = None,
+    weights: Weights | None = None,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Write OUT from the folder that `nmsparse calibrate` (or convert) wrote."""

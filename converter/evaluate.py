@@ -23,7 +23,7 @@ from converter.doctor import gpu
 from converter.errors import CheckpointError, EvaluationError, OutputError, RecoveryError
 from converter.evaluation.classify import classify, labelled
 from converter.evaluation.greedy import PROMPT, compared, write_on
-from converter.evaluation.harness import HarnessLM
+from converter.evaluation.harness import HarnessLM, longest
 from converter.evaluation.statistics import Paired, compare, f1, recovery
 from converter.evaluation.tasks import Setting, ask, load_tasks
 from converter.kinds import CLASSIFIER
@@ -152,11 +152,11 @@ def _sparse_side(
 def _check_context(place: Path, about: dict[str, Any], checkpoint: Checkpoint, context: int) -> None:
     """Refuse a context that the engine's profiles cannot take, before anything is asked."""
     profiles = [Profile.parse(text) for text in about["engine"]["profiles"]]
-    longest = max((p.tokens[2] for p in profiles if p.past[0] == 0 and p.batch[0] == 1), default=0)
-    wanted = min(context, getattr(checkpoint.config.get_text_config(), "max_position_embeddings", context))
-    if wanted > longest:
+    most = max((p.tokens[2] for p in profiles if p.past[0] == 0 and p.batch[0] == 1), default=0)
+    wanted = longest(checkpoint.config, context)
+    if wanted > most:
         raise EvaluationError(
-            f"--context: must be at most {longest}, what a profile of {place} takes in one call, got {wanted}. "
+            f"--context: must be at most {most}, what a profile of {place} takes in one call, got {wanted}. "
             "Lower it, or build the engine again with --profile."
         )
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
+import ml_dtypes  # noqa: F401 # gives numpy bfloat16 and int4 by name
 import numpy as np
 import onnx
 import onnx.helper
@@ -35,9 +35,6 @@ PATTERNS = [(2, 4), (1, 4), (8, 16), (5, 8), (7, 9), (15, 16), (40, 80), (96, 48
 # On both sides of every threshold: streamed or held (2; 3 and 4 at 1:4), held or packed (11 and 12 at 1:4, 19 and 20 at
 # 50 %, 31 and 32 at 5:8, 119 and 120 at 7:9), parts (32 and 33), two chunks (129).
 TOKENS = [1, 2, 3, 4, 8, 11, 12, 19, 20, 31, 32, 33, 119, 120, 129]
-
-INTEGERS = {8: np.int8, 4: ml_dtypes.int4}
-HALVES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
 @pytest.fixture(scope="session")
@@ -63,9 +60,9 @@ class Node:
         if storage is not None:
             if storage.bits:
                 whole, scale = storage.quantized(baked.weight)
-                given |= {"W": whole.numpy().astype(INTEGERS[storage.bits]), "weight_scale": scale.numpy()}
+                given |= {"W": whole.numpy().astype(storage.weights), "weight_scale": scale.numpy()}
             else:
-                given["W"] = given["W"].astype(HALVES[storage.weights])
+                given["W"] = given["W"].astype(storage.weights)
         names = [n if n in {"X", *given, *(["sparse"] if phased else [])} else "" for n in INPUTS]
         node = onnx.helper.make_node(
             OP,

@@ -12,13 +12,18 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import postprocess_generated_text
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch import Tensor
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from converter.errors import EvaluationError
 
 Advance = Callable[[int, int], None]
 SPARED = 64  # tokens that a context run once must spare: less is made up for by a batch of many contexts
 Answer = tuple[float, bool]
+
+
+def longest(config: PreTrainedConfig, context: int) -> int:
+    """Return `context`, or what a decoder can take where that is less, in tokens."""
+    return min(context, getattr(config.get_text_config(), "max_position_embeddings", context))
 
 
 class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
@@ -40,7 +45,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
         """Keep them; no sequence has more than `context` tokens, or what the model can take if that is less."""
         super().__init__()
         self.model, self.tokenizer, self.batch, self.advance = model, tokenizer, batch, advance
-        self.max_length = min(context, getattr(model.config.get_text_config(), "max_position_embeddings", context))
+        self.max_length = longest(model.config, context)
 
     @property
     def eot_token_id(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import cast
 
 import onnx
 import onnx.helper
@@ -18,12 +19,6 @@ DTYPES = {
     onnx.TensorProto.FLOAT16: "float16",
     onnx.TensorProto.BFLOAT16: "bfloat16",
 }
-STORED: dict[int, Weights] = {
-    onnx.TensorProto.FLOAT16: "float16",
-    onnx.TensorProto.BFLOAT16: "bfloat16",
-    onnx.TensorProto.INT8: "int8",
-    onnx.TensorProto.INT4: "int4",
-}
 
 
 def form_of(model: onnx.ModelProto) -> Form:
@@ -33,8 +28,11 @@ def form_of(model: onnx.ModelProto) -> Form:
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     assert set(attributes) == set(ATTRIBUTES)
     weight = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[1])
+    dtype, weights = DTYPES.get(weight.data_type, ""), "dtype"
+    if widens(model):
+        dtype, weights = "float32", onnx.TensorProto.DataType.Name(weight.data_type).lower()
     return Form(
-        dtype="float32" if widens(model) else DTYPES[weight.data_type],
+        dtype=dtype,
         shift_mode=attributes["shift_mode"].decode(),
         variance=bool(attributes["variance"]),
         bias="bias" in given,
@@ -42,7 +40,7 @@ def form_of(model: onnx.ModelProto) -> Form:
         permutation="permutation" in given,
         residual="residual_in" in given,
         phased="sparse" in given,
-        weights=STORED[weight.data_type] if widens(model) else "dtype",
+        weights=cast(Weights, weights),
     )
 
 
