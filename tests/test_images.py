@@ -87,7 +87,13 @@ def test_a_classifier_is_fitted_and_keeps_its_accuracy(
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
     options = ["--calibration", digits / "train", "--calibration-tokens", "16384", "--pattern", "4:16"]
-    for setting in ("training.tokens=81920", "training.held_out=32", "training.batch=8", "training.learning_rate=5e-4"):
+    for setting in (
+        "training.tokens=81920",
+        "training.steps=288",
+        "training.held_out=32",
+        "training.batch=8",
+        "training.learning_rate=5e-4",
+    ):
         options += ["--set", setting]
     found = nmsparse("convert", digits / "model", tmp_path / "out", *options)
     assert found.returncode == 0, found.stderr
@@ -109,7 +115,7 @@ def test_a_classifier_is_fitted_and_keeps_its_accuracy(
     fitted, least = accuracies["out"]["acc"], accuracies["plain"]["acc"]
     assert fitted["examples"] == 1797 - TRAIN
     assert fitted["dense"] == least["dense"] > 0.95
-    assert fitted["sparse"] > 0.9
+    assert fitted["sparse"] > 0.93
     assert least["sparse"] < fitted["sparse"] - 0.02
     assert accuracies["out"]["top5"]["sparse"] >= fitted["sparse"]
     page = pages.report(pages.read(tmp_path / "out"), [])
