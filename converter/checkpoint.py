@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import torch
@@ -295,23 +294,22 @@ def _unpacked(path: Path, *, gguf: bool) -> Path:
 @contextmanager
 def beside(target: Path) -> Iterator[Path]:
     """Give an empty folder beside `target` that takes its place when the block ends well, and is removed else."""
-    staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    old: Path | None = None
+    # Named before they are made: an interruption may come as soon as a folder is there.
+    staging, old = (target.with_name(f".{target.name}.{uuid4().hex}") for _ in range(2))
     try:
+        staging.mkdir(0o700)
         yield staging
         staging.chmod(0o755)
         if target.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old.", dir=target.parent))
-            target.rename(old / target.name)
-        os.rename(staging, target)
+            target.rename(old)
+        staging.rename(target)
     except BaseException:
-        if old is not None and not target.exists():
-            (old / target.name).rename(target)
+        if old.exists() and not target.exists():
+            old.rename(target)
         raise
     finally:
         for folder in [staging, old]:
-            if folder is not None:
-                shutil.rmtree(folder, ignore_errors=True)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
