@@ -151,15 +151,19 @@ def test_masks_are_those_of_the_reference(
 
 @pytest.mark.parametrize("tokens", [1, 5, 70])
 @pytest.mark.parametrize(("keep", "group"), [(1, 4), (2, 4), (8, 16), (15, 16), (40, 80)])
-def test_inf_and_nan_stay_visible_and_a_dropped_inf_is_gone(library: Path, tokens: int, keep: int, group: int) -> None:
+@pytest.mark.parametrize("weights", ["dtype", "bfloat16", "int8", "int4"])
+def test_inf_and_nan_stay_visible_and_a_dropped_inf_is_gone(
+    library: Path, tokens: int, keep: int, group: int, weights: Weights
+) -> None:
     k = 240
     params = the_params(keep, group, k, "none", False, variance=False)
     x = awkward(max(tokens, 5), k, torch.float32)[-tokens:] if tokens < 5 else awkward(tokens, k, torch.float32)
     x[0, ::7], x[0, 3::11] = torch.inf, -torch.inf
-    ones = bake(torch.ones(3, k), None, params)
+    ones = bake(torch.ones(4, k), None, params)
     _, zs, _ = prune(x, params)
-    expected = zs.double().sum(-1, keepdim=True).expand(tokens, 3).float()
-    torch.testing.assert_close(Node(library, ones)(x), expected, equal_nan=True, rtol=1e-5, atol=1e-4)
+    expected = zs.double().sum(-1, keepdim=True).expand(tokens, 4).float()
+    node = Node(library, ones, storage=None if weights == "dtype" else Storage(weights=weights))
+    torch.testing.assert_close(node(x), expected, equal_nan=True, rtol=1e-5, atol=1e-4)
 
 
 @pytest.mark.parametrize(("keep", "group"), PATTERNS)
@@ -206,6 +210,20 @@ def test_weights_of_fewer_bits_are_the_reference_at_every_number_of_tokens(
             found = nodes[1](x[:tokens])
             assert torch.equal(found, whole[:tokens])
             assert error(found, exact(x[:tokens], rounded)) < 2e-6
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-34, 1e-30, 1.0, 1e35])
+def test_integers_are_multiplied_by_numbers_of_any_size(library: Path, weights: Weights, size: float) -> None:
+    """A number counts beside the largest of its block, however small or large that is."""
+    storage, baked = Storage(weights=weights, block=32), layer(Params(8, 16), 480, 200, bias=False)
+    x = torch.randn(5, 480, generator=torch.Generator().manual_seed(0)) * size
+    x[0, ::5] *= 1e-6
+    x[1, :64] = 0
+    expected = exact(x, replace(baked, weight=storage.rounded(baked.weight.t()).t()))
+    # The steps of the smallest numbers that there are add up.
+    allowed = 2e-6 * expected.abs().amax(-1, keepdim=True) + 480 * 2.0**-149
+    assert ((Node(library, baked, storage=storage)(x).double() - expected).abs() <= allowed).all()
 
 
 def test_integers_that_do_not_fit_are_refused(library: Path) -> None:
@@ -312,10 +330,11 @@ def every_path(library: Path) -> None:
             assert torch.equal(torch.cat([node(row, sparse=flag) for row in x[:3].split(1)]), y[:3])
 
 
-@pytest.mark.parametrize("copy", ["avx2", "plain"])
+@pytest.mark.parametrize("copy", ["avx512", "avx2", "plain"])
 def test_the_copies_for_other_processors(cpu_op: Path, copy: str) -> None:
-    if copy == "avx2" and not {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
-        pytest.skip("this processor has no AVX2 with FMA")
+    wanted = {"avx512": {"avx512f"}, "avx2": {"avx2", "fma"}, "plain": set()}[copy]
+    if not wanted <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip(f"this processor has no {copy}")
     every_path(cpu_op / f"libnmsparse_{copy}.so")
 
 

@@ -50,13 +50,17 @@ void score_keys(float const* z, float const* scale, int64_t k, int32_t* keys) {
 
 // zs, by bits: a branch on what is kept would be guessed wrong half of the time.
 void prune(float const* z, int32_t const* marks, int64_t k, float* zs) {
-    vectorized([=]() NMSPARSE_INLINED {
-        for (int64_t i = 0; i < k; ++i) {
-            int32_t bits;
-            std::memcpy(&bits, z + i, sizeof bits);
-            bits &= marks[i];
-            std::memcpy(zs + i, &bits, sizeof bits);
-        }
+    with_simd([=](auto simd) {
+        compiled(simd, [=]() NMSPARSE_INLINED {
+            constexpr int LANES = LANES_OF<simd>;
+            int64_t i = 0;
+            for (IntsOf<simd> bits, mask; i + LANES <= k; i += LANES) {
+                std::memcpy(&bits, z + i, sizeof bits), std::memcpy(&mask, marks + i, sizeof mask);
+                bits &= mask;
+                std::memcpy(zs + i, &bits, sizeof bits);
+            }
+            for (; i < k; ++i) zs[i] = marks[i] ? z[i] : 0.0F;
+        });
     });
 }
 
@@ -140,77 +144,82 @@ NMSPARSE_INLINE void mark_by_counting(int32_t const* keys, int64_t k, int64_t ke
     }
 }
 
-// The same for groups of 2 to 16 that lie side by side, in a register or in a pair of them, which is turned so that each
-// channel meets the others of its group. Plain processors cannot turn.
-template <Simd S, int GROUP>
-NMSPARSE_INLINE void mark_by_turning(int32_t const* keys, int64_t k, int64_t keep, int32_t* kept) {
-    constexpr int LANES = LANES_OF<S>, SIZE = std::min(GROUP, LANES), PARTS = GROUP / SIZE;
-    struct Turns {
-        int32_t place[SIZE][LANES], before[SIZE][LANES];  // who is met, and -1 where it goes first in a tie
-        constexpr Turns() : place(), before() {
-            for (int r = 0; r < SIZE; ++r)
-                for (int lane = 0; lane < LANES; ++lane) {
-                    int const own = lane % SIZE, other = (own + r) % SIZE;
-                    place[r][lane] = lane - own + other, before[r][lane] = -(other < own);
-                }
-        }
-    };
-    alignas(64) static constexpr Turns TURNS;
-    for (int64_t i = 0; i < k; i += LANES * PARTS) {
-        size_t const bytes = std::min<int64_t>(LANES * PARTS, k - i) * sizeof(int32_t);
-        IntsOf<S> key[PARTS] = {}, found[PARTS];
-        std::memcpy(key, keys + i, bytes);
-#pragma GCC unroll 2
-        for (int part = 0; part < PARTS; ++part) {
-            IntsOf<S> larger = {};
-#pragma GCC unroll 2
-            for (int other = 0; other < PARTS; ++other)
+// Larger ones first, by Batcher's merging of what is sorted at every other place (doi 10.1145/1468075.1468121).
+template <Simd S, int COUNT, int APART>
+NMSPARSE_INLINE void merge(IntsOf<S>* keys) {
+    if constexpr (2 * APART < COUNT) {
+        merge<S, COUNT, 2 * APART>(keys);
+        merge<S, COUNT, 2 * APART>(keys + APART);
+    }
+    constexpr bool WHOLE = 2 * APART < COUNT;
 #pragma GCC unroll 16
-                for (int r = part == other; r < SIZE; ++r) {
-                    IntsOf<S> place, before;
-                    std::memcpy(&place, TURNS.place[r], sizeof place);
-                    std::memcpy(&before, TURNS.before[r], sizeof before);
-                    if (part != other) before = IntsOf<S>{} - (other < part);
-                    IntsOf<S> const met = __builtin_shuffle(key[other], place), least = key[part] + before;
-                    if constexpr (S == Simd::AVX512)  // a mask is no number there
-                        larger = met > least ? larger + 1 : larger;
-                    else
-                        larger -= met > least;
-                }
-            found[part] = larger < static_cast<int32_t>(keep);
-        }
-        std::memcpy(kept + i, found, bytes);
+    for (int i = WHOLE ? APART : 0; i + APART < (WHOLE ? COUNT : 2 * APART); i += 2 * APART) {
+        IntsOf<S> const a = keys[i], b = keys[i + APART];
+        keys[i] = a > b ? a : b, keys[i + APART] = a > b ? b : a;
+    }
+}
+template <Simd S, int COUNT>
+NMSPARSE_INLINE void sort(IntsOf<S>* keys) {
+    if constexpr (COUNT > 1) {
+        sort<S, COUNT / 2>(keys);
+        sort<S, COUNT / 2>(keys + COUNT / 2);
+        merge<S, COUNT, 1>(keys);
     }
 }
 
+// The same for groups of a power of two that lie side by side: sorts as many of them at once.
+template <Simd S, int GROUP>
+NMSPARSE_INLINE void mark_by_sorting(int32_t const* keys, int64_t k, int64_t keep, int32_t* kept) {
+    constexpr int64_t COUNT = LANES_OF<S> * GROUP;
+    for (int64_t i = 0; i < k; i += COUNT) {
+        IntsOf<S> key[GROUP] = {}, sorted[GROUP];
+        size_t const bytes = (k - i) * sizeof(int32_t);
+        bytes < sizeof key ? std::memcpy(key, keys + i, bytes) : std::memcpy(key, keys + i, sizeof key);
+        put_apart<S, GROUP>(key);
+        std::memcpy(sorted, key, sizeof key);
+        sort<S, GROUP>(sorted);
+        IntsOf<S> const least = sorted[keep - 1];
+        IntsOf<S> ties = IntsOf<S>{} + static_cast<int32_t>(keep);
+#pragma GCC unroll 32
+        for (int j = 0; j < GROUP; ++j) ties = key[j] > least ? ties - 1 : ties;
+#pragma GCC unroll 32
+        for (int j = 0; j < GROUP; ++j) {  // ties go to the lower place
+            IntsOf<S> const bar = ties > 0 ? least : least + 1;
+            ties = key[j] == least ? ties - 1 : ties;
+            key[j] = key[j] >= bar;
+        }
+        put_in_order<S, GROUP>(key);
+        bytes < sizeof key ? std::memcpy(kept + i, key, bytes) : std::memcpy(kept + i, key, sizeof key);
+    }
+}
+
+// Calls `body` with a group of 2 to 32, a power of two.
 template <class Body>
 NMSPARSE_INLINE void with_group(int64_t group, Body const& body) {
     switch (group) {
         case 2: return body(std::integral_constant<int, 2>());
         case 4: return body(std::integral_constant<int, 4>());
         case 8: return body(std::integral_constant<int, 8>());
-        default: return body(std::integral_constant<int, 16>());
+        case 16: return body(std::integral_constant<int, 16>());
+        default: return body(std::integral_constant<int, 32>());
     }
 }
 
 template <Simd S>
 void mark_small(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, int32_t* kept,
                 std::vector<int32_t>& arranged) {
-    if constexpr (S != Simd::PLAIN)
-        if (group > 1 && 16 % group == 0) {
-            if (permutation == nullptr) {
-                compiled(Is<S>(), [=]() NMSPARSE_INLINED {
-                    with_group(group, [=](auto size) NMSPARSE_INLINED { mark_by_turning<S, size>(keys, k, keep, kept); });
-                });
-                return;
-            }
-            arranged.resize(2 * k);
-            int32_t *const from = arranged.data(), *const to = from + k;
-            for (int64_t i = 0; i < k; ++i) from[i] = keys[permutation[i]];
-            mark_small<S>(from, k, keep, group, nullptr, to, arranged);
-            for (int64_t i = 0; i < k; ++i) kept[permutation[i]] = to[i];
-            return;
-        }
+    if (group > 1 && 32 % group == 0) {
+        if (permutation == nullptr)
+            return with_group(group, [=](auto size) {
+                compiled(Is<S>(), [=]() NMSPARSE_INLINED { mark_by_sorting<S, size>(keys, k, keep, kept); });
+            });
+        arranged.resize(2 * k);
+        int32_t *const from = arranged.data(), *const to = from + k;
+        for (int64_t i = 0; i < k; ++i) from[i] = keys[permutation[i]];
+        mark_small<S>(from, k, keep, group, nullptr, to, arranged);
+        for (int64_t i = 0; i < k; ++i) kept[permutation[i]] = to[i];
+        return;
+    }
     compiled(Is<S>(), [=]() NMSPARSE_INLINED {
         if (permutation != nullptr)
             mark_by_counting<S>(
@@ -246,6 +255,30 @@ float token_shift(Layer const& layer, float const* x, std::vector<int32_t>& keys
     return number(nth_largest(keys.data(), layer.k, layer.k / 2, few));
 }
 
+#if defined(__x86_64__)
+// Lists the channels that are marked, from `begin` to `end`, after `count` others, and returns how many there are then.
+NMSPARSE_TARGET("avx512f,popcnt")
+int32_t compress(int32_t const* marks, float const* z, int64_t begin, int64_t end, int32_t count, int32_t* rows,
+                 float* values) {
+    constexpr int LANES = LANES_OF<Simd::AVX512>;
+    __m512i const all = _mm512_set1_epi32(-1);
+    __m512i row = _mm512_add_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                   _mm512_set1_epi32(static_cast<int32_t>(begin)));
+    for (int64_t i = begin; i < end; i += LANES) {
+        __mmask16 const here = end - i < LANES ? (1U << (end - i)) - 1 : 0xffffU;
+        __mmask16 const marked = _mm512_test_epi32_mask(all, _mm512_maskz_loadu_epi32(here, marks + i));
+        int const found = __builtin_popcount(marked);
+        __mmask16 const places = (1U << found) - 1;
+        _mm512_mask_storeu_epi32(rows + count, places, _mm512_maskz_compress_epi32(marked, row));
+        _mm512_mask_storeu_ps(values + count, places,
+                              _mm512_maskz_compress_ps(marked, _mm512_maskz_loadu_ps(here, z + i)));
+        count += found;
+        row = _mm512_add_epi32(row, _mm512_set1_epi32(LANES));
+    }
+    return count;
+}
+#endif
+
 // Lists the channels that `wanted` names, with no branch on what was kept.
 template <class Wanted, class Value>
 void list(Lists const& lists, int64_t slot, Wanted wanted, Value value) {
@@ -262,6 +295,22 @@ void list(Lists const& lists, int64_t slot, Wanted wanted, Value value) {
         }
         ends[b] = count;
     }
+}
+
+void list_kept(Lists const& lists, int64_t slot, int32_t const* marks, float const* z) {
+#if defined(__x86_64__)
+    if (this_processor() == Simd::AVX512) {
+        int32_t count = 0;
+        for (int64_t b = 0; b < lists.blocks(); ++b) {
+            int64_t const begin = b * lists.block, end = std::min(lists.k, begin + lists.block);
+            count = compress(marks, z, begin, end, count, lists.rows + slot * lists.capacity,
+                             lists.values + slot * lists.capacity);
+            lists.ends[slot * lists.blocks() + b] = count;
+        }
+        return;
+    }
+#endif
+    list(lists, slot, [=](int64_t i) { return -marks[i]; }, [=](int64_t i) { return z[i]; });
 }
 
 struct Scratch {
@@ -311,7 +360,7 @@ Token choose(Layer const& layer, int64_t t, Chosen const& to) {
     int32_t const* const marks = scratch.kept.data();
     mark(layer, z, scratch);
     if (to.kept->rows != nullptr) {
-        list(*to.kept, to.slot, [=](int64_t i) { return -marks[i]; }, [=](int64_t i) { return z[i]; });
+        list_kept(*to.kept, to.slot, marks, z);
     } else {
         float* const pruned = to.kept->values + to.slot * to.kept->capacity;
         prune(z, marks, k, pruned);

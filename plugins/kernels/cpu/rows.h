@@ -5,27 +5,13 @@
 // and their sums are put into the order of the columns at the end of a block.
 #pragma once
 
+#include "layer.h"
 #include "simd.h"
 
 namespace nmsparse::cpu {
 
 using Byte = unsigned char;
 constexpr int64_t LINE = 64;  // bytes of a line of the cache
-
-// Number i of vector k is that of column COUNT * i + k; afterwards the columns follow each other.
-template <Simd S, int COUNT>
-NMSPARSE_INLINE void put_in_order(FloatsOf<S>* vectors) {
-    if constexpr (COUNT > 1) {
-        FloatsOf<S> first[COUNT / 2], last[COUNT / 2];
-        for (int k = 0; k < COUNT / 2; ++k) {
-            first[k] = __builtin_shuffle(vectors[k], vectors[k + COUNT / 2], Register<S>::FIRST);
-            last[k] = __builtin_shuffle(vectors[k], vectors[k + COUNT / 2], Register<S>::LAST);
-        }
-        put_in_order<S, COUNT / 2>(first);
-        put_in_order<S, COUNT / 2>(last);
-        for (int k = 0; k < COUNT / 2; ++k) vectors[k] = first[k], vectors[k + COUNT / 2] = last[k];
-    }
-}
 
 // So many columns are read at once as VECTORS have numbers.
 struct FloatRow {
@@ -67,6 +53,7 @@ struct HalfRow {
 template <int BITS>
 struct IntegerRow {
     static constexpr bool SCALED = true;
+    static constexpr int WIDTH = BITS;
     static constexpr int VECTORS = 32 / BITS;
 
     static constexpr int64_t bytes(int64_t columns) { return columns * BITS / 8; }
@@ -82,6 +69,20 @@ struct IntegerRow {
                 to[k] = __builtin_shuffle(NUMBERS, words >> BITS * k);
             else
                 to[k] = __builtin_convertvector(words << (32 - BITS - BITS * k) >> (32 - BITS), FloatsOf<S>);
+    }
+};
+
+// Lines of rows that are needed soon, to ask for meanwhile: row after row, for W is read fastest in long runs.
+struct Ahead {
+    Byte const* row[MOST_ROWS];
+    int64_t rows, of_row, at = 0, line = 0;
+
+    int64_t lines() const { return rows * of_row; }
+    NMSPARSE_INLINE void ask(int64_t count) {
+        for (; count > 0 && at < rows; --count) {
+            __builtin_prefetch(row[at] + line * LINE, 0, 2);
+            if (++line == of_row) line = 0, ++at;
+        }
     }
 };
 
