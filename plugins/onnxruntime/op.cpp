@@ -2,7 +2,7 @@
 // docs/format.md.
 //
 // A call of tokens goes, in chunks, through `choose` (parallel over tokens), `product` (over tiles of columns and parts
-// of the rows) and `epilogue`. Threads and memory are ONNX Runtime's.
+// of the rows) and `epilogue` (at once where a tile has one part). Threads and memory are ONNX Runtime's.
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
 #undef ORT_API_MANUAL_INIT
@@ -22,6 +22,8 @@ namespace {
 using cpu::Layer;
 using cpu::Lists;
 using cpu::Token;
+
+constexpr int64_t WORTH_WAKING = 1 << 15;  // numbers: to choose among fewer takes less time than to wake a thread
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -53,9 +55,12 @@ private:
 };
 
 template <class Body>
-void parallel(Ort::KernelContext const& context, int64_t count, Body const& body) {
+void parallel(Ort::KernelContext const& context, int64_t count, bool worth, Body const& body) {
+    if (count == 1 || !worth) {
+        for (int64_t i = 0; i < count; ++i) body(i);
+        return;
+    }
     auto const call = [](void* data, size_t i) { (*static_cast<Body const*>(data))(static_cast<int64_t>(i)); };
-    if (count == 1) return body(0);
     context.ParallelFor(call, count, 0, const_cast<Body*>(&body));
 }
 
@@ -195,7 +200,7 @@ private:
         float* const residual = rank ? memory.of<float>(most * n) : nullptr;
         for (int64_t first = 0; first < layer.tokens; first += most) {
             int64_t const tokens = std::min(most, layer.tokens - first);
-            parallel(context, tokens, [&](int64_t t) {
+            parallel(context, tokens, tokens * k >= WORTH_WAKING, [&](int64_t t) {
                 about[t] = choose(layer, first + t, {t, &kept, rank ? &dropped : nullptr});
                 if (rank) list_thin(layer, dropped, thin, t);
             });
@@ -205,18 +210,20 @@ private:
                 int64_t const column = i % tiles * cut.columns;
                 return cpu::Piece{column, std::min(cut.columns, n - column), i / tiles};
             };
-            parallel(context, tiles * cut.parts, [&](int64_t i) {
-                cpu::Piece const p = piece(i);
-                product(way, kept, tokens, layer.w, cut, p, parts + p.part * size + p.column, n);
-            });
-            parallel(context, tiles, [&](int64_t i) {
+            auto const end = [&](int64_t i) {
                 cpu::Piece const p = piece(i);
                 float* const extra = rank ? residual + p.column : nullptr;
                 if (rank) product(way, thin, tokens, numbers(layer.residual_out, n), {cut.columns, 1}, p, extra, n);
                 for (int64_t t = 0; t < tokens; ++t)
                     epilogue(layer, about[t], parts + t * n + p.column, cut.parts, size, rank ? extra + t * n : nullptr,
                              p.column, p.columns, layer.y + (first + t) * n + p.column);
+            };
+            parallel(context, tiles * cut.parts, true, [&](int64_t i) {
+                cpu::Piece const p = piece(i);
+                product(way, kept, tokens, layer.w, cut, p, parts + p.part * size + p.column, n);
+                if (cut.parts == 1) end(i);
             });
+            if (cut.parts > 1) parallel(context, tiles, rank || size >= WORTH_WAKING, end);
         }
     }
 
