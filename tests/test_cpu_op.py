@@ -330,11 +330,10 @@ def every_path(library: Path) -> None:
             assert torch.equal(torch.cat([node(row, sparse=flag) for row in x[:3].split(1)]), y[:3])
 
 
-@pytest.mark.parametrize("copy", ["avx512", "avx2", "plain"])
+@pytest.mark.parametrize("copy", ["avx2", "plain"])
 def test_the_copies_for_other_processors(cpu_op: Path, copy: str) -> None:
-    wanted = {"avx512": {"avx512f"}, "avx2": {"avx2", "fma"}, "plain": set()}[copy]
-    if not wanted <= set(Path("/proc/cpuinfo").read_text().split()):
-        pytest.skip(f"this processor has no {copy}")
+    if copy == "avx2" and not {"avx2", "fma"} <= set(Path("/proc/cpuinfo").read_text().split()):
+        pytest.skip("this processor has no AVX2 with FMA")
     every_path(cpu_op / f"libnmsparse_{copy}.so")
 
 

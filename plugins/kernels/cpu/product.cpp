@@ -14,7 +14,6 @@
 #include <memory>
 #include <vector>
 
-#include "digits.h"
 #include "layer.h"
 #include "rows.h"
 #include "simd.h"
@@ -58,19 +57,6 @@ int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / st
 int64_t run_of(Lists const& lists) { return std::max<int64_t>(RUN / lists.block, 1); }
 int64_t runs_of(Lists const& lists) { return round_up(lists.blocks(), run_of(lists)) / run_of(lists); }
 
-// The rows of a token that lie in a block.
-struct Span {
-    int32_t const* rows;
-    float const* values;
-    int64_t begin, end, last;
-
-    NMSPARSE_INLINE Span(Lists const& lists, int64_t t, int64_t block, int64_t blocks)
-        : rows(lists.rows + t * lists.capacity), values(lists.values + t * lists.capacity) {
-        int32_t const* const ends = lists.ends + t * blocks;
-        begin = block == 0 ? 0 : ends[block - 1], end = ends[block], last = ends[blocks - 1];
-    }
-};
-
 struct Tile {
     Lists const& lists;
     int64_t tokens;
@@ -83,20 +69,6 @@ struct Tile {
     int64_t out_stride;
     float* scratch;  // on a line of the cache
 
-    // Those of the next block; of a token alone, those that it keeps.
-    Ahead next_rows(int64_t block, int64_t bytes) const {
-        Ahead ahead{};
-        if (block + 1 == end) return ahead;
-        ahead.of_row = round_up(bytes, LINE) / LINE;
-        if (tokens == 1 && lists.rows != nullptr) {
-            Span const span(lists, 0, block + 1, lists.blocks());
-            for (int64_t i = span.begin; i < span.end; ++i) ahead.row[ahead.rows++] = row(span.rows[i]);
-        } else {
-            int64_t const first = (block + 1) * lists.block, last = std::min(first + lists.block, lists.k);
-            for (int64_t i = first; i < last; ++i) ahead.row[ahead.rows++] = row(i);
-        }
-        return ahead;
-    }
     int64_t rows_end() const { return std::min(end * lists.block, lists.k); }
     Byte const* row(int64_t i) const { return w + i * stride; }
     float const* scale_of(int64_t block) const {
@@ -104,6 +76,19 @@ struct Tile {
     }
     bool in_first_run(int64_t block) const { return block - begin < run_of(lists); }
     bool ends_run(int64_t block) const { return (block + 1) % run_of(lists) == 0 || block + 1 == end; }
+};
+
+// The rows of a token that lie in a block.
+struct Span {
+    int32_t const* rows;
+    float const* values;
+    int64_t begin, end, last;
+
+    NMSPARSE_INLINE Span(Lists const& lists, int64_t t, int64_t block, int64_t blocks)
+        : rows(lists.rows + t * lists.capacity), values(lists.values + t * lists.capacity) {
+        int32_t const* const ends = lists.ends + t * blocks;
+        begin = block == 0 ? 0 : ends[block - 1], end = ends[block], last = ends[blocks - 1];
+    }
 };
 
 // Adds the sums of a run to the output and clears them. They lie in strips of columns, in each token after token.
@@ -246,44 +231,6 @@ void multiply(Eight eight, int64_t tokens, int64_t columns, float* carried, floa
     multiply_strips<S, Row>(eight, tokens, WIDTH, carried + whole * tokens, sums + whole * tokens);
 }
 
-// Adds the products of a token's rows of a block.
-template <Simd S, class Row>
-void add_numbers(Tile const& tile, Span const& span, int64_t b, float* carried, float* sums) {
-    for (int64_t i = span.begin; i < span.end; i += STEP) {
-        float values[STEP] = {};  // zero where a block has no more rows
-        Eight eight{{}, {}, values, tile.scale_of(b), i == span.begin, i + STEP >= span.end};
-        int64_t const count = std::min<int64_t>(STEP, span.end - i);
-        std::copy(span.values + i, span.values + i + count, values);
-        for (int64_t r = 0; r < STEP; ++r) {
-            eight.w[r] = tile.row(span.rows[i + std::min(r, count - 1)]);
-            eight.next[r] = tile.row(span.rows[std::min(i + count + r, span.last - 1)]);
-        }
-        multiply<S, Row>(eight, 1, tile.columns, carried, sums);
-    }
-}
-
-// The same in digits; false where that cannot be.
-template <class Row>
-bool add_digits(Tile const& tile, Span const& span, int64_t b, Ahead& ahead, int64_t lines, float* sums) {
-    constexpr int64_t WIDTH = LINE * 8 / Row::WIDTH;
-    Fixed fixed;
-    if (!fixed.take(span.values + span.begin, span.end - span.begin)) return false;
-    Byte const* rows[MOST_ROWS];
-    int64_t const count = fixed.quads * QUAD, whole = tile.columns / WIDTH * WIDTH, left = tile.columns - whole;
-    for (int64_t i = 0; i < count; ++i) rows[i] = tile.row(span.rows[std::min(span.begin + i, span.end - 1)]);
-    multiply_lines<Row::WIDTH>(rows, fixed, whole, tile.scale_of(b), sums, ahead, lines);
-    if (left == 0) return true;
-    alignas(64) Byte edge[MOST_ROWS][LINE] = {};
-    alignas(64) float scale[WIDTH] = {};
-    for (int64_t i = 0; i < count; ++i) {
-        std::memcpy(edge[i], rows[i] + Row::bytes(whole), Row::bytes(left));
-        rows[i] = edge[i];
-    }
-    std::copy_n(tile.scale_of(b) + whole, left, scale);
-    multiply_lines<Row::WIDTH>(rows, fixed, WIDTH, scale, sums + whole, ahead, lines);
-    return true;
-}
-
 template <Simd S, class Row>
 void streamed(Tile const& tile) {
     constexpr int64_t WIDTH = Registers<S, Row>::STRIP;
@@ -292,15 +239,19 @@ void streamed(Tile const& tile) {
     float *const sums = tile.scratch, *const carried = sums + tile.tokens * room;
     std::fill(sums, carried, 0.0F);
     for (int64_t b = tile.begin; b < tile.end; ++b) {
-        bool const whole = Row::SCALED && multiplies_bytes();
-        Ahead ahead = whole ? tile.next_rows(b, Row::bytes(tile.columns)) : Ahead{};
-        int64_t const lines = 1 + ahead.rows / tile.tokens;
         for (int64_t t = 0; t < tile.tokens; ++t) {
             Span const span(lists, t, b, lists.blocks());
-            bool added = false;
-            if constexpr (Row::SCALED)
-                if (whole) added = add_digits<Row>(tile, span, b, ahead, lines, sums + t * room);
-            if (!added) add_numbers<S, Row>(tile, span, b, carried, sums + t * room);
+            for (int64_t i = span.begin; i < span.end; i += STEP) {
+                float values[STEP] = {};  // zero where a block has no more rows
+                Eight eight{{}, {}, values, tile.scale_of(b), i == span.begin, i + STEP >= span.end};
+                int64_t const count = std::min<int64_t>(STEP, span.end - i);
+                std::copy(span.values + i, span.values + i + count, values);
+                for (int64_t r = 0; r < STEP; ++r) {
+                    eight.w[r] = tile.row(span.rows[i + std::min(r, count - 1)]);
+                    eight.next[r] = tile.row(span.rows[std::min(i + count + r, span.last - 1)]);
+                }
+                multiply<S, Row>(eight, 1, tile.columns, carried, sums + t * room);
+            }
         }
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
@@ -357,6 +308,23 @@ NMSPARSE_INLINE void copy_row(Byte const* row, int64_t c, int64_t columns, float
     }
 }
 
+// Lines of the next block of W, to ask for while this one is multiplied: row after row, for W is read fastest in long
+// runs.
+struct Ahead {
+    Byte const* place;
+    int64_t stride, of_row, left;
+    int64_t in_row = 0;
+
+    NMSPARSE_INLINE void ask(int64_t lines) {
+        lines = std::min(lines, left);
+        left -= lines;
+        for (; lines > 0; --lines, place += LINE) {
+            __builtin_prefetch(place, 0, 2);
+            if (++in_row == of_row) in_row = 0, place += stride - of_row * LINE;
+        }
+    }
+};
+
 // Adds each token's rows of a block, USED of COUNT vectors wide, with the sums in registers.
 template <Simd S, class Row, int COUNT, int USED>
 NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, float const* panel, float const* scale,
@@ -391,11 +359,13 @@ void packed(Tile const& tile) {
     Lists const& lists = tile.lists;
     float *const panel = tile.scratch, *const scale = panel + MOST_ROWS * WIDTH, *const sums = scale + WIDTH;
     int64_t const panels = round_up(tile.columns, WIDTH) / WIDTH;
+    int64_t const of_row = round_up(Row::bytes(tile.columns), LINE) / LINE;
     std::fill(sums, sums + tile.tokens * panels * WIDTH, 0.0F);
     for (int64_t b = tile.begin; b < tile.end; ++b) {
         int64_t const start = b * lists.block, end = std::min(start + lists.block, lists.k);
-        Ahead ahead = tile.next_rows(b, Row::bytes(tile.columns));
-        int64_t const lines = round_up(ahead.lines(), panels * tile.tokens) / (panels * tile.tokens);
+        int64_t const next = std::min(end + lists.block, tile.rows_end()) - end;
+        Ahead ahead{tile.row(end), tile.stride, of_row, next * of_row};
+        int64_t const lines = round_up(ahead.left, panels * tile.tokens) / (panels * tile.tokens);
         for (int64_t p = 0; p < panels; ++p) {
             int64_t const column = p * WIDTH;
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
@@ -447,7 +417,7 @@ void with_rows(Kind kind, Body const& body) {
 // costs as much as 20 tokens gain by it where half is kept, or 12 where a quarter is; from five sixths on they gain
 // nothing.
 Way way(Layer const& layer, int64_t tokens) {
-    if (tokens == 1 || (layer.w.scale != nullptr && multiplies_bytes())) return Way::STREAMED;
+    if (tokens == 1) return Way::STREAMED;
     if (!layer.sparse) return Way::HELD;
     if (4 * tokens * layer.keep <= 3 * layer.group) return Way::STREAMED;
     return tokens * (5 * layer.group - 6 * layer.keep) < 40 * layer.group ? Way::HELD : Way::PACKED;

@@ -5,7 +5,6 @@
 // and their sums are put into the order of the columns at the end of a block.
 #pragma once
 
-#include "layer.h"
 #include "simd.h"
 
 namespace nmsparse::cpu {
@@ -53,7 +52,6 @@ struct HalfRow {
 template <int BITS>
 struct IntegerRow {
     static constexpr bool SCALED = true;
-    static constexpr int WIDTH = BITS;
     static constexpr int VECTORS = 32 / BITS;
 
     static constexpr int64_t bytes(int64_t columns) { return columns * BITS / 8; }
@@ -69,20 +67,6 @@ struct IntegerRow {
                 to[k] = __builtin_shuffle(NUMBERS, words >> BITS * k);
             else
                 to[k] = __builtin_convertvector(words << (32 - BITS - BITS * k) >> (32 - BITS), FloatsOf<S>);
-    }
-};
-
-// Lines of rows that are needed soon, to ask for meanwhile: row after row, for W is read fastest in long runs.
-struct Ahead {
-    Byte const* row[MOST_ROWS];
-    int64_t rows, of_row, at = 0, line = 0;
-
-    int64_t lines() const { return rows * of_row; }
-    NMSPARSE_INLINE void ask(int64_t count) {
-        for (; count > 0 && at < rows; --count) {
-            __builtin_prefetch(row[at] + line * LINE, 0, 2);
-            if (++line == of_row) line = 0, ++at;
-        }
     }
 };
 
