@@ -1,12 +1,12 @@
-"""Whole models in float32 beside their peers: tokens a second, and memory in prefill.
+"""Whole models beside their peers: tokens a second, and memory in prefill; in float32, or with weights of fewer bits.
 
     make bench-models     # SmolLM2-135M-Instruct, and a random Llama of 1.1 billion parameters made for the occasion
 
 Ours is OUT at 8:16 in ONNX Runtime with our kernel. A peer is the same OUT run dense in ONNX Runtime (`dense`), or the
-model as onnxruntime-genai's builder writes it, run by ONNX Runtime (`builder`) or by onnxruntime-genai (`genai`). Each
-is a process of its own. Ours and one peer take turns, call by call: a prefill, or a prompt of 128 tokens (not timed)
-and 32 tokens after it, greedily. A cell is peer's time / our time, the median of the ratios of neighbours, and their
-quartiles. It prints a table and asserts nothing.
+model as onnxruntime-genai's builder writes it (`--precision int4`: linear layers and head), run by ONNX Runtime
+(`builder`) or by onnxruntime-genai (`genai`). Each is a process of its own. Ours and one peer take turns, call by call:
+a prefill, or a prompt of 128 tokens (not timed) and 32 tokens after it, greedily. A cell is peer's time / our time, the
+median of the ratios of neighbours, and their quartiles. It prints a table and asserts nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import onnx
@@ -41,6 +41,7 @@ from converter.graph.costs import layer_costs
 from converter.graph.dense import dense
 from converter.graph.export import MODEL
 from converter.runtimes.onnxruntime import library, session
+from converter.sparsity.quantize import Weights
 from converter.stages import forget_peak, peak_bytes
 
 app = App(help_format="plaintext")
@@ -50,6 +51,7 @@ PEERS = ("dense", "builder", "genai")
 RECIPE = ("--pattern", "8:16", "--criterion", "magnitude", "--mitigation", "none")
 # What is wanted: the time of the better peer / ours in decoding, and in prefill; peak memory / that of dense.
 DECODE_GOALS, PREFILL_GOAL, MEMORY_GOAL = {"SmolLM2-135M": 1.5, "random Llama, 1.1B": 1.65}, 0.95, 1.1
+LOW_BITS_GOAL = 1.0  # of decoding, beside the builder's int4
 # Runs a folder of the builder's; its answers are those of `serve`.
 GENAI_RUN = """
 import json, sys, time
@@ -202,14 +204,14 @@ def random_llama(folder: Path) -> Path:
     return folder
 
 
-def prepared(source: Path, out: Path, built: Path, builder: Path) -> None:
+def prepared(source: Path, out: Path, weights: Weights, built: Path, precision: str, builder: Path) -> None:
     """Convert the checkpoint to OUT, and to what the builder makes of it, where they are not there yet."""
     if not out.exists():
         fitted = out.with_name(f"{out.name}.fitted")
-        for command in (["calibrate", source, fitted, *RECIPE], ["export", fitted, out]):
+        for command in (["calibrate", source, fitted, *RECIPE], ["export", fitted, out, "--weights", weights]):
             subprocess.run([sys.executable, "-m", "converter", *command], check=True)
     if not (built / MODEL).exists():
-        options = ["-p", "fp32", "-e", "cpu", "-i", source, "-c", built.with_name("cache"), "-o", built]
+        options = ["-p", precision, "-e", "cpu", "-i", source, "-c", built.with_name("cache"), "-o", built]
         subprocess.run([builder, "-m", "onnxruntime_genai.models.builder", *options], check=True)
 
 
@@ -247,14 +249,21 @@ def measure(name: str, out: Path, built: Path, builder: Path, threads: int, roun
     lines = []
     for kind, count in CALLS:
         call = "decode" if kind == "decode" else f"prefill of {count}"
-        where, middles, cells = f"CPU, float32, {name}, {threads} threads, {call}", [], []
+        where, middles, cells = f"CPU, {name}, {threads} threads, {call}", [], []
         for peer in PEERS:
             times = found[peer][kind, count][:, :, 0]
             low, middle, high = np.quantile(times[:, 1] / times[:, 0], (0.25, 0.5, 0.75))
             middles.append(float(middle))
             cells.append(f"{middle:.2f} ({low:.2f} to {high:.2f})")
             lines.append(json_rows.row(f"{where}: {peer} time / our time", float(middle), "ratio"))
-        goal = DECODE_GOALS.get(name) if kind == "decode" else PREFILL_GOAL
+        low_bits = name not in DECODE_GOALS
+        goal = (
+            (LOW_BITS_GOAL if low_bits else DECODE_GOALS[name])
+            if kind == "decode"
+            else None
+            if low_bits
+            else PREFILL_GOAL
+        )
         lines.append(json_rows.row(f"{where}: better peer's time / our time", min(middles), "ratio", goal))
         mine, theirs = map(float, found["dense"][kind, count].max(0)[:, 1])
         if kind == "prefill":
@@ -273,12 +282,14 @@ def main(
     *,
     builder: Path,
     random: bool = True,
+    weights: Weights = "dtype",
+    precision: Literal["fp32", "int4"] = "fp32",
     threads: int = 2,
     rounds: int = 5,
     work: Path | None = None,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
-    """Measure MODEL, SmolLM2-135M, and a random model unless --no-random.
+    """Measure MODEL, SmolLM2-135M, and a random model unless --no-random; ours in WEIGHTS, the builder's in PRECISION.
 
     BUILDER is the python of an environment with onnxruntime-genai and transformers 5. What is made for the occasion
     takes 14 GB in WORK, which is kept, or in a temporary folder.
@@ -295,9 +306,12 @@ def main(
         if random:
             sources["random Llama, 1.1B"] = lambda: random_llama(place / "random")
         for number, (name, source) in enumerate(sources.items()):
-            out, built = place / f"out-{number}", place / f"built-{number}"
-            prepared(source(), out, built, builder.absolute())
-            print(f"{name}: the weights bound the decode at {bound(out):.2f} of dense")
+            out, built = place / f"out-{number}-{weights}", place / f"built-{number}-{precision}"
+            prepared(source(), out, weights, built, precision, builder.absolute())
+            if weights == "dtype":
+                print(f"{name}: the weights bound the decode at {bound(out):.2f} of dense")
+            if (weights, precision) != ("dtype", "fp32"):
+                name = f"{name}, ours in {weights}, the builder's in {precision}"
             lines += measure(name, out, built, builder.absolute(), threads, rounds, table)
     Console(width=150).print(table)
     json_rows.write(json_file, lines)
