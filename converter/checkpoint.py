@@ -148,6 +148,12 @@ class Checkpoint:
         model.to(self.device)  # type: ignore[arg-type] # transformers wraps `to`
         return model
 
+    def blank(self) -> Tensor:
+        """Return an input of the model that says nothing: two tokens, or a black image."""
+        if self.kind.images:
+            return torch.zeros(1, *image_shape(self.processor()))
+        return torch.zeros(1, 2, dtype=torch.int64)
+
     def read(self, name: str) -> Tensor:
         """Return one weight; the file is closed again, so that its pages do not stay in memory.
 

@@ -23,6 +23,7 @@ from converter import arrangement as arrangement_file
 from converter.calibration import file as calibration_file
 from converter.calibration.allocate import allocate
 from converter.calibration.arrange import arrange
+from converter.calibration.blocks import siblings
 from converter.calibration.distill import distill
 from converter.calibration.images import images
 from converter.calibration.resume import resumable
@@ -283,12 +284,14 @@ def fitted(
     `scratch` is a folder for hidden states; `state`, where given, one from which an interrupted call goes on. All of it
     runs where the checkpoint puts its model; the result is on the CPU.
     """
+    groups = siblings(checkpoint.model(), layers.sparse, checkpoint.blank()) if recipe.share else []
+    layers = layers.sharing(groups)
     if layers.open:
         assert text is not None
         with stages.stage("allocate", "windows") as advance:
             chosen = allocate(checkpoint.model(), layers, recipe, text, advance)
         recipe = recipe.replace({"patterns": {**recipe.patterns, **chosen}})
-        layers = plan(checkpoint.skeleton(), recipe)
+        layers = plan(checkpoint.skeleton(), recipe).sharing(groups)
     walked = text[: recipe.calibration.count] if text is not None and recipe.walks() else None
     if recipe.arranges():
         assert walked is not None
@@ -323,7 +326,9 @@ def _export(
         "nmsparse.source_revision": about["source"]["revision"] or about["source"]["weights_sha256"],
     }
     with stages.stage("export", "tensors") as advance:
-        write_graph(checkpoint, layers, params, recipe.storage(), recipe.phases, folder, metadata, advance)
+        write_graph(
+            checkpoint, layers, params, recipe.storage(), recipe.phases, recipe.share, folder, metadata, advance
+        )
         kernel = library() if has_kernel(onnx.load(folder / MODEL, load_external_data=False)) else None
         write_client_files(folder, checkpoint, recipe.dtype, kernel)
 

@@ -22,6 +22,7 @@ class LayerPlan:
 
     An `open` layer is one that the allocation is to choose a pattern for; until then it has the first of the menu.
     `arranged` says that the channels of its groups lie side by side as they should, so that it needs no permutation.
+    `siblings` are the layers, itself among them, that choose their channels together; none where it chooses alone.
     """
 
     name: str
@@ -32,6 +33,7 @@ class LayerPlan:
     reason: str = ""
     open: bool = False
     arranged: bool = False
+    siblings: tuple[str, ...] = ()
 
     @property
     def sparse(self) -> bool:
@@ -59,6 +61,11 @@ class Plan:
     def arranged(self, names: Collection[str]) -> Plan:
         """Return this plan with the layers called `names` arranged."""
         return replace(self, layers=tuple(replace(layer, arranged=layer.name in names) for layer in self.layers))
+
+    def sharing(self, groups: Sequence[tuple[str, ...]]) -> Plan:
+        """Return this plan with the layers of each group as siblings."""
+        of = {name: group for group in groups for name in group}
+        return replace(self, layers=tuple(replace(layer, siblings=of.get(layer.name, ())) for layer in self.layers))
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:

@@ -125,6 +125,7 @@ class Recipe(_Frozen):
     r_sparse: Literal["svd", "trained"] = "svd"
     distill: Literal["full", "low_rank"] = "full"
     permute: Literal["layer", "folded"] = "layer"
+    share: bool = False  # q, k and v choose their channels together, as do gate and up, and are one node
     rank: int = Field(default=64, gt=0)
     phases: Phases = "both"
     targets: tuple[str, ...] = ("*",)
@@ -187,6 +188,12 @@ class Recipe(_Frozen):
             raise RecipeError(
                 f"mitigation: must be without refit with the criterion {self.criterion}, got "
                 f"{'+'.join(self.mitigation)}: refit takes tokens one by one. Leave out refit."
+            )
+        own = [name for name, method in zip(self.mitigation, methods, strict=False) if method.own]
+        if self.share and own:
+            raise RecipeError(
+                f"share: must be false with {own[0]}, which gives every layer inputs of its own, got true. "
+                f"Leave out share or {own[0]}."
             )
         if self.weights != "dtype" and self.dtype != "float32":
             raise ValueError(f"weights must be dtype with dtype {self.dtype}, got {self.weights}")

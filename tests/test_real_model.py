@@ -21,9 +21,11 @@ from test_tensorrt import assert_plugins_are_the_layers, nodes
 from converter import load
 from converter.checkpoint import Checkpoint
 from converter.delivery import report as pages
+from converter.pipeline import export
 from converter.plan import plan
 from converter.recipe import from_yaml
 from converter.runtimes.onnxruntime import VARIABLE, decoder, session
+from converter.stages import Stages
 
 pytestmark = pytest.mark.slow
 PROMPT = "The capital of France is"
@@ -109,6 +111,23 @@ def test_weights_of_eight_bits_cost_little(
     ]
     # Near ties are kept the other way, in every block: that moves the perplexity of so few tokens by percents.
     assert found[0] != found[1] == pytest.approx(found[0], rel=0.08)
+
+
+def test_layers_that_share_their_channels_give_the_same_model(
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]], gguf: Path, wikitext: Path, tmp_path: Path
+) -> None:
+    out, apart = tmp_path / "out", tmp_path / "apart"
+    settings = ["--pattern", "8:16", "--criterion", "magnitude", "--mitigation", "var", "--set", "share=true"]
+    assert nmsparse("convert", gguf, out, *settings).returncode == 0
+    export(out, apart, {"share": False}, Stages())
+    nodes = [len(json.loads(nmsparse("inspect", folder, "--json").stdout)) for folder in (out, apart)]
+    assert nodes == [120, 210]
+    assert json.loads((out / "report.json").read_text())["parity"]["layers"] == 210
+    found = [
+        json.loads(nmsparse("perplexity", folder, "--text", wikitext, "--tokens", 512, "--json").stdout)["perplexity"]
+        for folder in (out, apart)
+    ]
+    assert found[0] == found[1] > 1  # by our kernel, to the last bit
 
 
 def test_tasks_on_real_examples(

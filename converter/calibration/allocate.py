@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from converter.calibration.walk import readers_of
 from converter.errors import CalibrationError
 from converter.kinds import kind, output
 from converter.plan import LayerPlan, Plan, kept_weights
@@ -28,6 +29,7 @@ from converter.sparsity.linear import VARIANCE_FLOOR, Params, ranked
 from converter.sparsity.mitigations import Layer
 from converter.sparsity.pattern import Pattern
 
+Number = TypeVar("Number", int, float)
 STAND_IN = "wina"  # for a criterion that needs statistics, which are gathered only once the patterns are known
 MEASURED = {"shift", "variance"}  # the roles of mitigations that what stands for x depends on
 
@@ -55,7 +57,19 @@ def allocate(
         for layer in plan.open
     }
     limit = settings.limit(sum(kept_weights(layer, 1, 1) for layer in plan.open))
-    return {name: menu[choice] for name, choice in choose(effects, kept, limit).items()}
+    # Siblings are one choice, whose effect and size are theirs together.
+    leads = {layer.name: (layer.siblings or (layer.name,))[0] for layer in plan.open}
+    chosen = choose(_by_lead(effects, leads), _by_lead(kept, leads), limit)
+    return {name: menu[chosen[lead]] for name, lead in leads.items()}
+
+
+def _by_lead(rows: dict[str, list[Number]], leads: dict[str, str]) -> dict[str, list[Number]]:
+    """Return the sums of the rows that have one lead."""
+    found: dict[str, list[Number]] = {}
+    for name, row in rows.items():
+        before = found.get(leads[name])
+        found[leads[name]] = row if before is None else [a + b for a, b in zip(before, row, strict=True)]
+    return found
 
 
 def measure(
@@ -162,7 +176,7 @@ def _menu(model: nn.Module, layer: LayerPlan, recipe: Recipe) -> _Menu:
     assert isinstance(linear, nn.Linear)
     weight = linear.weight.data
     name = STAND_IN if criterion(recipe.criterion).needs_statistics else recipe.criterion
-    params = Params(layer.keep, layer.group, channel_scale=criterion(name).scale(weight, None))
+    params = Params(layer.keep, layer.group, channel_scale=criterion(name).scale(readers_of(model, layer), None))
     for method in recipe.methods():
         if method.role in MEASURED and not method.needs_statistics and not method.trains:
             params = method.fit(params, Layer(weight))

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -63,14 +64,7 @@ def statistics(
     seen: dict[str, Tensor] = {}
     with watched(text.model, {layer.name: partial(seen.__setitem__, layer.name) for layer in layers}):
         text.run(index, 0)
-    readers: list[list[LayerPlan]] = []
-    for layer in layers:
-        x = seen.get(layer.name)
-        mates = next((found for found in readers if x is not None and seen.get(found[0].name) is x), None)
-        if mates is None:
-            readers.append([layer])
-        else:
-            mates.append(layer)
+    readers = _readers(layers, seen)
 
     def update(stats: LayerStats, x: Tensor) -> None:
         # Without the first token of a window: it is an attention sink, whose activations are hundreds of times larger
@@ -93,6 +87,34 @@ def statistics(
         for number in range(1, len(text.sizes)):
             text.run(index, number)
     return stats
+
+
+def siblings(model: PreTrainedModel, layers: list[LayerPlan], sample: Tensor) -> list[tuple[str, ...]]:
+    """Return which of `layers` read the very same tensor and lie in one module, where these are several.
+
+    `sample` is one short text, or one image.
+    """
+    modules: dict[str, list[LayerPlan]] = {}
+    for layer in layers:
+        modules.setdefault(layer.name.rpartition(".")[0], []).append(layer)
+    seen: dict[str, Tensor] = {}
+    with torch.no_grad(), watched(model, {layer.name: partial(seen.__setitem__, layer.name) for layer in layers}):
+        output(model, sample.to(model.device))
+    found = (mates for inside in modules.values() for mates in _readers(inside, seen))
+    return [tuple(layer.name for layer in mates) for mates in found if len(mates) > 1]
+
+
+def _readers(layers: list[LayerPlan], seen: dict[str, Tensor]) -> list[list[LayerPlan]]:
+    """Return the layers by the tensor that they were seen to read; one that was not seen is by itself."""
+    readers: list[list[LayerPlan]] = []
+    for layer in layers:
+        x = seen.get(layer.name)
+        mates = next((found for found in readers if x is not None and seen.get(found[0].name) is x), None)
+        if mates is None:
+            readers.append([layer])
+        else:
+            mates.append(layer)
+    return readers
 
 
 def run_block(block: nn.Module, hidden: Tensor, call: Call) -> Tensor:

@@ -46,9 +46,9 @@ def calibrate(
     """
     params: dict[str, Params] = {}
     if windows is None:
-        for layer in plan.sparse:
-            params[layer.name] = fit(model, layer, recipe, None)
-            install(model, layer.name, params[layer.name])
+        params = {layer.name: fit(model, layer, recipe, None) for layer in plan.sparse}
+        for name, layer_params in params.items():
+            install(model, name, layer_params)
         return params
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="hidden-", dir=scratch) as folder:
         batches = list(windows.split(recipe.calibration.batch))
@@ -67,7 +67,8 @@ def calibrate(
             dense = {layer.name: _linear(model, layer.name) for layer in layers}
             for layer in layers:
                 params[layer.name] = fit(model, layer, recipe, stats[layer.name])
-                install(model, layer.name, params[layer.name])
+            for name in dense:
+                install(model, name, params[name])
             if recipe.refits():
                 for name, weight in _refitted(model, params, dense, run, len(batches)).items():
                     params[name] = replace(params[name], weight=weight)
@@ -82,18 +83,25 @@ def calibrate(
 
 
 def fit(model: nn.Module, layer: LayerPlan, recipe: Recipe, stats: LayerStats | None) -> Params:
-    """Return what the recipe decides for one layer from its weight and statistics."""
+    """Return what the recipe decides for one layer, dense as yet, from its weight and statistics."""
     if stats is not None and stats.tokens == 0:
         raise CalibrationError(f"{layer.name}: must see the calibration text, got no token. Add it to --ignore.")
     weight = _linear(model, layer.name).weight.data
     chosen = criterion(recipe.criterion)
     if chosen.prune is not None:
         return Params(layer.group, layer.group, weight=chosen.prune(weight, stats, layer.keep, layer.group))
-    scale = chosen.scale(weight, stats)
+    readers = readers_of(model, layer)
+    scale = chosen.scale(readers, stats)
     params = Params(layer.keep, layer.group, channel_scale=scale, sequence_norm=chosen.sequence_norm)
     for method in recipe.methods():
-        params = method.fit(params, Layer(weight, stats, recipe.rank, layer.arranged))
+        params = method.fit(params, Layer(weight, stats, recipe.rank, layer.arranged, readers))
     return params
+
+
+def readers_of(model: nn.Module, layer: LayerPlan) -> Tensor:
+    """Return the weights `[N', K]` of the layers, dense as yet, that choose their channels together with `layer`."""
+    weights = [_linear(model, name).weight.data for name in layer.siblings or (layer.name,)]
+    return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
 def _refitted(

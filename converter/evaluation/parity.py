@@ -41,6 +41,7 @@ from converter.evaluation.reference import (
 )
 from converter.graph.export import MODEL
 from converter.graph.lower import DTYPES
+from converter.graph.merge import parts
 from converter.graph.op import DOMAIN, INPUTS, OP, widens
 from converter.kinds import kind as kind_of_model
 from converter.quiet import quiet
@@ -53,7 +54,7 @@ IDS, MASK = "input_ids", "attention_mask"
 
 @dataclass(frozen=True)
 class LayerParity:
-    """One layer in one phase; errors are relative to the largest magnitude of the layer's output."""
+    """One node in one phase, called as its `parts` are; errors are relative to the largest magnitude of its output."""
 
     layer: str
     phase: str
@@ -82,7 +83,7 @@ class Parity:
             "dtype": self.dtype,
             "tokens": self.tokens,
             "limits": asdict(self.limits),
-            "layers": len({layer.layer for layer in self.layers}),
+            "layers": len({part for layer in self.layers for part in parts(layer.layer)}),
             "largest_flip_share": max(layer.flips for layer in self.layers),
             "largest_flip_margin": max(layer.margin for layer in self.layers),
             "largest_layer_error": max(layer.error for layer in self.layers),
@@ -131,7 +132,7 @@ def validate(
         progress(1, 4)
         for name, layer in rounded.items():
             install(model, name, layer, unfitted[name], phases)
-        inputs = layer_inputs(model, list(rounded), ids, kind)
+        inputs = layer_inputs(model, [_layer(node) for node in _nodes(graph)], ids, kind)
         report.tokens = sum(len(next(iter(feed.values()))) for feed in inputs)
         if _phase_nodes(graph):
             # Of two rows, so that a graph that takes the batch for the sequence is found out.
@@ -320,7 +321,7 @@ def _compare_masks(
         rows: dict[str, Array] = {}
         for output, y in zip(names, ort.run(names, feed), strict=True):
             name = output.removesuffix(".Y")
-            layer = sparse_layer(model, name)
+            layer = sparse_layer(model, parts(name)[0])
             baked = layer.baked
             z, zs, _ = layer.pruned(torch.from_numpy(feed[f"{name}.X"]).float())
             scores = z.abs() if baked.channel_scale is None else z.abs() * baked.channel_scale
@@ -366,13 +367,13 @@ def _compare_layers(
     """Judge the values of every layer on the tokens whose masks agree."""
 
     def reference(feed: Any) -> dict[str, Array]:
-        return {
-            f"{name.removesuffix('.X')}.Y": sparse_layer(model, name.removesuffix(".X"))(
-                torch.from_numpy(x).float()
-            ).numpy()
-            for name, x in feed.items()
-            if name != IDS
-        }
+        found = {}
+        for given, x in feed.items():
+            if given != IDS:
+                name = given.removesuffix(".X")
+                layers = (sparse_layer(model, part) for part in parts(name))
+                found[f"{name}.Y"] = torch.cat([layer(torch.from_numpy(x).float()) for layer in layers], -1).numpy()
+        return found
 
     ort = session(_layers_graph(graph, probe=False), folder, prepack=False)
     found = _compare(

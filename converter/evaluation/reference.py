@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from converter.graph.merge import parts
 from converter.graph.trace import PIXELS, cache_names, input_names
 from converter.kinds import kind as kind_of_model
 from converter.kinds import output
@@ -151,7 +152,7 @@ def run_model(model: PreTrainedModel, feed: Any) -> dict[str, Array]:
 
 
 def layer_inputs(model: PreTrainedModel, names: list[str], ids: Tensor, kind: Any) -> list[Any]:
-    """Return the inputs `[T, K]` of every layer from the sparse model: at prefill and at decode of one token.
+    """Return the inputs `[T, K]` of nodes, called as their `parts` are, from the sparse model: of a prefill, a decode.
 
     Without a cache there is one call.
     """
@@ -166,7 +167,7 @@ def layer_inputs(model: PreTrainedModel, names: list[str], ids: Tensor, kind: An
             def note(_module: nn.Module, args: Any, name: str = name, seen: Any = seen) -> None:
                 seen[f"{name}.X"] = args[0].reshape(-1, args[0].shape[-1]).numpy().astype(kind)
 
-            handles.append(model.get_submodule(name).register_forward_pre_hook(note))
+            handles.append(model.get_submodule(parts(name)[0]).register_forward_pre_hook(note))
         if cached:
             model(input_ids=part, past_key_values=cache, use_cache=True)
         else:

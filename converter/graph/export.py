@@ -13,6 +13,7 @@ from torch import Tensor
 
 from converter.checkpoint import Checkpoint, image_shape
 from converter.errors import ExportError
+from converter.graph.merge import BY_OUTPUT, merge, parts
 from converter.graph.op import DOMAIN, OP, VERSION, Form, function
 from converter.graph.phase import give_phase
 from converter.graph.stamp import stamp
@@ -38,12 +39,14 @@ def export(
     params: dict[str, Params],
     storage: Storage,
     phases: Phases,
+    share: bool,
     folder: Path,
     metadata: dict[str, str],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
-    """Write `model.onnx` and `model.onnx.data` into `folder`; one weight at a time is in memory.
+    """Write `model.onnx` and `model.onnx.data` into `folder`; the weight of one node at a time is in memory.
 
+    With `share`, layers that read one tensor and choose the same of its channels are one node.
     `progress` is called with the number of tensors written and their total.
 
     Raises:
@@ -70,7 +73,10 @@ def export(
     stamp(model, plan.blocks)
     if phases != "both":
         give_phase(model, phases)
-    _attach_weights(model, checkpoint, set(nodes), biased, tied, params, storage)
+    if share:
+        merge(model, params)
+    outputs = {layer.name: layer.out_features for layer in plan.layers}
+    _attach_weights(model, checkpoint, outputs, set(nodes), biased, tied, params, storage)
     _attach_patterns(model, params)
     model.functions[(DOMAIN, OP, "")] = function(form)
     model.opset_imports[DOMAIN] = VERSION
@@ -131,6 +137,7 @@ def _neutral(part: str, shape: tuple[int, ...]) -> Tensor:
 def _attach_weights(
     model: ir.Model,
     checkpoint: Checkpoint,
+    outputs: dict[str, int],
     transposed: set[str],
     biased: set[str],
     tied: dict[str, str],
@@ -138,11 +145,12 @@ def _attach_weights(
     storage: Storage,
 ) -> None:
     dtype = DTYPES[storage.dtype]
+    most = max(len(parts(name.rpartition(".")[0])) for name in model.graph.initializers)  # layers of a node
 
     def read(name: str) -> Tensor:
         return checkpoint.read(tied.get(name, name))
 
-    @lru_cache(maxsize=1)
+    @lru_cache(maxsize=most)
     def baked(layer: str) -> Baked:
         # Rounded before it is baked, so that bias and row sums belong to the weight that is stored.
         fitted = params[layer].weight
@@ -150,17 +158,23 @@ def _attach_weights(
         bias = read(f"{layer}.bias").to(dtype).float() if layer in biased else None
         return bake(weight, bias, params[layer])
 
-    @lru_cache(maxsize=1)
+    @lru_cache(maxsize=most)
     def integers(layer: str) -> tuple[Tensor, Tensor]:
         return storage.quantized(baked(layer).weight)
 
+    def of_layer(layer: str, part: str, shape: tuple[int, ...]) -> Tensor:
+        if storage.bits and part in {"weight", "weight_scale"}:
+            return integers(layer)[part == "weight_scale"]
+        own: Tensor | None = getattr(baked(layer), part)
+        return _neutral(part, shape) if own is None else own
+
     def content(name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
         layer, _, part = name.rpartition(".")
-        if layer in params and storage.bits and part in {"weight", "weight_scale"}:
-            tensor = integers(layer)[part == "weight_scale"]
-        elif layer in params:
-            own: Tensor | None = getattr(baked(layer), part)
-            tensor = _neutral(part, shape) if own is None else own
+        layers = parts(layer)
+        if layers[0] in params and (part == "weight" or part in BY_OUTPUT):
+            tensor = torch.cat([of_layer(one, part, (*shape[:-1], outputs[one])) for one in layers], -1)
+        elif layers[0] in params:
+            tensor = of_layer(layers[0], part, shape)
         else:
             tensor = read(name)
             if layer in transposed and part == "weight":
@@ -194,6 +208,6 @@ def _attach_patterns(model: ir.Model, params: dict[str, Params]) -> None:
         if node.domain == DOMAIN and node.op_type == OP:
             weight = node.inputs[1]
             assert weight is not None
-            layer = params[(weight.name or "").removesuffix(".weight")]
+            layer = params[parts((weight.name or "").removesuffix(".weight"))[0]]
             node.attributes["keep"] = ir.AttrInt64("keep", layer.keep)
             node.attributes["group"] = ir.AttrInt64("group", layer.group)

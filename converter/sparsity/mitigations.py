@@ -18,20 +18,23 @@ from converter.sparsity.statistics import LayerStats
 class Layer:
     """What a method may look at: the weight `[N, K]`, the statistics of the input, and the recipe's rank.
 
-    `arranged` says that the channels of its groups lie side by side as they should.
+    `arranged` says that the channels of its groups lie side by side as they should. `readers [N', K]` holds the weights
+    of all layers that choose their channels together with it.
     """
 
     weight: Tensor
     stats: LayerStats | None = None
     rank: int = 0
     arranged: bool = False
+    readers: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Mitigation:
     """One method: `role` is the part of the op that it sets (two of one role exclude each other).
 
-    `trains` names the `Params` that are trained against the dense model once every layer is fitted.
+    `trains` names the `Params` that are trained against the dense model once every layer is fitted. What is `own` gives
+    a layer inputs that it cannot share with others.
     """
 
     role: str
@@ -41,6 +44,7 @@ class Mitigation:
     refits: bool = False
     arranges: bool = False
     trains: tuple[str, ...] = ()
+    own: bool = False
 
 
 FLOOR = 1e-8  # of a maximum that is divided by
@@ -74,7 +78,8 @@ def _learned_affine(params: Params, layer: Layer) -> Params:
 def _channel_balance(params: Params, layer: Layer) -> Params:
     """Divide the scores by s_j = sqrt(max|X_j| / max|W_j|): x / s is ranked, and s cancels in the product."""
     assert layer.stats is not None
-    balance = (layer.stats.largest.clamp_min(FLOOR) / layer.weight.double().abs().amax(0).clamp_min(FLOOR)).sqrt()
+    readers = layer.weight if layer.readers is None else layer.readers
+    balance = (layer.stats.largest.clamp_min(FLOOR) / readers.double().abs().amax(0).clamp_min(FLOOR)).sqrt()
     scale = 1 if params.channel_scale is None else params.channel_scale.double()
     return replace(params, channel_scale=(scale / balance).float())
 
@@ -126,7 +131,7 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     },
     # Source: arXiv:2509.22166 sec. 3.3: a shift of each channel, trained from zero. Deviation: against the dense
     # model's logits, with all layers at once.
-    "l_pts": {"": Mitigation("shift", _learned_shift, trains=("shift",))},
+    "l_pts": {"": Mitigation("shift", _learned_shift, trains=("shift",), own=True)},
     # Source: arXiv:2509.22166 table 5, which gives no formula; its code trains y * (1 + gamma) + beta from zero.
     "ls": {"": Mitigation("output affine", _learned_affine, trains=("output_scale", "output_shift"))},
     # Source: arXiv:2509.22166 eq. (5).
@@ -142,8 +147,8 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     # Source: arXiv:2509.22166 app. A (R-Sparse): what is dropped goes through the truncated SVD of W. `trained` goes on
     # from there; the authors' code trains from random factors.
     "r_sparse": {
-        "svd": Mitigation(STAND_IN, _low_rank),
-        "trained": Mitigation(STAND_IN, _low_rank, trains=("residual_in", "residual_out")),
+        "svd": Mitigation(STAND_IN, _low_rank, own=True),
+        "trained": Mitigation(STAND_IN, _low_rank, trains=("residual_in", "residual_out"), own=True),
     },
     # Ours: the weight is fitted to the pruned inputs, see converter/calibration/refit.py.
     "refit": {"": Mitigation(STAND_IN, lambda params, _: params, needs_statistics=True, refits=True)},
