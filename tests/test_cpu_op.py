@@ -212,6 +212,19 @@ def test_weights_of_fewer_bits_are_the_reference_at_every_number_of_tokens(
             assert error(found, exact(x[:tokens], rounded)) < 2e-6
 
 
+@pytest.mark.parametrize("weights", ["dtype", "bfloat16", "int8"])
+@pytest.mark.parametrize(("keep", "permuted"), [(8, False), (5, True)])
+def test_panels_of_every_width(library: Path, weights: Weights, keep: int, permuted: bool) -> None:
+    """Many tokens meet W in panels, as wide as the columns want and the registers allow."""
+    params, storage = the_params(keep, 16, 160, "none", permuted), Storage(weights=weights)
+    x = torch.randn(70, 160, generator=torch.Generator().manual_seed(0))
+    for n in range(2, 500, 26):
+        baked = layer(params, 160, n)
+        rounded = replace(baked, weight=storage.rounded(baked.weight.t()).t())
+        node = Node(library, baked, storage=None if weights == "dtype" else storage)
+        assert error(node(x), exact(x, rounded)) < 2e-6, n
+
+
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-34, 1e-30, 1.0, 1e35])
 def test_integers_are_multiplied_by_numbers_of_any_size(library: Path, weights: Weights, size: float) -> None:

@@ -12,6 +12,7 @@
 // changes no sum, unless W holds Inf or NaN, which HELD shows as a dense product does.)
 #include <algorithm>
 #include <memory>
+#include <thread>
 #include <vector>
 
 #include "layer.h"
@@ -27,28 +28,32 @@ namespace nmsparse::cpu {
 namespace {
 
 constexpr int64_t RUN = 512;                // rows of W after which the partial sums are added to the output
+constexpr int64_t WIDEST = 1024, NARROWEST = 64;  // columns of a tile of panels
 constexpr int64_t SHORT = 1024;             // bytes of a row that are not worth cutting
 constexpr int64_t SCRATCH = 3 * 64 * 1024;  // numbers: a tile's sums must stay in L2, beside the rows of W
 
-// What fits into the registers: so many rows of so many vectors beside a sum of each vector, or so many sums.
+constexpr int SUMS = 12;             // vectors of sums for a token that fit into the registers
+constexpr int64_t PANEL = 9 * 1024;  // numbers of a panel, which must stay in L1
+
+// What fits into the registers: so many rows of so many vectors beside a sum of each vector.
 template <Simd>
 struct OfNumbers {
-    static constexpr int ROWS = 2, VECTORS = 4, SUMS = 8;
+    static constexpr int ROWS = 2, VECTORS = 4;
 };
 template <>
 struct OfNumbers<Simd::AVX2> {
-    static constexpr int ROWS = 4, VECTORS = 2, SUMS = 8;
+    static constexpr int ROWS = 4, VECTORS = 2;
 };
 template <>
 struct OfNumbers<Simd::AVX512> {
-    static constexpr int ROWS = 8, VECTORS = 2, SUMS = 8;
+    static constexpr int ROWS = 8, VECTORS = 2;
 };
 template <Simd S, class Row>
 struct Registers {
     static constexpr int HELD = OfNumbers<S>::ROWS * OfNumbers<S>::VECTORS;
     static constexpr int VECTORS = Row::VECTORS > 1 ? Row::VECTORS : OfNumbers<S>::VECTORS;
-    static constexpr int ROWS = std::max(HELD / VECTORS, 1), SUMS = OfNumbers<S>::SUMS;
-    static constexpr int64_t LANES = LANES_OF<S>, STRIP = VECTORS * LANES, PANEL = SUMS * LANES;  // in columns
+    static constexpr int ROWS = std::max(HELD / VECTORS, 1);
+    static constexpr int64_t LANES = LANES_OF<S>, STRIP = VECTORS * LANES;  // in columns
 };
 
 int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
@@ -91,19 +96,20 @@ struct Span {
     }
 };
 
-// Adds the sums of a run to the output and clears them. They lie in strips of columns, in each token after token.
-template <Simd S, int64_t WIDTH>
-NMSPARSE_INLINE void flush(float* sums, int64_t tokens, int64_t columns, float* out, int64_t out_stride, bool first) {
-    for (int64_t c = 0; c < columns; c += WIDTH)
-        for (int64_t t = 0; t < tokens; ++t, sums += WIDTH) {
+// Adds the sums of a run to the output and clears them. They lie in strips of `width` columns, in each token after token.
+template <Simd S>
+NMSPARSE_INLINE void flush(float* sums, int64_t tokens, int64_t columns, int64_t width, float* out, int64_t out_stride,
+                           bool first) {
+    for (int64_t c = 0; c < columns; c += width)
+        for (int64_t t = 0; t < tokens; ++t, sums += width) {
             float* const y = out + t * out_stride + c;
-            if (c + WIDTH <= columns) {
-                for (int64_t v = 0; v < WIDTH; v += LANES_OF<S>)
+            if (c + width <= columns) {
+                for (int64_t v = 0; v < width; v += LANES_OF<S>)
                     store<S>(y + v, (first ? FloatsOf<S>{} : load<S>(y + v)) + load<S>(sums + v) * NMSPARSE_MUTANT);
             } else {
                 for (int64_t v = 0; v < columns - c; ++v) y[v] = (first ? 0.0F : y[v]) + sums[v] * NMSPARSE_MUTANT;
             }
-            for (int64_t v = 0; v < WIDTH; v += LANES_OF<S>) store<S>(sums + v, FloatsOf<S>{});
+            for (int64_t v = 0; v < width; v += LANES_OF<S>) store<S>(sums + v, FloatsOf<S>{});
         }
 }
 
@@ -256,8 +262,8 @@ void streamed(Tile const& tile) {
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
                 for (int64_t t = 0; t < tile.tokens; ++t)
-                    flush<S, WIDTH>(sums + t * room, 1, tile.columns, tile.out + t * tile.out_stride, 0,
-                                 tile.in_first_run(b));
+                    flush<S>(sums + t * room, 1, tile.columns, WIDTH, tile.out + t * tile.out_stride, 0,
+                             tile.in_first_run(b));
             });
     }
 }
@@ -284,23 +290,23 @@ void held(Tile const& tile) {
         }
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                flush<S, WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, tile.in_first_run(b));
+                flush<S>(sums, tile.tokens, tile.columns, WIDTH, tile.out, tile.out_stride, tile.in_first_run(b));
             });
     }
 }
 
-// Copies a row, from column c on, to the numbers of a panel's row, with zeros where the columns end within it.
-template <Simd S, class Row, int64_t WIDTH>
-NMSPARSE_INLINE void copy_row(Byte const* row, int64_t c, int64_t columns, float* panel) {
-    alignas(64) Byte edge[Row::bytes(WIDTH)];
+// Copies a row, from column c on, to the `width` numbers of a panel's row, with zeros where the columns end within it.
+template <Simd S, class Row>
+NMSPARSE_INLINE void copy_row(Byte const* row, int64_t c, int64_t columns, int64_t width, float* panel) {
+    constexpr int64_t LANES = LANES_OF<S>;
+    alignas(64) Byte edge[Row::bytes(SUMS * LANES)];
     row += Row::bytes(c);
-    if (c + WIDTH > columns) {
+    if (c + width > columns) {
         std::memset(edge, 0, sizeof edge);
         std::memcpy(edge, row, Row::bytes(columns - c));
         row = edge;
     }
-    constexpr int64_t LANES = LANES_OF<S>;
-    for (int64_t i = 0; i < WIDTH; i += Row::VECTORS * LANES) {
+    for (int64_t i = 0; i < width; i += Row::VECTORS * LANES) {
         FloatsOf<S> read[Row::VECTORS];
         Row::template read<S>(row, i, read);
         put_in_order<S, Row::VECTORS>(read);
@@ -325,8 +331,8 @@ struct Ahead {
     }
 };
 
-// Adds each token's rows of a block, USED of COUNT vectors wide, with the sums in registers.
-template <Simd S, class Row, int COUNT, int USED>
+// Adds each token's rows of a block, COUNT vectors wide, with the sums in registers.
+template <Simd S, class Row, int COUNT>
 NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, float const* panel, float const* scale,
                             Ahead& ahead, int64_t lines, float* sums) {
     constexpr int64_t LANES = LANES_OF<S>, WIDTH = COUNT * LANES;
@@ -338,54 +344,65 @@ NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, f
             __builtin_prefetch(span.rows + 2 * lists.capacity + span.begin);
             __builtin_prefetch(span.values + 2 * lists.capacity + span.begin);
         }
-        FloatsOf<S> sum[USED] = {};
+        FloatsOf<S> sum[COUNT] = {};
 #pragma GCC unroll 8
         for (int64_t i = span.begin; i < span.end; ++i) {
             float const* const w = panel + (span.rows[i] - start) * WIDTH;
             float const value = span.values[i];
-#pragma GCC unroll 8
-            for (int v = 0; v < USED; ++v) sum[v] += load<S>(w + v * LANES) * value;
+#pragma GCC unroll 16
+            for (int v = 0; v < COUNT; ++v) sum[v] += load<S>(w + v * LANES) * value;
         }
-#pragma GCC unroll 8
-        for (int v = 0; v < USED; ++v)
+#pragma GCC unroll 16
+        for (int v = 0; v < COUNT; ++v)
             store<S>(sums + v * LANES, load<S>(sums + v * LANES) + scaled<S, Row>(sum[v], scale, v * LANES));
     }
 }
 
+// Vectors of a panel's row: as few panels as there can be, all as wide.
+template <Simd S, class Row>
+int64_t of_panel(Tile const& tile) {
+    int64_t const most = std::min<int64_t>(SUMS, PANEL / (tile.lists.block * LANES_OF<S>)) / Row::VECTORS * Row::VECTORS;
+    int64_t const vectors = (tile.columns + LANES_OF<S> - 1) / LANES_OF<S>, panels = (vectors + most - 1) / most;
+    return round_up((vectors + panels - 1) / panels, Row::VECTORS);
+}
+
+// Calls `body` with `count`, one of STEP, 2 STEP and so on, as a number that the compiler knows.
+template <int STEP, int AT = STEP, class Body>
+NMSPARSE_INLINE void with_count(int64_t count, Body const& body) {
+    if (count == AT || AT + STEP > SUMS) return body(std::integral_constant<int, AT>());
+    if constexpr (AT + STEP <= SUMS) with_count<STEP, AT + STEP>(count, body);
+}
+
 template <Simd S, class Row>
 void packed(Tile const& tile) {
-    constexpr int COUNT = Registers<S, Row>::SUMS;
-    constexpr int64_t WIDTH = Registers<S, Row>::PANEL;
+    int64_t const count = of_panel<S, Row>(tile), width = count * LANES_OF<S>;
     Lists const& lists = tile.lists;
-    float *const panel = tile.scratch, *const scale = panel + MOST_ROWS * WIDTH, *const sums = scale + WIDTH;
-    int64_t const panels = round_up(tile.columns, WIDTH) / WIDTH;
+    float *const panel = tile.scratch, *const scale = panel + lists.block * width, *const sums = scale + width;
+    int64_t const panels = round_up(tile.columns, width) / width;
     int64_t const of_row = round_up(Row::bytes(tile.columns), LINE) / LINE;
-    std::fill(sums, sums + tile.tokens * panels * WIDTH, 0.0F);
+    std::fill(sums, sums + tile.tokens * panels * width, 0.0F);
     for (int64_t b = tile.begin; b < tile.end; ++b) {
         int64_t const start = b * lists.block, end = std::min(start + lists.block, lists.k);
         int64_t const next = std::min(end + lists.block, tile.rows_end()) - end;
         Ahead ahead{tile.row(end), tile.stride, of_row, next * of_row};
         int64_t const lines = round_up(ahead.left, panels * tile.tokens) / (panels * tile.tokens);
-        for (int64_t p = 0; p < panels; ++p) {
-            int64_t const column = p * WIDTH;
+        for (int64_t column = 0; column < tile.columns; column += width) {
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
                 for (int64_t r = start; r < end; ++r)
-                    copy_row<S, Row, WIDTH>(tile.row(r), column, tile.columns, panel + (r - start) * WIDTH);
+                    copy_row<S, Row>(tile.row(r), column, tile.columns, width, panel + (r - start) * width);
                 if (Row::SCALED)
-                    copy_row<S, FloatRow, WIDTH>(reinterpret_cast<Byte const*>(tile.scale_of(b)), column,
-                                                           tile.columns, scale);
+                    copy_row<S, FloatRow>(reinterpret_cast<Byte const*>(tile.scale_of(b)), column, tile.columns, width,
+                                          scale);
             });
-            compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                float* const of_panel = sums + tile.tokens * column;
-                if (tile.columns - column > WIDTH / 2)
-                    gather<S, Row, COUNT, COUNT>(lists, tile.tokens, b, panel, scale, ahead, lines, of_panel);
-                else
-                    gather<S, Row, COUNT, COUNT / 2>(lists, tile.tokens, b, panel, scale, ahead, lines, of_panel);
+            with_count<Row::VECTORS>(count, [&](auto known) {
+                compiled(Is<S>(), [&]() NMSPARSE_INLINED {
+                    gather<S, Row, known>(lists, tile.tokens, b, panel, scale, ahead, lines, sums + tile.tokens * column);
+                });
             });
         }
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-                flush<S, WIDTH>(sums, tile.tokens, tile.columns, tile.out, tile.out_stride, tile.in_first_run(b));
+                flush<S>(sums, tile.tokens, tile.columns, width, tile.out, tile.out_stride, tile.in_first_run(b));
             });
     }
 }
@@ -425,7 +442,12 @@ Way way(Layer const& layer, int64_t tokens) {
 
 Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
     int64_t const n = w.n;
-    if (way == Way::PACKED) return {std::min<int64_t>(round_up((n + 1) / 2, 64), 1024), 1};
+    if (way == Way::PACKED) {
+        // As much for each thread, as this process has them.
+        static int64_t const threads = std::max(std::thread::hardware_concurrency(), 1U);
+        int64_t const tiles = round_up((n + WIDEST - 1) / WIDEST, threads);
+        return {std::max<int64_t>(round_up((n + tiles - 1) / tiles, 32), NARROWEST), 1};
+    }
     // Long rows, so threads share the work by runs first; but the parts of many tokens would be large.
     int64_t const parts = tokens <= 32 ? runs_of(lists) : 1;
     int64_t const most = std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
