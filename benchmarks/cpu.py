@@ -1,10 +1,15 @@
 """The op's kernel for CPUs beside ONNX Runtime's dense product, on this machine.
 
     make cpu-op && python benchmarks/cpu.py --json cpu.json
+    python benchmarks/cpu.py --select 4096
 
 With `--weights int8` or `int4`, in blocks of 128, the dense product is ONNX Runtime's fastest with weights of as many
 bits: MatMulNBits at accuracy level 4, for int8 DynamicQuantizeMatMul too. Both round activations to eight bits; ours do
 not.
+
+`--select K` measures what comes before a product: to choose the channels of a token of K, and to list them. It is told
+from products with 32 and with 64 columns, whose difference is what 32 columns take. The peer is one read of the same
+row, ONNX Runtime's ReduceSum. Each is many nodes of one graph, so that a call's own time is shared.
 
 The sessions of a shape take turns, so that what else the machine does meets all of them; no thread spins while it
 waits. A cell is dense time / our time: the median of the ratios of neighbours, and their quartiles. It prints a table
@@ -47,6 +52,8 @@ GOALS = {
 }
 MANY = 0.93
 BLOCK = 128
+# Of `--select`: nodes of a graph, columns of W, calls, and calls that do not count.
+NODES, COLUMNS, SELECTIONS, WARM = 64, 32, 400, 20
 # The dense peers of integers. Of 16 bits ONNX Runtime has no product on every CPU: it widens the weights at load.
 DENSE = {"int8": ("DynamicQuantizeMatMul", "MatMulNBits"), "int4": ("MatMulNBits",)}
 
@@ -86,6 +93,47 @@ def made(w: np.ndarray, what: str, weights: Weights, kernel: Path, threads: int)
     return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
 
 
+def selecting(k: int, n: int, pattern: str, kernel: Path) -> onnxruntime.InferenceSession:
+    """Return a session of NODES products of one row with n columns, or without columns, of its sums."""
+    make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
+    names = [str(number) for number in range(NODES)]
+    if n:
+        keep, group = map(int, pattern.split(":"))
+        attributes = {"keep": keep, "group": group, "shift_mode": "none", "variance": 0}
+        nodes = [make(OP, ["X", "W"], [name], domain=DOMAIN, **attributes) for name in names]
+        stored = {"W": np.ones((k, n), np.float32)}
+    else:
+        nodes = [make("ReduceSum", ["X", "axes"], [name]) for name in names]
+        stored = {"axes": np.array([1])}
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()]
+    inputs, outputs = [value("X", 1, [1, k])], [value(name, 1, [1, n or 1]) for name in names]
+    graph = onnx.helper.make_graph(nodes, "select", inputs, outputs, initializers)
+    domains = [onnx.helper.make_opsetid(*d) for d in (("", OPSET), (DOMAIN, VERSION))]
+    model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=11)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    # Nodes that are alike stay several.
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.register_custom_ops_library(str(kernel.resolve()))
+    return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def measure_selection(k: int, patterns: list[str], kernel: Path) -> list[dict[str, Any]]:
+    """Print what a choice takes beside one read of the row; return the rows of `--json`."""
+    x, lines, cells = np.random.default_rng(0).standard_normal((1, k), np.float32), [], []
+    for pattern in patterns:
+        sessions = [selecting(k, n, pattern, kernel) for n in (0, COLUMNS, 2 * COLUMNS)]
+        times = np.array([[seconds(session, x) for session in sessions] for _ in range(SELECTIONS)])[WARM:]
+        low, middle, high = np.quantile((2 * times[:, 1] - times[:, 2]) / times[:, 0], (0.25, 0.5, 0.75))
+        cells.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
+        name = f"CPU, select and list one token of {k}, {pattern}: our time / one read of the row"
+        lines.append(json_rows.row(name, float(middle), "ratio"))
+    table = Table(f"one token of {k}", *patterns, box=MARKDOWN, title="our time / one read of the row")
+    table.add_row("select and list", *cells)
+    Console(width=120).print(table)
+    return lines
+
+
 def seconds(session: onnxruntime.InferenceSession, x: np.ndarray) -> float:
     """Return the time of one call."""
     start = time.perf_counter()
@@ -101,13 +149,17 @@ def main(
     patterns: str = "2:4,8:16,1:4",
     weights: Weights = "dtype",
     threads: str = "1,2",
+    select: int = 0,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
-    """Measure layers of `shapes` (in x out), in float32, with weights in that or in fewer bits."""
+    """Measure layers of `shapes` (in x out), weights in float32 or in fewer bits; or a choice of SELECT channels."""
     kernel = library()
     if kernel is None:
         sys.exit("benchmarks/cpu.py: the op's library must be built, got none. Run make cpu-op.")
     names, generator = patterns.split(","), np.random.default_rng(0)
+    if select:
+        json_rows.write(json_file, measure_selection(select, names, kernel))
+        return
     lines: list[dict[str, Any]] = []
     table = Table("in x out", "threads", "tokens", "dense, ms", *names, box=MARKDOWN, title="dense time / our time")
     for size in shapes.split(","):
