@@ -334,9 +334,10 @@ struct Ahead {
 // Adds each token's rows of a block, COUNT vectors wide, with the sums in registers.
 template <Simd S, class Row, int COUNT>
 NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, float const* panel, float const* scale,
-                            Ahead& ahead, int64_t lines, float* sums) {
+                            Ahead& after, int64_t lines, float* sums) {
     constexpr int64_t LANES = LANES_OF<S>, WIDTH = COUNT * LANES;
     int64_t const blocks = lists.blocks(), start = block * lists.block;
+    Ahead ahead = after;  // in registers
     for (int64_t t = 0; t < tokens; ++t, sums += WIDTH) {
         ahead.ask(lines);
         Span const span(lists, t, block, blocks);
@@ -345,9 +346,10 @@ NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, f
             __builtin_prefetch(span.values + 2 * lists.capacity + span.begin);
         }
         FloatsOf<S> sum[COUNT] = {};
-#pragma GCC unroll 8
+#pragma GCC unroll 1
         for (int64_t i = span.begin; i < span.end; ++i) {
-            float const* const w = panel + (span.rows[i] - start) * WIDTH;
+            float const* w = panel + (span.rows[i] - start) * WIDTH;
+            asm("" : "+r"(w));  // one register: an address of two makes two instructions of each multiplication
             float const value = span.values[i];
 #pragma GCC unroll 16
             for (int v = 0; v < COUNT; ++v) sum[v] += load<S>(w + v * LANES) * value;
@@ -356,6 +358,7 @@ NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, f
         for (int v = 0; v < COUNT; ++v)
             store<S>(sums + v * LANES, load<S>(sums + v * LANES) + scaled<S, Row>(sum[v], scale, v * LANES));
     }
+    after = ahead;
 }
 
 // Vectors of a panel's row: as few panels as there can be, all as wide.
