@@ -13,11 +13,12 @@ import onnx
 import pytest
 import torch
 from conftest import PLAIN, make_tiny
+from safetensors.torch import load_file, save_file
 
 from converter import convert, load
 from converter.calibration import file as calibration_file
 from converter.checkpoint import open_checkpoint
-from converter.errors import ValidationError
+from converter.errors import ExportError, RecipeError, ValidationError
 from converter.evaluation.parity import Parity, validate
 from converter.graph.op import INPUTS
 from converter.graph.trace import signature
@@ -102,6 +103,27 @@ def test_other_dtypes(converted: Callable[..., Path], dtype: str) -> None:
     full = load(converted("llama", "s_pts+var"))(input_ids=torch.arange(3, 20)[None]).logits
     assert logits.dtype == torch.float32
     assert 0 < (logits - full).norm() / full.norm() < 1  # near the float32 model, and not it
+
+
+@pytest.mark.parametrize(
+    ("where", "error", "said"),
+    [
+        ("model.embed_tokens", ExportError, r"model\.embed_tokens\.weight: numbers must be at most 65504 for float16"),
+        ("model.layers.1.mlp.up_proj", RecipeError, "weights: must be at most 65504 for float16"),
+    ],
+)
+def test_a_number_too_large_for_float16_is_refused(
+    tmp_path: Path, where: str, error: type[Exception], said: str
+) -> None:
+    model = make_tiny(tmp_path / "model")
+    path = model / "model.safetensors"
+    tensors = load_file(path)
+    tensors[f"{where}.weight"][3, 5] = -70000
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(error, match=rf"{said}, got 70000\. Use .*bfloat16"):
+        convert(str(model), tmp_path / "out", PLAIN.replace({"dtype": "float16"}))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    convert(str(model), tmp_path / "out", PLAIN.replace({"dtype": "bfloat16"}))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])

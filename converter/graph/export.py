@@ -50,7 +50,7 @@ def export(
     `progress` is called with the number of tensors written and their total.
 
     Raises:
-        ExportError: when the model cannot be traced, or the disk is full.
+        ExportError: when the model cannot be traced, a number is too large for float16, or the disk is full.
     """
     skeleton = checkpoint.skeleton()
     params, tied, dtype = storage.every_layer(skeleton, params), tied_weights(skeleton), DTYPES[storage.dtype]
@@ -181,7 +181,12 @@ def _attach_weights(
                 tensor = tensor.t()
         if tuple(tensor.shape) != shape:
             raise ExportError(f"{name}: must have shape {shape} in the graph, got {tuple(tensor.shape)}.")
-        return tensor.to(kind).contiguous()
+        found = tensor.to(kind).contiguous()
+        if kind == torch.float16 and not found.isfinite().all():
+            raise ExportError(
+                f"{name}: numbers must be at most 65504 for float16, got {tensor.abs().max():g}. Use --dtype bfloat16."
+            )
+        return found
 
     def lazy(name: str, shape: tuple[int, ...], kind: torch.dtype, stored: ir.DataType) -> ir.TensorProtocol:
         tensor = content(name, shape, kind)

@@ -68,7 +68,7 @@ class Storage:
         if not self.bits:
             stored = self.dtype if self.weights == "dtype" else self.weights
             found = weight.to(getattr(torch, stored)).float()
-            if self.weights == "float16" and not found.isfinite().all():
+            if stored == "float16" and not found.isfinite().all():
                 raise RecipeError(
                     f"weights: must be at most 65504 for float16, got {weight.abs().max():g}. Use bfloat16."
                 )
