@@ -107,6 +107,7 @@ def test_the_budget_is_kept_and_siblings_are_one_choice(tmp_path: Path) -> None:
         ({"phases": "decode"}, OF_LLAMA),
         ({"mitigation": "d_pts+ls", "training.steps": 1, "training.tokens": 256, "training.window": 16}, OF_LLAMA),
         ({"criterion": "clact", "mitigation": "s_pts+pcs+var"}, OF_LLAMA),
+        ({"criterion": "wina", "mitigation": "permute+var", "permute": "folded"}, OF_LLAMA),
         ({"share": False}, [[name] for names in OF_LLAMA for name in names]),
     ],
 )
