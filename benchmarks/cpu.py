@@ -44,9 +44,9 @@ app = App(help_format="plaintext")
 SECONDS = 1.0  # of dense time for a shape and number of tokens, within the rounds
 ROUNDS = (7, 40)
 # What is wanted of a token alone, and of many, dense time / our time.
-HALF = ("2:4", "8:16")
+HALF = ("2:4", "8:16", "16:32")
 GOALS = {
-    "dtype": {"2:4": 1.95, "8:16": 1.95, "1:4": 3.5},
+    "dtype": dict.fromkeys(HALF, 1.95) | dict.fromkeys(("1:4", "4:16"), 3.5),
     "int8": dict.fromkeys(HALF, 1.4),
     "int4": dict.fromkeys(HALF, 1.2),
 }

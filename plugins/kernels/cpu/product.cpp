@@ -434,13 +434,13 @@ void with_rows(Kind kind, Body const& body) {
 }  // namespace
 
 // Measured (benchmarks/cpu.py): streaming wins while all tokens together read less than three quarters of W; a panel
-// costs as much as 20 tokens gain by it where half is kept, or 12 where a quarter is; from five sixths on they gain
-// nothing.
+// costs as much as 40 tokens gain by it where half is kept, or 23 where a quarter is, if W comes from memory; from five
+// sixths on they gain nothing.
 Way way(Layer const& layer, int64_t tokens) {
     if (tokens == 1) return Way::STREAMED;
     if (!layer.sparse) return Way::HELD;
     if (4 * tokens * layer.keep <= 3 * layer.group) return Way::STREAMED;
-    return tokens * (5 * layer.group - 6 * layer.keep) < 40 * layer.group ? Way::HELD : Way::PACKED;
+    return tokens * (5 * layer.group - 6 * layer.keep) < 80 * layer.group ? Way::HELD : Way::PACKED;
 }
 
 Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
