@@ -114,8 +114,14 @@ def test_weights_of_eight_bits_cost_little(
 
 
 def test_layers_that_share_their_channels_give_the_same_model(
-    nmsparse: Callable[..., subprocess.CompletedProcess[str]], gguf: Path, wikitext: Path, tmp_path: Path
+    nmsparse: Callable[..., subprocess.CompletedProcess[str]],
+    gguf: Path,
+    wikitext: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    kernel = from_make("NMSPARSE_TEST_CPU_OP", "the op for ONNX Runtime is")
+    monkeypatch.setenv(VARIABLE, str(kernel / "libnmsparse_onnxruntime.so"))
     out, apart = tmp_path / "out", tmp_path / "apart"
     settings = ["--pattern", "8:16", "--criterion", "magnitude", "--mitigation", "var", "--set", "share=true"]
     assert nmsparse("convert", gguf, out, *settings).returncode == 0
