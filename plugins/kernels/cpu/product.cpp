@@ -32,28 +32,35 @@ constexpr int64_t WIDEST = 1024, NARROWEST = 64;  // columns of a tile of panels
 constexpr int64_t SHORT = 1024;             // bytes of a row that are not worth cutting
 constexpr int64_t SCRATCH = 3 * 64 * 1024;  // numbers: a tile's sums must stay in L2, beside the rows of W
 
+constexpr int64_t AHEAD = 512;       // bytes of a row that are asked for before they are read
 constexpr int SUMS = 12;             // vectors of sums for a token that fit into the registers
 constexpr int64_t PANEL = 9 * 1024;  // numbers of a panel, which must stay in L1
 
-// What fits into the registers: so many rows of so many vectors beside a sum of each vector.
+// What fits into the registers: so many rows of so many vectors, beside a sum of each vector for so many tokens. A token
+// alone has all registers for its sums, and reads wider strips.
 template <Simd>
 struct OfNumbers {
-    static constexpr int ROWS = 2, VECTORS = 4;
+    static constexpr int ROWS = 2, VECTORS = 4, TOKENS = 1;
 };
 template <>
 struct OfNumbers<Simd::AVX2> {
-    static constexpr int ROWS = 4, VECTORS = 2;
+    static constexpr int ROWS = 4, VECTORS = 2, TOKENS = 2;
 };
 template <>
 struct OfNumbers<Simd::AVX512> {
-    static constexpr int ROWS = 8, VECTORS = 2;
+    static constexpr int ROWS = 8, VECTORS = 2, TOKENS = 4;
 };
 template <Simd S, class Row>
-struct Registers {
+struct Many {
     static constexpr int HELD = OfNumbers<S>::ROWS * OfNumbers<S>::VECTORS;
-    static constexpr int VECTORS = Row::VECTORS > 1 ? Row::VECTORS : OfNumbers<S>::VECTORS;
-    static constexpr int ROWS = std::max(HELD / VECTORS, 1);
-    static constexpr int64_t LANES = LANES_OF<S>, STRIP = VECTORS * LANES;  // in columns
+    static constexpr int VECTORS = std::max(Row::VECTORS, OfNumbers<S>::VECTORS), ROWS = std::max(HELD / VECTORS, 1);
+    static constexpr int TOKENS = std::max(OfNumbers<S>::TOKENS * OfNumbers<S>::VECTORS / VECTORS, 1);
+    static constexpr int64_t WIDTH = VECTORS * LANES_OF<S>;  // of a strip, in columns
+};
+template <Simd S, class Row>
+struct Alone {
+    static constexpr int VECTORS = std::max(Row::VECTORS, 4);
+    static constexpr int64_t WIDTH = VECTORS * LANES_OF<S>;
 };
 
 int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
@@ -123,13 +130,15 @@ struct Eight {
     bool first, last;
 };
 
-// Asks for a strip of the next eight rows.
-template <class Row, int64_t STRIP>
-NMSPARSE_INLINE void ask(Eight const& eight, int64_t c) {
+// Asks for the strip that lies AHEAD, in these rows or where the next eight begin.
+template <class Row, int64_t WIDTH>
+NMSPARSE_INLINE void ask(Eight const& eight, int64_t columns, int64_t c) {
+    int64_t const bytes = Row::bytes(columns), place = Row::bytes(c) + std::min(AHEAD, bytes), over = place - bytes;
 #pragma GCC unroll 8
-    for (int r = 0; r < STEP; ++r)
-        for (int64_t byte = 0; byte < Row::bytes(STRIP); byte += LINE)
-            __builtin_prefetch(eight.next[r] + Row::bytes(c) + byte, 0, 2);
+    for (int r = 0; r < STEP; ++r) {
+        Byte const* const strip = over < 0 ? eight.w[r] + place : eight.next[r] + over;
+        for (int64_t byte = 0; byte < Row::bytes(WIDTH); byte += LINE) __builtin_prefetch(strip + byte);
+    }
 }
 
 template <Simd S, class Row, int VECTORS>
@@ -139,46 +148,65 @@ NMSPARSE_INLINE void read(Byte const* row, int64_t c, FloatsOf<S>* to) {
 }
 
 // Leaves the sum of a strip where the next eight rows find it, or adds it where they were the last of their block.
-template <Simd S, class Row, bool LAST>
+template <Simd S, class Row, int VECTORS, bool LAST>
 NMSPARSE_INLINE void leave(FloatsOf<S>* sum, float const* scale, int64_t c, float* carried, float* sums) {
     constexpr int64_t LANES = LANES_OF<S>;
-    if (LAST) put_in_order<S, Row::VECTORS>(sum);
 #pragma GCC unroll 8
-    for (int v = 0; v < Registers<S, Row>::VECTORS; ++v)
+    for (int v = 0; LAST && v < VECTORS; v += Row::VECTORS) put_in_order<S, Row::VECTORS>(sum + v);
+#pragma GCC unroll 8
+    for (int v = 0; v < VECTORS; ++v)
         if (LAST)
             store<S>(sums + v * LANES, load<S>(sums + v * LANES) + scaled<S, Row>(sum[v], scale, c + v * LANES));
         else
             store<S>(carried + v * LANES, sum[v]);
 }
 
+// Multiplies a strip of the rows that are held, from row `begin` of the eight on, for TOKENS tokens by turns: a sum waits
+// for its own last addition, so one alone would not keep the processor busy.
+template <Simd S, class Row, int TOKENS, bool FIRST, bool LAST>
+NMSPARSE_INLINE void multiply_held(FloatsOf<S> const (*row)[Many<S, Row>::VECTORS], Eight const& eight, int begin, int64_t t,
+                                   int64_t c, float* carried, float* sums) {
+    constexpr int ROWS = Many<S, Row>::ROWS, VECTORS = Many<S, Row>::VECTORS;
+    constexpr int64_t LANES = LANES_OF<S>, WIDTH = Many<S, Row>::WIDTH;
+    float const* const values = eight.values + t * STEP + begin;
+    FloatsOf<S> sum[TOKENS][VECTORS];
+    carried += t * WIDTH, sums += t * WIDTH;
+#pragma GCC unroll 4
+    for (int i = 0; i < TOKENS; ++i)
+#pragma GCC unroll 8
+        for (int v = 0; v < VECTORS; ++v)
+            sum[i][v] = FIRST && begin == 0 ? FloatsOf<S>{} : load<S>(carried + i * WIDTH + v * LANES);
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int i = 0; i < TOKENS; ++i)
+#pragma GCC unroll 8
+            for (int v = 0; v < VECTORS; ++v) sum[i][v] += row[r][v] * values[i * STEP + r];
+#pragma GCC unroll 4
+    for (int i = 0; i < TOKENS; ++i)
+        if (LAST && begin + ROWS == STEP)
+            leave<S, Row, VECTORS, true>(sum[i], eight.scale, c, carried + i * WIDTH, sums + i * WIDTH);
+        else
+            leave<S, Row, VECTORS, false>(sum[i], eight.scale, c, carried + i * WIDTH, sums + i * WIDTH);
+}
+
 // Multiplies whole strips of eight rows, which are held in registers, as many as fit, for all tokens.
 template <Simd S, class Row, bool FIRST, bool LAST>
 NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
-    constexpr int ROWS = Registers<S, Row>::ROWS, VECTORS = Registers<S, Row>::VECTORS;
-    constexpr int64_t LANES = LANES_OF<S>, WIDTH = Registers<S, Row>::STRIP;
+    constexpr int ROWS = Many<S, Row>::ROWS, VECTORS = Many<S, Row>::VECTORS, TOKENS = Many<S, Row>::TOKENS;
+    constexpr int64_t WIDTH = Many<S, Row>::WIDTH;
     for (int64_t c = 0; c < columns; c += WIDTH, carried += tokens * WIDTH, sums += tokens * WIDTH) {
-        ask<Row, WIDTH>(eight, c);
-#pragma GCC unroll 4
+        ask<Row, WIDTH>(eight, columns, c);
+#pragma GCC unroll 8
         for (int begin = 0; begin < STEP; begin += ROWS) {
             FloatsOf<S> row[ROWS][VECTORS];
 #pragma GCC unroll 8
             for (int r = 0; r < ROWS; ++r) read<S, Row, VECTORS>(eight.w[begin + r], c, row[r]);
-            float const* value = eight.values + begin;
-            for (int64_t t = 0; t < tokens; ++t, value += STEP) {
-                float* const own = carried + t * WIDTH;
-                FloatsOf<S> sum[VECTORS];
-#pragma GCC unroll 8
-                for (int v = 0; v < VECTORS; ++v) 
-                    sum[v] = FIRST && begin == 0 ? FloatsOf<S>{} : load<S>(own + v * LANES);
-#pragma GCC unroll 8
-                for (int r = 0; r < ROWS; ++r)
-#pragma GCC unroll 8
-                    for (int v = 0; v < VECTORS; ++v) sum[v] += row[r][v] * value[r];
-                if (LAST && begin + ROWS == STEP)
-                    leave<S, Row, true>(sum, eight.scale, c, own, sums + t * WIDTH);
-                else
-                    leave<S, Row, false>(sum, eight.scale, c, own, sums + t * WIDTH);
-            }
+            int64_t t = 0;
+            for (; t + TOKENS <= tokens; t += TOKENS)
+                multiply_held<S, Row, TOKENS, FIRST, LAST>(row, eight, begin, t, c, carried, sums);
+            for (; TOKENS > 1 && t < tokens; ++t)
+                multiply_held<S, Row, 1, FIRST, LAST>(row, eight, begin, t, c, carried, sums);
         }
     }
 }
@@ -186,10 +214,10 @@ NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t c
 // The same for one token, whose sum is held instead.
 template <Simd S, class Row, bool FIRST, bool LAST>
 NMSPARSE_INLINE void multiply_alone(Eight const& eight, int64_t columns, float* carried, float* sums) {
-    constexpr int VECTORS = Registers<S, Row>::VECTORS;
-    constexpr int64_t LANES = LANES_OF<S>, WIDTH = Registers<S, Row>::STRIP;
+    constexpr int VECTORS = Alone<S, Row>::VECTORS;
+    constexpr int64_t LANES = LANES_OF<S>, WIDTH = Alone<S, Row>::WIDTH;
     for (int64_t c = 0; c < columns; c += WIDTH) {
-        ask<Row, WIDTH>(eight, c);
+        ask<Row, WIDTH>(eight, columns, c);
         FloatsOf<S> sum[VECTORS];
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) sum[v] = FIRST ? FloatsOf<S>{} : load<S>(carried + c + v * LANES);
@@ -200,15 +228,15 @@ NMSPARSE_INLINE void multiply_alone(Eight const& eight, int64_t columns, float* 
 #pragma GCC unroll 8
             for (int v = 0; v < VECTORS; ++v) sum[v] += row[v] * eight.values[r];
         }
-        leave<S, Row, LAST>(sum, eight.scale, c, carried + c, sums + c);
+        leave<S, Row, VECTORS, LAST>(sum, eight.scale, c, carried + c, sums + c);
     }
 }
 
-template <Simd S, class Row>
+template <Simd S, class Row, class Strip>
 void multiply_strips(Eight const& eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
     auto const run = [&](auto first, auto last) {
         compiled(Is<S>(), [&]() NMSPARSE_INLINED {
-            if (tokens == 1)
+            if constexpr (std::is_same_v<Strip, Alone<S, Row>>)
                 multiply_alone<S, Row, first, last>(eight, columns, carried, sums);
             else
                 multiply_rows<S, Row, first, last>(eight, tokens, columns, carried, sums);
@@ -221,11 +249,11 @@ void multiply_strips(Eight const& eight, int64_t tokens, int64_t columns, float*
 }
 
 // The same for any number of columns: what is left beside whole strips is copied, with zeros after it.
-template <Simd S, class Row>
+template <Simd S, class Row, class Strip>
 void multiply(Eight eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
-    constexpr int64_t WIDTH = Registers<S, Row>::STRIP;
+    constexpr int64_t WIDTH = Strip::WIDTH;
     int64_t const whole = columns / WIDTH * WIDTH;
-    multiply_strips<S, Row>(eight, tokens, whole, carried, sums);
+    multiply_strips<S, Row, Strip>(eight, tokens, whole, carried, sums);
     if (whole == columns) return;
     alignas(64) Byte edge[STEP][Row::bytes(WIDTH)] = {};
     alignas(64) float scale[WIDTH] = {};
@@ -234,12 +262,12 @@ void multiply(Eight eight, int64_t tokens, int64_t columns, float* carried, floa
         eight.w[r] = eight.next[r] = edge[r];
     }
     if (Row::SCALED) std::copy(eight.scale + whole, eight.scale + columns, scale), eight.scale = scale;
-    multiply_strips<S, Row>(eight, tokens, WIDTH, carried + whole * tokens, sums + whole * tokens);
+    multiply_strips<S, Row, Strip>(eight, tokens, WIDTH, carried + whole * tokens, sums + whole * tokens);
 }
 
 template <Simd S, class Row>
 void streamed(Tile const& tile) {
-    constexpr int64_t WIDTH = Registers<S, Row>::STRIP;
+    constexpr int64_t WIDTH = Alone<S, Row>::WIDTH;
     Lists const& lists = tile.lists;
     int64_t const room = round_up(tile.columns, WIDTH);
     float *const sums = tile.scratch, *const carried = sums + tile.tokens * room;
@@ -256,7 +284,7 @@ void streamed(Tile const& tile) {
                     eight.w[r] = tile.row(span.rows[i + std::min(r, count - 1)]);
                     eight.next[r] = tile.row(span.rows[std::min(i + count + r, span.last - 1)]);
                 }
-                multiply<S, Row>(eight, 1, tile.columns, carried, sums + t * room);
+                multiply<S, Row, Alone<S, Row>>(eight, 1, tile.columns, carried, sums + t * room);
             }
         }
         if (tile.ends_run(b))
@@ -270,7 +298,7 @@ void streamed(Tile const& tile) {
 
 template <Simd S, class Row>
 void held(Tile const& tile) {
-    constexpr int64_t WIDTH = Registers<S, Row>::STRIP;
+    constexpr int64_t WIDTH = Many<S, Row>::WIDTH;
     Lists const& lists = tile.lists;
     int64_t const room = tile.tokens * round_up(tile.columns, WIDTH);
     float *const sums = tile.scratch, *const carried = sums + room;
@@ -286,7 +314,7 @@ void held(Tile const& tile) {
                 eight.w[r] = tile.row(std::min(i + r, end - 1));
                 eight.next[r] = tile.row(std::min(i + STEP + r, tile.rows_end() - 1));
             }
-            multiply<S, Row>(eight, tile.tokens, tile.columns, carried, sums);
+            multiply<S, Row, Many<S, Row>>(eight, tile.tokens, tile.columns, carried, sums);
         }
         if (tile.ends_run(b))
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
