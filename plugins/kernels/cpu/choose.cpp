@@ -339,10 +339,10 @@ void mark(Layer const& layer, float const* z, Scratch& scratch) {
 }  // namespace
 
 int64_t block_rows(Layer const& layer) {
-    bool const together = layer.sparse && layer.permutation == nullptr && layer.group <= COUNTED;
-    int64_t rows = MOST_ROWS;
-    for (int64_t few : {64, 32})
-        if (together && few % layer.group == 0 && few / layer.group * layer.keep % STEP == 0) rows = few;
+    // Fewer are better for panels; but after each block of integers there is more to do.
+    bool const few = layer.w.scale == nullptr && layer.sparse && layer.permutation == nullptr && 32 % layer.group == 0 &&
+                     32 / layer.group * layer.keep % STEP == 0;
+    int64_t rows = few ? 32 : MOST_ROWS;
     while (layer.w.scale != nullptr && layer.w.rows < layer.k && layer.w.rows % rows != 0) rows /= 2;
     return rows;
 }

@@ -32,7 +32,6 @@ constexpr int64_t WIDEST = 1024, NARROWEST = 64;  // columns of a tile of panels
 constexpr int64_t SHORT = 1024;             // bytes of a row that are not worth cutting
 constexpr int64_t SCRATCH = 3 * 64 * 1024;  // numbers: a tile's sums must stay in L2, beside the rows of W
 
-constexpr int64_t AHEAD = 512;       // bytes of a row that are asked for before they are read
 constexpr int SUMS = 12;             // vectors of sums for a token that fit into the registers
 constexpr int64_t PANEL = 9 * 1024;  // numbers of a panel, which must stay in L1
 
@@ -56,11 +55,12 @@ struct Many {
     static constexpr int VECTORS = std::max(Row::VECTORS, OfNumbers<S>::VECTORS), ROWS = std::max(HELD / VECTORS, 1);
     static constexpr int TOKENS = std::max(OfNumbers<S>::TOKENS * OfNumbers<S>::VECTORS / VECTORS, 1);
     static constexpr int64_t WIDTH = VECTORS * LANES_OF<S>;  // of a strip, in columns
+    static constexpr int64_t AHEAD = 512;                    // bytes of a row that are asked for before they are read
 };
 template <Simd S, class Row>
 struct Alone {
     static constexpr int VECTORS = std::max(Row::VECTORS, 4);
-    static constexpr int64_t WIDTH = VECTORS * LANES_OF<S>;
+    static constexpr int64_t WIDTH = VECTORS * LANES_OF<S>, AHEAD = 1024;
 };
 
 int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
@@ -131,13 +131,13 @@ struct Eight {
 };
 
 // Asks for the strip that lies AHEAD, in these rows or where the next eight begin.
-template <class Row, int64_t WIDTH>
+template <class Row, class Strip>
 NMSPARSE_INLINE void ask(Eight const& eight, int64_t columns, int64_t c) {
-    int64_t const bytes = Row::bytes(columns), place = Row::bytes(c) + std::min(AHEAD, bytes), over = place - bytes;
+    int64_t const bytes = Row::bytes(columns), place = Row::bytes(c) + std::min(Strip::AHEAD, bytes), over = place - bytes;
 #pragma GCC unroll 8
     for (int r = 0; r < STEP; ++r) {
         Byte const* const strip = over < 0 ? eight.w[r] + place : eight.next[r] + over;
-        for (int64_t byte = 0; byte < Row::bytes(WIDTH); byte += LINE) __builtin_prefetch(strip + byte);
+        for (int64_t byte = 0; byte < Row::bytes(Strip::WIDTH); byte += LINE) __builtin_prefetch(strip + byte);
     }
 }
 
@@ -152,7 +152,7 @@ template <Simd S, class Row, int VECTORS, bool LAST>
 NMSPARSE_INLINE void leave(FloatsOf<S>* sum, float const* scale, int64_t c, float* carried, float* sums) {
     constexpr int64_t LANES = LANES_OF<S>;
 #pragma GCC unroll 8
-    for (int v = 0; LAST && v < VECTORS; v += Row::VECTORS) put_in_order<S, Row::VECTORS>(sum + v);
+    for (int v = 0; LAST && v < VECTORS; v += Row::VECTORS) put_columns_in_order<S, Row>(sum + v);
 #pragma GCC unroll 8
     for (int v = 0; v < VECTORS; ++v)
         if (LAST)
@@ -193,10 +193,11 @@ NMSPARSE_INLINE void multiply_held(FloatsOf<S> const (*row)[Many<S, Row>::VECTOR
 // Multiplies whole strips of eight rows, which are held in registers, as many as fit, for all tokens.
 template <Simd S, class Row, bool FIRST, bool LAST>
 NMSPARSE_INLINE void multiply_rows(Eight const& eight, int64_t tokens, int64_t columns, float* carried, float* sums) {
-    constexpr int ROWS = Many<S, Row>::ROWS, VECTORS = Many<S, Row>::VECTORS, TOKENS = Many<S, Row>::TOKENS;
-    constexpr int64_t WIDTH = Many<S, Row>::WIDTH;
+    using Strip = Many<S, Row>;
+    constexpr int ROWS = Strip::ROWS, VECTORS = Strip::VECTORS, TOKENS = Strip::TOKENS;
+    constexpr int64_t WIDTH = Strip::WIDTH;
     for (int64_t c = 0; c < columns; c += WIDTH, carried += tokens * WIDTH, sums += tokens * WIDTH) {
-        ask<Row, WIDTH>(eight, columns, c);
+        ask<Row, Strip>(eight, columns, c);
 #pragma GCC unroll 8
         for (int begin = 0; begin < STEP; begin += ROWS) {
             FloatsOf<S> row[ROWS][VECTORS];
@@ -217,7 +218,7 @@ NMSPARSE_INLINE void multiply_alone(Eight const& eight, int64_t columns, float* 
     constexpr int VECTORS = Alone<S, Row>::VECTORS;
     constexpr int64_t LANES = LANES_OF<S>, WIDTH = Alone<S, Row>::WIDTH;
     for (int64_t c = 0; c < columns; c += WIDTH) {
-        ask<Row, WIDTH>(eight, columns, c);
+        ask<Row, Alone<S, Row>>(eight, columns, c);
         FloatsOf<S> sum[VECTORS];
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) sum[v] = FIRST ? FloatsOf<S>{} : load<S>(carried + c + v * LANES);
@@ -337,7 +338,7 @@ NMSPARSE_INLINE void copy_row(Byte const* row, int64_t c, int64_t columns, int64
     for (int64_t i = 0; i < width; i += Row::VECTORS * LANES) {
         FloatsOf<S> read[Row::VECTORS];
         Row::template read<S>(row, i, read);
-        put_in_order<S, Row::VECTORS>(read);
+        put_columns_in_order<S, Row>(read);
         for (int v = 0; v < Row::VECTORS; ++v) store<S>(panel + i + v * LANES, read[v]);
     }
 }
@@ -454,8 +455,8 @@ void with_rows(Kind kind, Body const& body) {
         case Kind::FLOAT: return body(FloatRow());
         case Kind::FLOAT16: return body(HalfRow<false>());
         case Kind::BFLOAT16: return body(HalfRow<true>());
-        case Kind::INT8: return body(IntegerRow<8>());
-        case Kind::INT4: return body(IntegerRow<4>());
+        case Kind::INT8: return body(Int8Row());
+        case Kind::INT4: return body(Int4Row());
     }
 }
 

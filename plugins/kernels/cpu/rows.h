@@ -2,7 +2,7 @@
 //
 // What is shorter is taken out of 32-bit words by shifts, which compilers know how to do for every processor: the first
 // number of each word to one vector, the second to the next. So two, four or eight vectors of columns are read at once,
-// and their sums are put into the order of the columns at the end of a block.
+// and their sums are put into the order of the columns at the end of a block. (MIXED tells where it is so.)
 #pragma once
 
 #include "simd.h"
@@ -16,6 +16,8 @@ constexpr int64_t LINE = 64;  // bytes of a line of the cache
 struct FloatRow {
     static constexpr bool SCALED = false;
     static constexpr int VECTORS = 1;
+    template <Simd>
+    static constexpr bool MIXED = false;
 
     static constexpr int64_t bytes(int64_t columns) { return columns * sizeof(float); }
     template <Simd S>
@@ -30,6 +32,8 @@ template <bool BRAIN>
 struct HalfRow {
     static constexpr bool SCALED = false;
     static constexpr int VECTORS = 2;
+    template <Simd>
+    static constexpr bool MIXED = true;
 
     static constexpr int64_t bytes(int64_t columns) { return 2 * columns; }
     template <Simd S>
@@ -48,14 +52,42 @@ struct HalfRow {
     }
 };
 
-// Integers of BITS; those of a byte begin in its lowest bits. A number of columns that is asked for fills its bytes.
-template <int BITS>
-struct IntegerRow {
+// Integers of a byte. AVX2 and AVX-512 widen a vector of them in one instruction, which compilers do not find.
+struct Int8Row {
     static constexpr bool SCALED = true;
-    static constexpr int VECTORS = 32 / BITS;
+    static constexpr int VECTORS = 4;
+    template <Simd S>
+    static constexpr bool MIXED = S == Simd::PLAIN;
 
-    static constexpr int64_t bytes(int64_t columns) { return columns * BITS / 8; }
-    // AVX-512 looks up sixteen integers of four bits at once, by the lowest bits of each word.
+    static constexpr int64_t bytes(int64_t columns) { return columns; }
+    template <Simd S>
+    NMSPARSE_INLINE static void read(Byte const* row, int64_t c, FloatsOf<S>* to) {
+        struct Numbers {
+            int8_t of[LANES_OF<S>];
+        };
+        IntsOf<S> words;
+#pragma GCC unroll 4
+        for (int k = 0; k < VECTORS; ++k) {
+            if constexpr (MIXED<S>) {
+                std::memcpy(&words, row + c, sizeof words);
+                words = words << (24 - 8 * k) >> 24;
+            } else {
+                asm("vpmovsxbd %1, %0" : "=v"(words) : "m"(reinterpret_cast<Numbers const*>(row + c)[k]));
+            }
+            to[k] = __builtin_convertvector(words, FloatsOf<S>);
+        }
+    }
+};
+
+// Two integers in a byte, the first in its lower half. A number of columns that is asked for fills its bytes. AVX-512
+// looks up sixteen of them at once, by the lowest bits of each word.
+struct Int4Row {
+    static constexpr bool SCALED = true;
+    static constexpr int VECTORS = 8;
+    template <Simd>
+    static constexpr bool MIXED = true;
+
+    static constexpr int64_t bytes(int64_t columns) { return columns / 2; }
     template <Simd S>
     NMSPARSE_INLINE static void read(Byte const* row, int64_t c, FloatsOf<S>* to) {
         constexpr FloatsOf<Simd::AVX512> NUMBERS = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
@@ -63,12 +95,18 @@ struct IntegerRow {
         std::memcpy(&words, row + bytes(c), sizeof words);
 #pragma GCC unroll 8
         for (int k = 0; k < VECTORS; ++k)
-            if constexpr (BITS == 4 && S == Simd::AVX512)
-                to[k] = __builtin_shuffle(NUMBERS, words >> BITS * k);
+            if constexpr (S == Simd::AVX512)
+                to[k] = __builtin_shuffle(NUMBERS, words >> 4 * k);
             else
-                to[k] = __builtin_convertvector(words << (32 - BITS - BITS * k) >> (32 - BITS), FloatsOf<S>);
+                to[k] = __builtin_convertvector(words << (28 - 4 * k) >> 28, FloatsOf<S>);
     }
 };
+
+// Puts the sums of vectors that were read at once into the order of the columns.
+template <Simd S, class Row>
+NMSPARSE_INLINE void put_columns_in_order(FloatsOf<S>* vectors) {
+    if constexpr (Row::template MIXED<S>) put_in_order<S, Row::VECTORS>(vectors);
+}
 
 // The sum of a block of rows, with their scale where they have one. Whoever adds it must not find that a product: as one
 // FMA it is rounded once, and the compiler would do so here and not there.
