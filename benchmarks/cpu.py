@@ -8,7 +8,7 @@ bits: MatMulNBits at accuracy level 4, for int8 DynamicQuantizeMatMul too. Both 
 not.
 
 `--select K` measures what comes before a product: to choose the channels of a token of K, and to list them. It is told
-from products with 32 and with 64 columns, whose difference is what 32 columns take. The peer is one read of the same
+from products with 64 and with 128 columns, whose difference is what 64 columns take. The peer is one read of the same
 row, ONNX Runtime's ReduceSum. Each is many nodes of one graph, so that a call's own time is shared.
 
 The sessions of a shape take turns, so that what else the machine does meets all of them; no thread spins while it
@@ -53,13 +53,40 @@ GOALS = {
 MANY = 0.93
 BLOCK = 128
 # Of `--select`: nodes of a graph, columns of W, calls, and calls that do not count.
-NODES, COLUMNS, SELECTIONS, WARM = 64, 32, 400, 20
+NODES, COLUMNS, SELECTIONS, WARM = 64, 64, 400, 20
 # The dense peers of integers. Of 16 bits ONNX Runtime has no product on every CPU: it widens the weights at load.
 DENSE = {"int8": ("DynamicQuantizeMatMul", "MatMulNBits"), "int4": ("MatMulNBits",)}
 
 
-def made(w: np.ndarray, what: str, weights: Weights, kernel: Path, threads: int) -> onnxruntime.InferenceSession:
-    """Return a session of one product: the op where `what` is a pattern, else ONNX Runtime's."""
+def model(nodes: list[Any], stored: dict[str, np.ndarray], inputs: list[Any], outputs: list[Any]) -> onnx.ModelProto:
+    """Return a model of `nodes`, with the initializers `stored`."""
+    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()]
+    graph = onnx.helper.make_graph(nodes, "layers", inputs, outputs, initializers)
+    domains = [onnx.helper.make_opsetid(*d) for d in (("", OPSET), (DOMAIN, VERSION), ("com.microsoft", 1))]
+    return onnx.helper.make_model(graph, opset_imports=domains, ir_version=11)
+
+
+def session(made: onnx.ModelProto, kernel: Path, threads: int, optimized: bool = True) -> onnxruntime.InferenceSession:
+    """Return a session whose threads do not spin; one that is not optimized keeps nodes that are alike."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry(ACCURACY, "4")
+    if not optimized:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.register_custom_ops_library(str(kernel.resolve()))
+    return onnxruntime.InferenceSession(made.SerializeToString(), options, ["CPUExecutionProvider"])
+
+
+def op(pattern: str, names: list[str], y: str) -> onnx.NodeProto:
+    """Return a node of the op; a pattern without a colon keeps all."""
+    keep, group = map(int, pattern.split(":")) if ":" in pattern else (1, 1)
+    attributes = {"keep": keep, "group": group, "shift_mode": "none", "variance": 0}
+    return onnx.helper.make_node(OP, names, [y], domain=DOMAIN, **attributes)
+
+
+def one_product(w: np.ndarray, what: str, weights: Weights) -> onnx.ModelProto:
+    """Return a model of one product: the op where `what` is a pattern, else ONNX Runtime's."""
     k, n = w.shape
     block = 0 if what == "DynamicQuantizeMatMul" else BLOCK
     stored = {"W": w}
@@ -68,62 +95,36 @@ def made(w: np.ndarray, what: str, weights: Weights, kernel: Path, threads: int)
         stored = {"W": whole.numpy().astype(weights), "scale": scale.numpy()}
     elif weights != "dtype" and what != "MatMul":
         stored["W"] = w.astype(weights)
-    make = onnx.helper.make_node
-    if what == "DynamicQuantizeMatMul":
-        stored["scale"] = stored["scale"].reshape(n)
-        nodes = [make(what, ["X", "W", "scale"], ["Y"], domain="com.microsoft")]
-    else:
-        keep, group = map(int, what.split(":")) if ":" in what else (1, 1)
-        attributes = {"keep": keep, "group": group, "shift_mode": "none", "variance": 0}
-        names = [{"weight_scale": "scale"}.get(name, name) for name in INPUTS]
-        nodes = [make(OP, [n if n in {"X", *stored} else "" for n in names], ["Y"], domain=DOMAIN, **attributes)]
     value = onnx.helper.make_tensor_value_info
     x, y = value("X", 1, ["tokens", k]), value("Y", 1, ["tokens", n])
-    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()]
-    graph = onnx.helper.make_graph(nodes, "one", [x], [y], initializers)
-    domains = [onnx.helper.make_opsetid(*d) for d in (("", OPSET), (DOMAIN, VERSION), ("com.microsoft", 1))]
-    model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=11)
-    if what in {"MatMul", "MatMulNBits"}:
-        model = dense(model)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    options.add_session_config_entry(ACCURACY, "4")
-    options.register_custom_ops_library(str(kernel.resolve()))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    if what == "DynamicQuantizeMatMul":
+        stored["scale"] = stored["scale"].reshape(n)
+        node = onnx.helper.make_node(what, ["X", "W", "scale"], ["Y"], domain="com.microsoft")
+        return model([node], stored, [x], [y])
+    names = [{"weight_scale": "scale"}.get(name, name) for name in INPUTS]
+    made = model([op(what, [n if n in {"X", *stored} else "" for n in names], "Y")], stored, [x], [y])
+    return dense(made) if what in {"MatMul", "MatMulNBits"} else made
 
 
-def selecting(k: int, n: int, pattern: str, kernel: Path) -> onnxruntime.InferenceSession:
-    """Return a session of NODES products of one row with n columns, or without columns, of its sums."""
-    make, value = onnx.helper.make_node, onnx.helper.make_tensor_value_info
-    names = [str(number) for number in range(NODES)]
+def selections(k: int, n: int, pattern: str) -> onnx.ModelProto:
+    """Return a model of NODES products of one row with n columns, or without columns, of its sums."""
+    value, names = onnx.helper.make_tensor_value_info, [str(number) for number in range(NODES)]
     if n:
-        keep, group = map(int, pattern.split(":"))
-        attributes = {"keep": keep, "group": group, "shift_mode": "none", "variance": 0}
-        nodes = [make(OP, ["X", "W"], [name], domain=DOMAIN, **attributes) for name in names]
+        nodes = [op(pattern, ["X", "W"], name) for name in names]
         stored = {"W": np.ones((k, n), np.float32)}
     else:
-        nodes = [make("ReduceSum", ["X", "axes"], [name]) for name in names]
+        nodes = [onnx.helper.make_node("ReduceSum", ["X", "axes"], [name]) for name in names]
         stored = {"axes": np.array([1])}
-    initializers = [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()]
-    inputs, outputs = [value("X", 1, [1, k])], [value(name, 1, [1, n or 1]) for name in names]
-    graph = onnx.helper.make_graph(nodes, "select", inputs, outputs, initializers)
-    domains = [onnx.helper.make_opsetid(*d) for d in (("", OPSET), (DOMAIN, VERSION))]
-    model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=11)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    # Nodes that are alike stay several.
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.register_custom_ops_library(str(kernel.resolve()))
-    return onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+    return model(nodes, stored, [value("X", 1, [1, k])], [value(name, 1, [1, n or 1]) for name in names])
 
 
 def measure_selection(k: int, patterns: list[str], kernel: Path) -> list[dict[str, Any]]:
     """Print what a choice takes beside one read of the row; return the rows of `--json`."""
     x, lines, cells = np.random.default_rng(0).standard_normal((1, k), np.float32), [], []
     for pattern in patterns:
-        sessions = [selecting(k, n, pattern, kernel) for n in (0, COLUMNS, 2 * COLUMNS)]
-        times = np.array([[seconds(session, x) for session in sessions] for _ in range(SELECTIONS)])[WARM:]
+        columns = (0, COLUMNS, 2 * COLUMNS)
+        sessions = [session(selections(k, n, pattern), kernel, 1, optimized=False) for n in columns]
+        times = np.array([[seconds(run, x) for run in sessions] for _ in range(SELECTIONS)])[WARM:]
         low, middle, high = np.quantile((2 * times[:, 1] - times[:, 2]) / times[:, 0], (0.25, 0.5, 0.75))
         cells.append(f"{middle:.1f} ({low:.1f} to {high:.1f})")
         name = f"CPU, select and list one token of {k}, {pattern}: our time / one read of the row"
@@ -134,10 +135,10 @@ def measure_selection(k: int, patterns: list[str], kernel: Path) -> list[dict[st
     return lines
 
 
-def seconds(session: onnxruntime.InferenceSession, x: np.ndarray) -> float:
+def seconds(run: onnxruntime.InferenceSession, x: np.ndarray) -> float:
     """Return the time of one call."""
     start = time.perf_counter()
-    session.run(None, {"X": x})
+    run.run(None, {"X": x})
     return time.perf_counter() - start
 
 
@@ -167,14 +168,14 @@ def main(
         w = generator.standard_normal((k, n), np.float32)
         for cores in map(int, threads.split(",")):
             peers = DENSE.get(weights, ("MatMul",))
-            sessions = [made(w, what, weights, kernel, cores) for what in (*peers, *names)]
+            sessions = [session(one_product(w, what, weights), kernel, cores) for what in (*peers, *names)]
             for count in map(int, tokens.split(",")):
                 x = generator.standard_normal((count, k), np.float32)
                 first = min(seconds(sessions[0], x) for _ in range(2))
                 rounds = min(max(int(SECONDS / first), ROUNDS[0]), ROUNDS[1])
-                for session in sessions:
-                    seconds(session, x)
-                times = np.array([[seconds(session, x) for session in sessions] for _ in range(rounds)])
+                for run in sessions:
+                    seconds(run, x)
+                times = np.array([[seconds(run, x) for run in sessions] for _ in range(rounds)])
                 best = int(np.median(times[:, : len(peers)], axis=0).argmin())
                 theirs, ours = times[:, best : best + 1], times[:, len(peers) :]
                 low, middle, high = np.quantile(theirs / ours, (0.25, 0.5, 0.75), axis=0)

@@ -27,13 +27,12 @@ namespace nmsparse::cpu {
 
 namespace {
 
-constexpr int64_t RUN = 512;                // rows of W after which the partial sums are added to the output
+constexpr int64_t RUN = 512;                      // rows of W after which the partial sums are added to the output
 constexpr int64_t WIDEST = 1024, NARROWEST = 64;  // columns of a tile of panels
-constexpr int64_t SHORT = 1024;             // bytes of a row that are not worth cutting
-constexpr int64_t SCRATCH = 3 * 64 * 1024;  // numbers: a tile's sums must stay in L2, beside the rows of W
-
-constexpr int SUMS = 12;             // vectors of sums for a token that fit into the registers
-constexpr int64_t PANEL = 9 * 1024;  // numbers of a panel, which must stay in L1
+constexpr int64_t SHORT = 1024;                   // bytes of a row that are not worth cutting
+constexpr int64_t SCRATCH = 3 * 64 * 1024;        // numbers: a tile's sums must stay in L2, beside the rows of W
+constexpr int SUMS = 12;                          // vectors of sums for a token of a panel that fit into the registers
+constexpr int64_t PANEL = 9 * 1024;               // numbers of a panel, which must stay in L1
 
 // What fits into the registers: so many rows of so many vectors, beside a sum of each vector for so many tokens. A token
 // alone has all registers for its sums, and reads wider strips.
