@@ -34,7 +34,7 @@ from converter.sparsity.quantize import Storage, Weights
 PATTERNS = [(1, 2), (2, 4), (1, 4), (8, 16), (16, 32), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
 # On both sides of every threshold: streamed or held (2; 3 and 4 at 1:4), held or packed (11 and 12 at 1:4, 19 and 20 at
 # 50 %, 31 and 32 at 5:8, 119 and 120 at 7:9), parts (32 and 33), two chunks (129).
-TOKENS = [1, 2, 3, 4, 8, 11, 12, 19, 20, 31, 32, 33, 119, 120, 129]
+TOKENS = [1, 2, 3, 4, 8, 11, 12, 22, 23, 31, 32, 33, 39, 40, 119, 120, 129]
 
 
 @pytest.fixture(scope="session")
