@@ -19,13 +19,12 @@ namespace nmsparse {
 
 namespace {
 
+using cpu::ceil_div;
 using cpu::Layer;
 using cpu::Lists;
 using cpu::Token;
 
 constexpr int64_t WORTH_WAKING = 1 << 15;  // numbers: to choose among fewer takes less time than to wake a thread
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 [[noreturn]] void refuse(std::string const& what) {
     throw Ort::Exception("nmsparse::SparseLinear: " + what, ORT_INVALID_ARGUMENT);

@@ -7,6 +7,8 @@
 
 namespace nmsparse::cpu {
 
+inline int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
+
 // W as it is stored: [k, n] numbers, of 32 or 16 bits, or integers, each to be multiplied by the scale of its column and
 // of the so many rows that share one. Of four bits, two integers lie in a byte, the first in the lower half.
 enum class Kind { FLOAT, FLOAT16, BFLOAT16, INT8, INT4 };
@@ -42,7 +44,7 @@ struct Lists {
     float* values;     // [tokens, capacity]
     int32_t* ends;     // [tokens, blocks]: how many of them lie in this block and those before it
 
-    int64_t blocks() const { return (k + block - 1) / block; }
+    int64_t blocks() const { return ceil_div(k, block); }
 };
 
 // What is left for the epilogue of a token.

@@ -27,7 +27,7 @@ namespace nmsparse::cpu {
 
 namespace {
 
-constexpr int64_t RUN = 512;                      // rows of W after which the partial sums are added to the output
+constexpr int64_t RUN = 512;                      // rows of a run, at most
 constexpr int64_t WIDEST = 1024, NARROWEST = 64;  // columns of a tile of panels
 constexpr int64_t SHORT = 1024;                   // bytes of a row that are not worth cutting
 constexpr int64_t SCRATCH = 3 * 64 * 1024;        // numbers: a tile's sums must stay in L2, beside the rows of W
@@ -62,11 +62,12 @@ struct Alone {
     static constexpr int64_t WIDTH = VECTORS * LANES_OF<S>, AHEAD = 1024;
 };
 
-int64_t round_up(int64_t number, int64_t step) { return (number + step - 1) / step * step; }
+int64_t round_up(int64_t number, int64_t step) { return ceil_div(number, step) * step; }
 
-// Blocks of a run, and runs.
-int64_t run_of(Lists const& lists) { return std::max<int64_t>(RUN / lists.block, 1); }
-int64_t runs_of(Lists const& lists) { return round_up(lists.blocks(), run_of(lists)) / run_of(lists); }
+// Blocks of a run, after which the partial sums are added to the output, and runs: an even number of about as many rows,
+// for threads share the work by runs.
+int64_t run_of(Lists const& lists) { return ceil_div(lists.blocks(), 2 * ceil_div(lists.k, 2 * RUN)); }
+int64_t runs_of(Lists const& lists) { return ceil_div(lists.blocks(), run_of(lists)); }
 
 struct Tile {
     Lists const& lists;
@@ -218,6 +219,8 @@ NMSPARSE_INLINE void multiply_alone(Eight const& eight, int64_t columns, float* 
     constexpr int64_t LANES = LANES_OF<S>, WIDTH = Alone<S, Row>::WIDTH;
     for (int64_t c = 0; c < columns; c += WIDTH) {
         ask<Row, Alone<S, Row>>(eight, columns, c);
+        if (Row::SCALED && FIRST)  // the block's last rows need it, a row of W later
+            for (int64_t v = 0; v < WIDTH; v += LINE / sizeof(float)) __builtin_prefetch(eight.scale + c + v);
         FloatsOf<S> sum[VECTORS];
 #pragma GCC unroll 8
         for (int v = 0; v < VECTORS; ++v) sum[v] = FIRST ? FloatsOf<S>{} : load<S>(carried + c + v * LANES);
@@ -393,8 +396,8 @@ NMSPARSE_INLINE void gather(Lists const& lists, int64_t tokens, int64_t block, f
 template <Simd S, class Row>
 int64_t of_panel(Tile const& tile) {
     int64_t const most = std::min<int64_t>(SUMS, PANEL / (tile.lists.block * LANES_OF<S>)) / Row::VECTORS * Row::VECTORS;
-    int64_t const vectors = (tile.columns + LANES_OF<S> - 1) / LANES_OF<S>, panels = (vectors + most - 1) / most;
-    return round_up((vectors + panels - 1) / panels, Row::VECTORS);
+    int64_t const vectors = ceil_div(tile.columns, LANES_OF<S>), panels = ceil_div(vectors, most);
+    return round_up(ceil_div(vectors, panels), Row::VECTORS);
 }
 
 // Calls `body` with `count`, one of STEP, 2 STEP and so on, as a number that the compiler knows.
@@ -409,14 +412,14 @@ void packed(Tile const& tile) {
     int64_t const count = of_panel<S, Row>(tile), width = count * LANES_OF<S>;
     Lists const& lists = tile.lists;
     float *const panel = tile.scratch, *const scale = panel + lists.block * width, *const sums = scale + width;
-    int64_t const panels = round_up(tile.columns, width) / width;
-    int64_t const of_row = round_up(Row::bytes(tile.columns), LINE) / LINE;
+    int64_t const panels = ceil_div(tile.columns, width);
+    int64_t const of_row = ceil_div(Row::bytes(tile.columns), LINE);
     std::fill(sums, sums + tile.tokens * panels * width, 0.0F);
     for (int64_t b = tile.begin; b < tile.end; ++b) {
         int64_t const start = b * lists.block, end = std::min(start + lists.block, lists.k);
         int64_t const next = std::min(end + lists.block, tile.rows_end()) - end;
         Ahead ahead{tile.row(end), tile.stride, of_row, next * of_row};
-        int64_t const lines = round_up(ahead.left, panels * tile.tokens) / (panels * tile.tokens);
+        int64_t const lines = ceil_div(ahead.left, panels * tile.tokens);
         for (int64_t column = 0; column < tile.columns; column += width) {
             compiled(Is<S>(), [&]() NMSPARSE_INLINED {
                 for (int64_t r = start; r < end; ++r)
@@ -476,17 +479,17 @@ Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
     if (way == Way::PACKED) {
         // As much for each thread, as this process has them.
         static int64_t const threads = std::max(std::thread::hardware_concurrency(), 1U);
-        int64_t const tiles = round_up((n + WIDEST - 1) / WIDEST, threads);
-        return {std::max<int64_t>(round_up((n + tiles - 1) / tiles, 32), NARROWEST), 1};
+        int64_t const tiles = round_up(ceil_div(n, WIDEST), threads);
+        return {std::max<int64_t>(round_up(ceil_div(n, tiles), 32), NARROWEST), 1};
     }
     // Long rows, so threads share the work by runs first; but the parts of many tokens would be large.
     int64_t const parts = tokens <= 32 ? runs_of(lists) : 1;
     int64_t const most = std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
     int64_t bytes = 0;
     with_rows(w.kind, [&](auto row) { bytes = decltype(row)::bytes(n); });
-    int64_t const shared = std::min<int64_t>(parts == 1 ? 2 : (8 + parts - 1) / parts, std::max<int64_t>(bytes / SHORT, 1));
-    int64_t const tiles = std::max((n + most - 1) / most, shared);
-    return {round_up((n + tiles - 1) / tiles, 128), parts};
+    int64_t const shared = std::min<int64_t>(parts == 1 ? 2 : ceil_div(8, parts), std::max<int64_t>(bytes / SHORT, 1));
+    int64_t const tiles = std::max(ceil_div(n, most), shared);
+    return {round_up(ceil_div(n, tiles), 128), parts};
 }
 
 void product(Way way, Lists const& lists, int64_t tokens, Weight const& w, Cut const& cut, Piece const& piece, float* out,
@@ -507,8 +510,10 @@ void product(Way way, Lists const& lists, int64_t tokens, Weight const& w, Cut c
 
 void epilogue(Layer const& layer, Token const& token, float const* first, int64_t parts, int64_t stride,
               float const* residual, int64_t column, int64_t columns, float* y) {
+    bool const scaled = layer.variance && layer.sparse;
+    bool const added = residual != nullptr || layer.row_sum != nullptr || layer.bias != nullptr;
+    if (first == y && parts == 1 && !scaled && !added) return;
     vectorized([&]() NMSPARSE_INLINED {
-        bool const scaled = layer.variance && layer.sparse;
         float const* const row_sum = layer.row_sum == nullptr ? nullptr : layer.row_sum + column;
         float const* const bias = layer.bias == nullptr ? nullptr : layer.bias + column;
         float const* sum = first;
