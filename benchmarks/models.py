@@ -4,9 +4,10 @@
 
 Ours is OUT at 8:16 with `share`, in ONNX Runtime with our kernel. A peer is the same OUT run dense in ONNX Runtime
 (`dense`), or the model as onnxruntime-genai's builder writes it (`--precision int4`: linear layers and head), run by
-ONNX Runtime (`builder`) or by onnxruntime-genai (`genai`). Each is a process of its own. Ours and one peer take turns,
-call by call: a prefill, or a prompt of 128 tokens (not timed) and 32 tokens after it, greedily. A cell is peer's time /
-our time, the median of the ratios of neighbours, and their quartiles. It prints a table and asserts nothing.
+ONNX Runtime (`builder`) or by onnxruntime-genai (`genai`), which then runs ours, too. Each is a process of its own.
+Ours and one peer take turns, call by call: a prefill, or a prompt of 128 tokens (not timed) and 32 tokens after it,
+greedily. A cell is peer's time / our time, the median of the ratios of neighbours, and their quartiles. It prints a
+table and asserts nothing.
 """
 
 from __future__ import annotations
@@ -52,14 +53,16 @@ RECIPE = ("--pattern", "8:16", "--criterion", "magnitude", "--mitigation", "none
 # What is wanted: the time of the better peer / ours in decoding, and in prefill; peak memory / that of dense.
 DECODE_GOALS, PREFILL_GOAL, MEMORY_GOAL = {"SmolLM2-135M": 1.5, "random Llama, 1.1B": 1.65}, 0.95, 1.1
 LOW_BITS_GOAL = 1.0  # of decoding, beside the builder's int4
-# Runs a folder of the builder's; its answers are those of `serve`.
+# Runs a folder in onnxruntime-genai, with a library of ops where one is named; its answers are those of `serve`.
 GENAI_RUN = """
 import json, sys, time
 import numpy as np
 import onnxruntime_genai as genai
-folder, threads, prompt, warm = sys.argv[1], *map(int, sys.argv[2:])
+folder, ops, threads, prompt, warm = *sys.argv[1:3], *map(int, sys.argv[3:])
 config = genai.Config(folder)
 options = {"intra_op_num_threads": threads, "session.force_spinning_stop": "1"}
+if ops:
+    options["custom_ops_library"] = ops
 config.overlay(json.dumps({"model": {"decoder": {"session_options": options}}}))
 model = genai.Model(config)
 tokens = np.random.default_rng(0).integers(0, 30_000, 4096)
@@ -238,14 +241,19 @@ def compared(commands: list[list[str]], rounds: int) -> dict[tuple[str, int], np
 
 def measure(name: str, out: Path, built: Path, builder: Path, threads: int, rounds: int, table: Table) -> list[Any]:
     """Add the rows of a model to the table; return those of `--json`."""
-    here = [sys.executable, __file__, "serve"]
-    ours = [*here, "ours", str(out), str(threads)]
-    peers = {
-        "dense": [*here, "dense", str(out), str(threads)],
-        "builder": [*here, "builder", str(built), str(threads)],
-        "genai": [str(builder), "-c", GENAI_RUN, str(built), *map(str, (threads, PROMPT, WARM))],
+
+    def here(what: str, folder: Path) -> list[str]:
+        return [sys.executable, __file__, "serve", what, str(folder), str(threads)]
+
+    def genai(folder: Path, ops: str) -> list[str]:
+        return [str(builder), "-c", GENAI_RUN, str(folder), ops, *map(str, (threads, PROMPT, WARM))]
+
+    pairs = {
+        "dense": [here("ours", out), here("dense", out)],
+        "builder": [here("ours", out), here("builder", built)],
+        "genai": [genai(out, str(library())), genai(built, "")],
     }
-    found = {peer: compared([ours, peers[peer]], rounds) for peer in PEERS}
+    found = {peer: compared(pairs[peer], rounds) for peer in PEERS}
     lines = []
     for kind, count in CALLS:
         call = "decode" if kind == "decode" else f"prefill of {count}"
