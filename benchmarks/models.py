@@ -253,7 +253,7 @@ def measure(name: str, out: Path, built: Path, builder: Path, threads: int, roun
         "builder": [here("ours", out), here("builder", built)],
         "genai": [genai(out, str(library())), genai(built, "")],
     }
-    found = {peer: compared(pairs[peer], rounds) for peer in PEERS}
+    found = {peer: compared(pair, rounds) for peer, pair in pairs.items()}
     lines = []
     for kind, count in CALLS:
         call = "decode" if kind == "decode" else f"prefill of {count}"
