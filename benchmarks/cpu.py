@@ -19,6 +19,7 @@ and asserts nothing.
 from __future__ import annotations
 
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,6 +37,7 @@ from rich.table import Table
 
 from converter import json_rows
 from converter.graph.dense import dense
+from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
 from converter.runtimes.onnxruntime import ACCURACY, library
 from converter.sparsity.quantize import BITS, Storage, Weights
@@ -67,7 +69,10 @@ def model(nodes: list[Any], stored: dict[str, np.ndarray], inputs: list[Any], ou
 
 
 def session(made: onnx.ModelProto, kernel: Path, threads: int, optimized: bool = True) -> onnxruntime.InferenceSession:
-    """Return a session whose threads do not spin; one that is not optimized keeps nodes that are alike."""
+    """Return a session whose threads do not spin; one that is not optimized keeps nodes that are alike.
+
+    Its weights lie in a file, as those of an OUT do. It stays mapped when it has no name any more.
+    """
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
@@ -75,7 +80,10 @@ def session(made: onnx.ModelProto, kernel: Path, threads: int, optimized: bool =
     if not optimized:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.register_custom_ops_library(str(kernel.resolve()))
-    return onnxruntime.InferenceSession(made.SerializeToString(), options, ["CPUExecutionProvider"])
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/{MODEL}"
+        onnx.save_model(made, path, save_as_external_data=True)
+        return onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
 
 
 def op(pattern: str, names: list[str], y: str) -> onnx.NodeProto:
@@ -168,7 +176,6 @@ def main(
         w = generator.standard_normal((k, n), np.float32)
         for cores in map(int, threads.split(",")):
             peers = DENSE.get(weights, ("MatMul",))
-            # The dense ones last: the memory of W that they free would be given to the next, in scattered pages.
             sessions = [session(one_product(w, what, weights), kernel, cores) for what in (*names, *peers)]
             for count in map(int, tokens.split(",")):
                 x = generator.standard_normal((count, k), np.float32)

@@ -23,6 +23,8 @@ from converter.runtimes.tensorrt_rtx import INSTALL, capabilities
 # What our libraries are compiled with, where make puts it.
 TOOLCHAIN = Path("build/toolchain")
 TOOLS = ("nvidia-cuda-nvcc", "nvidia-cutlass", "kernel-lens")
+# Which memory the kernel gives huge pages: "always", "madvise" (that which asks for them) or "never", one in brackets.
+HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 ORT_HEADER = Path("build/onnxruntime/usr/include/onnxruntime/onnxruntime_c_api.h")
 
 
@@ -51,6 +53,7 @@ def examine(library: Path) -> list[Finding]:
         gpu(),
         _plugin(library),
         _cpu_op(),
+        _huge_pages(),
     ]
 
 
@@ -144,3 +147,15 @@ def _cpu_op() -> Finding:
         return Finding(part, False, str(error).splitlines()[0], "Build it again: make cpu-op.")
     otherwise = "else the ONNX function body serves, slower"
     return Finding(part, True, f"{found}; for float32, with weights in that or in fewer bits; {otherwise}")
+
+
+def _huge_pages() -> Finding:
+    part = "huge pages"
+    try:
+        found = re.search(r"\[(\w+)\]", HUGE_PAGES.read_text("utf-8"))
+    except OSError:
+        found = None
+    if found is None:
+        return Finding(part, False, "none", "The ONNX Runtime op is up to a fifth faster on a Linux that has them.")
+    advice = f"The ONNX Runtime op is up to a fifth faster with them; as root: echo madvise > {HUGE_PAGES}"
+    return Finding(part, found[1] != "never", f"{found[1]} ({HUGE_PAGES})", advice)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,13 +26,14 @@ from conftest import QUICK, from_make
 from test_kernels import assert_same_bits, awkward, the_params
 from torch import Tensor
 
+from converter.doctor import examine
 from converter.errors import ExportError
 from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
 from converter.runtimes.onnxruntime import VARIABLE, session
 from converter.runtimes.polygraphy import kernel_session
 from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake, prune, token_scale
-from converter.sparsity.quantize import Storage, Weights
+from converter.sparsity.quantize import BITS, Storage, Weights
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (8, 16), (16, 32), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
 # On both sides of every threshold: streamed or held (2; 3 and 4 at 1:4), held or packed (22 and 23 at 1:4, 39 and 40 at
@@ -49,12 +53,22 @@ def library(cpu_op: Path) -> Path:
 
 
 class Node:
-    """One node of the op in a session of its own, with no function body: without the kernel it cannot run."""
+    """Nodes of the op in a session of their own, with no function body: without the kernel they cannot run."""
 
     def __init__(
-        self, library: Path, baked: Baked, phased: bool = False, threads: int = 1, storage: Storage | None = None
+        self,
+        library: Path,
+        baked: Baked,
+        phased: bool = False,
+        threads: int = 1,
+        storage: Storage | None = None,
+        in_file: bool = True,
+        count: int = 1,
     ) -> None:
-        """Make the session; it gets `sparse` with each call where the node is phased."""
+        """Make the session of `count` equal nodes, with what they read in a file or not.
+
+        They get `sparse` with each call where they are phased. The file has no name any more when it is loaded.
+        """
         tensors = {name: getattr(baked, {"W": "weight"}.get(name, name), None) for name in INPUTS[1:]}
         given = {name: t.contiguous().numpy() for name, t in tensors.items() if isinstance(t, Tensor)}
         if storage is not None:
@@ -64,21 +78,18 @@ class Node:
             else:
                 given["W"] = given["W"].astype(storage.weights)
         names = [n if n in {"X", *given, *(["sparse"] if phased else [])} else "" for n in INPUTS]
-        node = onnx.helper.make_node(
-            OP,
-            names,
-            ["Y"],
-            domain=DOMAIN,
-            keep=baked.keep,
-            group=baked.group,
-            shift_mode=baked.shift_mode,
-            variance=int(baked.variance),
-        )
+        attributes = {"shift_mode": baked.shift_mode, "variance": int(baked.variance)}
+        outputs = [f"Y{number}" for number in range(count)]
+        nodes = [
+            onnx.helper.make_node(OP, names, [y], domain=DOMAIN, keep=baked.keep, group=baked.group, **attributes)
+            for y in outputs
+        ]
         make = onnx.helper.make_tensor_value_info
         k, n = baked.weight.shape
         inputs = [make("X", 1, ["batch", "tokens", k]), *([make("sparse", 9, [])] if phased else [])]
         stored = [onnx.numpy_helper.from_array(array, name) for name, array in given.items()]
-        graph = onnx.helper.make_graph([node], "one", inputs, [make("Y", 1, ["batch", "tokens", n])], stored)
+        made = [make(y, 1, ["batch", "tokens", n]) for y in outputs]
+        graph = onnx.helper.make_graph(nodes, "nodes", inputs, made, stored)
         domains = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)]
         model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=11)
         options = onnxruntime.SessionOptions()
@@ -86,11 +97,20 @@ class Node:
         options.enable_cpu_mem_arena = False  # a sanitizer then sees where each piece of memory ends
         options.log_severity_level = 4
         options.register_custom_ops_library(str(library))
-        self.session = onnxruntime.InferenceSession(model.SerializeToString(), options, ["CPUExecutionProvider"])
+        with tempfile.TemporaryDirectory(prefix="nodes-") as folder:
+            path = f"{folder}/{MODEL}"
+            if in_file:
+                onnx.save_model(model, path, save_as_external_data=True)
+            graph_or_path = path if in_file else model.SerializeToString()
+            self.session = onnxruntime.InferenceSession(graph_or_path, options, ["CPUExecutionProvider"])
+
+    def all(self, x: Tensor, **feeds: np.ndarray) -> list[Tensor]:
+        """Return what each node gives."""
+        found = self.session.run(None, {"X": x.reshape(1, *x.shape[-2:]).numpy(), **feeds})
+        return [torch.from_numpy(y)[0] for y in found]
 
     def __call__(self, x: Tensor, **feeds: np.ndarray) -> Tensor:
-        y = self.session.run(None, {"X": x.reshape(1, *x.shape[-2:]).numpy(), **feeds})[0]
-        return torch.from_numpy(y)[0]
+        return self.all(x, **feeds)[0]
 
 
 def identity(params: Params, k: int) -> Baked:
@@ -376,7 +396,10 @@ def test_many_sessions_in_many_threads_give_the_bits_of_a_lone_run(library: Path
             (15, 16, 160, 2500, "token_mean", 0),
         )
     ]
-    sessions = [(baked, Node(library, baked, threads=threads)) for baked in made for threads in (1, 2, 3, 4)]
+    settings = [(baked, threads) for baked in made for threads in (1, 2, 3, 4)]
+    with ThreadPoolExecutor(12) as pool:
+        nodes = pool.map(lambda one: Node(library, one[0], threads=one[1]), settings)
+        sessions = [(baked, node) for (baked, _), node in zip(settings, nodes, strict=True)]
     inputs = [(baked, torch.randn(tokens, baked.weight.shape[0])) for baked in made for tokens in (1, 2, 5, 20, 130)]
     expected = [Node(library, baked)(x) for baked, x in inputs]
     work = [
@@ -384,6 +407,41 @@ def test_many_sessions_in_many_threads_give_the_bits_of_a_lone_run(library: Path
     ]
     with ThreadPoolExecutor(12) as pool:
         assert all(pool.map(lambda one: torch.equal(one[0](one[1]), one[2]), work * 4))
+
+
+def resident(wanted: Callable[[str, str], bool]) -> int:
+    """Return the bytes in memory of those mappings of this process whose name and flags are wanted."""
+    found = 0
+    for text in re.split(r"(?m)^(?=[0-9a-f]+-[0-9a-f]+ )", Path("/proc/self/smaps").read_text())[1:]:
+        name, flags = text.splitlines()[0].split(maxsplit=5)[5:], re.search(r"VmFlags: (.*)", text)
+        size = re.search(r"Rss: +(\d+) kB", text)
+        assert flags
+        assert size
+        found += 1024 * int(size[1]) * wanted(*name or [""], flags[1])
+    return found
+
+
+@pytest.mark.parametrize("weights", ["dtype", "bfloat16", "int8", "int4"])
+def test_weights_of_a_file_are_in_huge_pages_and_nowhere_else(library: Path, weights: Weights) -> None:
+    if not next(found for found in examine(Path("none")) if found.part == "huge pages").works:
+        pytest.skip("this system has no huge pages")
+    k, n, slack = 1600, 2050, 2**18
+    storage = Storage(weights=weights, block=k) if weights in BITS else Storage(weights=weights)
+    baked = layer(Params(8, 16), k, n, bias=False)
+    given, x = None if weights == "dtype" else storage, torch.randn(3, k)
+    size = k * n * {"dtype": 32, "bfloat16": 16, "int8": 8, "int4": 4}[weights] // 8
+
+    def huge() -> int:
+        return resident(lambda name, flags: not name and "hg" in flags.split())
+
+    expected, before = Node(library, baked, storage=given, in_file=False)(x), huge()
+    node = Node(library, baked, storage=given, count=2)
+    # The second node copies what the first has given back.
+    assert all(torch.equal(y, expected) for y in node.all(x))
+    assert abs(huge() - before - 2 * size) < 2**21 + slack  # a page is another's, too
+    assert resident(lambda name, _: "/nodes-" in name) < slack
+    del node
+    assert huge() <= before + slack
 
 
 @pytest.mark.parametrize(

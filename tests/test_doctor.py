@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import WITH_RTX
 
+from converter import doctor
 from converter.doctor import ORT_HEADER, TOOLCHAIN, TOOLS, examine
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -87,3 +88,19 @@ def test_a_gpu_is_what_nvidia_smi_says(monkeypatch: pytest.MonkeyPatch, tmp_path
     tool.write_text("#!/bin/sh\nexit 9\n")
     found = next(f for f in examine(Path("none")) if f.part == "GPU")
     assert (found.works, "CalledProcessError" in found.found) == (False, True)
+
+
+def test_huge_pages_are_what_the_system_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    there = tmp_path / "enabled"
+    monkeypatch.setattr(doctor, "HUGE_PAGES", there)
+    for text, works, said in (
+        (None, False, "none"),
+        ("always [madvise] never\n", True, "madvise"),
+        ("[always] madvise never\n", True, "always"),
+        ("always madvise [never]\n", False, "never"),
+    ):
+        if text:
+            there.write_text(text)
+        found = next(f for f in examine(Path("none")) if f.part == "huge pages")
+        assert (found.works, found.found.split()[0]) == (works, said)
+        assert "faster" in found.advice

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "../kernels/cpu/layer.h"
+#include "huge_pages.h"
 
 namespace nmsparse {
 
@@ -76,6 +77,10 @@ public:
         shift_mode_ = static_cast<ShiftMode>(found - SHIFT_MODE_NAMES);
         if (!(0 < keep_ && keep_ <= group_))
             refuse("keep must be from 1 to group, got " + std::to_string(keep_) + ":" + std::to_string(group_) + ".");
+        int constant = 0;
+        Ort::ConstValue const w = info.GetTensorConstantInput(static_cast<size_t>(Input::W), &constant);
+        if (constant)
+            w_ = in_huge_pages(w.GetTensorRawData(), cpu::bytes(kind(w), w.GetTensorTypeAndShapeInfo().GetElementCount()));
         Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(raw, OrtMemTypeDefault, &allocator_));
     }
     Kernel(Kernel const&) = delete;
@@ -150,16 +155,19 @@ private:
         multiply(context, layer);
     }
 
-    static cpu::Weight weight(Ort::KernelContext const& context, Ort::ConstValue const& w, int64_t k, int64_t n) {
-        cpu::Weight found{cpu::Kind::FLOAT, w.GetTensorRawData(), n, nullptr, k};
+    static cpu::Kind kind(Ort::ConstValue const& w) {
         switch (w.GetTensorTypeAndShapeInfo().GetElementType()) {
-            case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: break;
-            case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: found.kind = cpu::Kind::FLOAT16; break;
-            case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: found.kind = cpu::Kind::BFLOAT16; break;
-            case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: found.kind = cpu::Kind::INT8; break;
-            case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4: found.kind = cpu::Kind::INT4; break;
+            case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT: return cpu::Kind::FLOAT;
+            case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return cpu::Kind::FLOAT16;
+            case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return cpu::Kind::BFLOAT16;
+            case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return cpu::Kind::INT8;
+            case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4: return cpu::Kind::INT4;
             default: refuse("W must be of float32, float16, bfloat16, int8 or int4.");
         }
+    }
+
+    cpu::Weight weight(Ort::KernelContext const& context, Ort::ConstValue const& w, int64_t k, int64_t n) const {
+        cpu::Weight found{kind(w), w_ == nullptr ? w.GetTensorRawData() : w_.get(), n, nullptr, k};
         Ort::ConstValue const scale = input(context, Input::WEIGHT_SCALE);
         bool const integers = found.kind == cpu::Kind::INT8 || found.kind == cpu::Kind::INT4;
         if (integers != static_cast<bool>(scale))
@@ -249,6 +257,7 @@ private:
     ShiftMode shift_mode_;
     bool variance_;
     OrtAllocator* allocator_ = nullptr;
+    std::shared_ptr<void const> w_;  // null where W is read from where it is
 };
 
 struct Op : Ort::CustomOpBase<Op, Kernel, true> {

@@ -12,6 +12,8 @@ inline int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) /
 // W as it is stored: [k, n] numbers, of 32 or 16 bits, or integers, each to be multiplied by the scale of its column and
 // of the so many rows that share one. Of four bits, two integers lie in a byte, the first in the lower half.
 enum class Kind { FLOAT, FLOAT16, BFLOAT16, INT8, INT4 };
+int64_t bytes(Kind kind, int64_t numbers);
+
 struct Weight {
     Kind kind;
     void const* data;

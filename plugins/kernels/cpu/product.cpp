@@ -219,7 +219,7 @@ NMSPARSE_INLINE void multiply_alone(Eight const& eight, int64_t columns, float* 
     constexpr int64_t LANES = LANES_OF<S>, WIDTH = Alone<S, Row>::WIDTH;
     for (int64_t c = 0; c < columns; c += WIDTH) {
         ask<Row, Alone<S, Row>>(eight, columns, c);
-        if (Row::SCALED && FIRST)  // the block's last rows need it, a row of W later
+        if (Row::SCALED && FIRST && !LAST)  // the block's last rows need it, a row of W later
             for (int64_t v = 0; v < WIDTH; v += LINE / sizeof(float)) __builtin_prefetch(eight.scale + c + v);
         FloatsOf<S> sum[VECTORS];
 #pragma GCC unroll 8
@@ -464,6 +464,12 @@ void with_rows(Kind kind, Body const& body) {
 
 }  // namespace
 
+int64_t bytes(Kind kind, int64_t numbers) {
+    int64_t found = 0;
+    with_rows(kind, [&](auto row) { found = decltype(row)::bytes(numbers); });
+    return found;
+}
+
 // Measured (benchmarks/cpu.py): streaming wins while all tokens together read less than three quarters of W; a panel
 // costs as much as 40 tokens gain by it where half is kept, or 23 where a quarter is, if W comes from memory; from five
 // sixths on they gain nothing.
@@ -485,9 +491,8 @@ Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
     // Long rows, so threads share the work by runs first; but the parts of many tokens would be large.
     int64_t const parts = tokens <= 32 ? runs_of(lists) : 1;
     int64_t const most = std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
-    int64_t bytes = 0;
-    with_rows(w.kind, [&](auto row) { bytes = decltype(row)::bytes(n); });
-    int64_t const shared = std::min<int64_t>(parts == 1 ? 2 : ceil_div(8, parts), std::max<int64_t>(bytes / SHORT, 1));
+    int64_t const shared =
+        std::min<int64_t>(parts == 1 ? 2 : ceil_div(8, parts), std::max<int64_t>(bytes(w.kind, n) / SHORT, 1));
     int64_t const tiles = std::max(ceil_div(n, most), shared);
     return {round_up(ceil_div(n, tiles), 128), parts};
 }

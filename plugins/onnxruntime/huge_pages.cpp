@@ -1,0 +1,97 @@
+#include "huge_pages.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstring>
+#include <fstream>
+#include <mutex>
+#include <new>
+#include <string>
+
+namespace nmsparse {
+
+namespace {
+
+constexpr uintptr_t SMALL = 4096, HUGE = 2 << 20, LINE = 64;  // bytes of a page, of a huge one and of a line of the cache
+constexpr size_t CHUNK = 64 << 20;
+
+uintptr_t down(uintptr_t place, uintptr_t step) { return place / step * step; }
+uintptr_t up(uintptr_t place, uintptr_t step) { return down(place + step - 1, step); }
+
+// Memory for many weights, since few fill huge pages by themselves.
+class Chunk {
+public:
+    explicit Chunk(size_t bytes)
+        : size_(bytes + HUGE), start_(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
+        if (start_ == MAP_FAILED) throw std::bad_alloc();
+        next_ = up(reinterpret_cast<uintptr_t>(start_), HUGE), end_ = next_ + bytes;
+        madvise(reinterpret_cast<void*>(next_), bytes, MADV_HUGEPAGE);
+    }
+    Chunk(Chunk const&) = delete;
+    Chunk& operator=(Chunk const&) = delete;
+    ~Chunk() { munmap(start_, size_); }
+
+    // The place of the next so many bytes, or null where there are not as many.
+    void* take(size_t bytes) {
+        if (end_ - next_ < bytes) return nullptr;
+        void* const place = reinterpret_cast<void*>(next_);
+        next_ += bytes;
+        return place;
+    }
+
+private:
+    size_t size_;
+    void* start_;
+    uintptr_t next_, end_;
+};
+
+// So many bytes of a chunk, which lives as long as anybody holds some of it.
+std::shared_ptr<void> take(size_t bytes) {
+    static std::mutex mutex;
+    static std::weak_ptr<Chunk> latest;
+    std::lock_guard<std::mutex> const lock(mutex);
+    std::shared_ptr<Chunk> chunk = latest.lock();
+    void* place = chunk == nullptr ? nullptr : chunk->take(bytes);
+    if (place == nullptr) {
+        chunk = std::make_shared<Chunk>(std::max(bytes, CHUNK));
+        latest = chunk;
+        place = chunk->take(bytes);
+    }
+    return {chunk, place};
+}
+
+bool has_huge_pages() {
+    std::string line;
+    std::getline(std::ifstream("/sys/kernel/mm/transparent_hugepage/enabled"), line);
+    return !line.empty() && line.find("[never]") == std::string::npos;
+}
+
+// Whether this memory is a file's, mapped for this process alone.
+bool is_of_file(uintptr_t begin, uintptr_t end) {
+    std::ifstream maps("/proc/self/maps");
+    for (std::string line; std::getline(maps, line);) {
+        unsigned long first, last, inode;
+        char mode[5];
+        if (std::sscanf(line.c_str(), "%lx-%lx %4s %*x %*x:%*x %lu", &first, &last, mode, &inode) == 4 && first <= begin &&
+            end <= last)
+            return inode != 0 && mode[3] == 'p';
+    }
+    return false;
+}
+
+}  // namespace
+
+std::shared_ptr<void const> in_huge_pages(void const* data, size_t bytes) {
+    uintptr_t const begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
+    if (bytes == 0 || !has_huge_pages() || !is_of_file(begin, end)) return nullptr;
+    std::shared_ptr<void> const copy = take(up(bytes, LINE));
+    std::memcpy(copy.get(), data, bytes);
+    uintptr_t const first = up(begin, SMALL), last = down(end, SMALL);
+    if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
+    return copy;
+}
+
+}  // namespace nmsparse
