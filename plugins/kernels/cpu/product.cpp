@@ -29,6 +29,7 @@ namespace {
 
 constexpr int64_t RUN = 512;                      // rows of a run, at most
 constexpr int64_t WIDEST = 1024, NARROWEST = 64;  // columns of a tile of panels
+constexpr int64_t LONGEST = 16384;                // columns of a tile of few tokens
 constexpr int64_t SHORT = 1024;                   // bytes of a row that are not worth cutting
 constexpr int64_t SCRATCH = 3 * 64 * 1024;        // numbers: a tile's sums must stay in L2, beside the rows of W
 constexpr int SUMS = 12;                          // vectors of sums for a token of a panel that fit into the registers
@@ -490,7 +491,7 @@ Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
     }
     // Long rows, so threads share the work by runs first; but the parts of many tokens would be large.
     int64_t const parts = tokens <= 32 ? runs_of(lists) : 1;
-    int64_t const most = std::min<int64_t>(4096, SCRATCH / (2 * tokens) / 128 * 128);
+    int64_t const most = std::min<int64_t>(LONGEST, SCRATCH / (2 * tokens) / 128 * 128);
     int64_t const shared =
         std::min<int64_t>(parts == 1 ? 2 : ceil_div(8, parts), std::max<int64_t>(bytes(w.kind, n) / SHORT, 1));
     int64_t const tiles = std::max(ceil_div(n, most), shared);
