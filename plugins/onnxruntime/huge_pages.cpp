@@ -7,6 +7,7 @@
 #include <cstdio>
 #include <cstring>
 #include <fstream>
+#include <map>
 #include <mutex>
 #include <new>
 #include <string>
@@ -48,19 +49,32 @@ private:
     uintptr_t next_, end_;
 };
 
-// So many bytes of a chunk, which lives as long as anybody holds some of it.
-std::shared_ptr<void> take(size_t bytes) {
+// Some of a chunk, which lives as long as anybody holds any of it.
+struct Copy {
+    std::shared_ptr<Chunk> chunk;
+    void* place;
+    size_t bytes;
+};
+
+std::shared_ptr<Copy const> copy_of(void const* data, size_t bytes) {
     static std::mutex mutex;
     static std::weak_ptr<Chunk> latest;
+    static std::map<void const*, std::weak_ptr<Copy const>> copies;  // by their originals, for nodes that share one
     std::lock_guard<std::mutex> const lock(mutex);
+    for (auto one = copies.begin(); one != copies.end();) one = one->second.expired() ? copies.erase(one) : ++one;
+    std::shared_ptr<Copy const> copy = copies[data].lock();
+    // An original may be gone, and another weight in its place, before its copy is.
+    if (copy != nullptr && copy->bytes == bytes && std::memcmp(copy->place, data, bytes) == 0) return copy;
+    size_t const room = up(bytes, LINE);
     std::shared_ptr<Chunk> chunk = latest.lock();
-    void* place = chunk == nullptr ? nullptr : chunk->take(bytes);
+    void* place = chunk == nullptr ? nullptr : chunk->take(room);
     if (place == nullptr) {
-        chunk = std::make_shared<Chunk>(std::max(bytes, CHUNK));
-        latest = chunk;
-        place = chunk->take(bytes);
+        latest = chunk = std::make_shared<Chunk>(std::max(room, CHUNK));
+        place = chunk->take(room);
     }
-    return {chunk, place};
+    std::memcpy(place, data, bytes);
+    copies[data] = copy = std::make_shared<Copy const>(Copy{chunk, place, bytes});
+    return copy;
 }
 
 bool has_huge_pages() {
@@ -87,11 +101,10 @@ bool is_of_file(uintptr_t begin, uintptr_t end) {
 std::shared_ptr<void const> in_huge_pages(void const* data, size_t bytes) {
     uintptr_t const begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
     if (bytes == 0 || !has_huge_pages() || !is_of_file(begin, end)) return nullptr;
-    std::shared_ptr<void> const copy = take(up(bytes, LINE));
-    std::memcpy(copy.get(), data, bytes);
+    std::shared_ptr<Copy const> const copy = copy_of(data, bytes);
     uintptr_t const first = up(begin, SMALL), last = down(end, SMALL);
     if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
-    return copy;
+    return {copy, copy->place};
 }
 
 }  // namespace nmsparse

@@ -7,9 +7,10 @@
 
 namespace nmsparse {
 
-// A copy of a weight in huge pages, for as long as somebody holds it; or null where it would be no use, since the system
-// has no huge pages, or memory in addition, since the original does not lie in a file. What lies in a file is mapped from
-// there: its pages are given back once they are copied, and whoever reads them again gets them from the file.
+// A copy of a weight in huge pages, one for all who ask for it, for as long as somebody holds it; or null where it would
+// be no use, since the system has no huge pages, or memory in addition, since the original does not lie in a file. What
+// lies in a file is mapped from there: its pages are given back once they are copied, and whoever reads them again gets
+// them from the file.
 std::shared_ptr<void const> in_huge_pages(void const* data, size_t bytes);
 
 }  // namespace nmsparse
