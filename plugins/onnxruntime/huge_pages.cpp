@@ -1,6 +1,7 @@
 #include "huge_pages.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cstdint>
@@ -12,15 +13,16 @@
 #include <new>
 #include <string>
 
+#include "../kernels/cpu/layer.h"
+
 namespace nmsparse {
 
 namespace {
 
-constexpr uintptr_t SMALL = 4096, HUGE = 2 << 20, LINE = 64;  // bytes of a page, of a huge one and of a line of the cache
-constexpr size_t CHUNK = 64 << 20;
+using cpu::round_up;
 
-uintptr_t down(uintptr_t place, uintptr_t step) { return place / step * step; }
-uintptr_t up(uintptr_t place, uintptr_t step) { return down(place + step - 1, step); }
+constexpr size_t HUGE = 2 << 20, LINE = 64;  // bytes of a huge page and of a line of the cache
+constexpr size_t CHUNK = 64 << 20;
 
 // Memory for many weights, since few fill huge pages by themselves.
 class Chunk {
@@ -28,7 +30,7 @@ public:
     explicit Chunk(size_t bytes)
         : size_(bytes + HUGE), start_(mmap(nullptr, size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
         if (start_ == MAP_FAILED) throw std::bad_alloc();
-        next_ = up(reinterpret_cast<uintptr_t>(start_), HUGE), end_ = next_ + bytes;
+        next_ = round_up(reinterpret_cast<uintptr_t>(start_), HUGE), end_ = next_ + bytes;
         madvise(reinterpret_cast<void*>(next_), bytes, MADV_HUGEPAGE);
     }
     Chunk(Chunk const&) = delete;
@@ -62,10 +64,11 @@ std::shared_ptr<Copy const> copy_of(void const* data, size_t bytes) {
     static std::map<void const*, std::weak_ptr<Copy const>> copies;  // by their originals, for nodes that share one
     std::lock_guard<std::mutex> const lock(mutex);
     for (auto one = copies.begin(); one != copies.end();) one = one->second.expired() ? copies.erase(one) : ++one;
-    std::shared_ptr<Copy const> copy = copies[data].lock();
+    std::weak_ptr<Copy const>& known = copies[data];
+    std::shared_ptr<Copy const> copy = known.lock();
     // An original may be gone, and another weight in its place, before its copy is.
     if (copy != nullptr && copy->bytes == bytes && std::memcmp(copy->place, data, bytes) == 0) return copy;
-    size_t const room = up(bytes, LINE);
+    size_t const room = round_up(bytes, LINE);
     std::shared_ptr<Chunk> chunk = latest.lock();
     void* place = chunk == nullptr ? nullptr : chunk->take(room);
     if (place == nullptr) {
@@ -73,7 +76,7 @@ std::shared_ptr<Copy const> copy_of(void const* data, size_t bytes) {
         place = chunk->take(room);
     }
     std::memcpy(place, data, bytes);
-    copies[data] = copy = std::make_shared<Copy const>(Copy{chunk, place, bytes});
+    known = copy = std::make_shared<Copy const>(Copy{chunk, place, bytes});
     return copy;
 }
 
@@ -100,9 +103,10 @@ bool is_of_file(uintptr_t begin, uintptr_t end) {
 
 std::shared_ptr<void const> in_huge_pages(void const* data, size_t bytes) {
     uintptr_t const begin = reinterpret_cast<uintptr_t>(data), end = begin + bytes;
-    if (bytes == 0 || !has_huge_pages() || !is_of_file(begin, end)) return nullptr;
+    static bool const possible = has_huge_pages();
+    if (bytes == 0 || !possible || !is_of_file(begin, end)) return nullptr;
     std::shared_ptr<Copy const> const copy = copy_of(data, bytes);
-    uintptr_t const first = up(begin, SMALL), last = down(end, SMALL);
+    uintptr_t const page = sysconf(_SC_PAGESIZE), first = round_up(begin, page), last = end / page * page;
     if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_DONTNEED);
     return {copy, copy->place};
 }

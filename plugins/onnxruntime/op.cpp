@@ -189,7 +189,7 @@ private:
         int64_t const most = ceil_div(layer.tokens, ceil_div(layer.tokens, cpu::CHUNK));
         Memory memory(allocator_);
         auto const lists = [&](int64_t rows, int64_t block, bool listed) {
-            int64_t const capacity = ceil_div(rows, cpu::STEP) * cpu::STEP;
+            int64_t const capacity = cpu::round_up(rows, cpu::STEP);
             Lists found{rows, capacity, block, nullptr, memory.of<float>(most * capacity), nullptr};
             if (!listed) return found;
             found.rows = memory.of<int32_t>(most * capacity);

@@ -8,6 +8,7 @@
 namespace nmsparse::cpu {
 
 inline int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
+inline int64_t round_up(int64_t number, int64_t step) { return ceil_div(number, step) * step; }
 
 // W as it is stored: [k, n] numbers, of 32 or 16 bits, or integers, each to be multiplied by the scale of its column and
 // of the so many rows that share one. Of four bits, two integers lie in a byte, the first in the lower half.

@@ -63,8 +63,6 @@ struct Alone {
     static constexpr int64_t WIDTH = VECTORS * LANES_OF<S>, AHEAD = 1024;
 };
 
-int64_t round_up(int64_t number, int64_t step) { return ceil_div(number, step) * step; }
-
 // Blocks of a run, after which the partial sums are added to the output, and runs: an even number of about as many rows,
 // for threads share the work by runs.
 int64_t run_of(Lists const& lists) { return ceil_div(lists.blocks(), 2 * ceil_div(lists.k, 2 * RUN)); }
