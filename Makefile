@@ -23,14 +23,18 @@ CUDA := nvidia-cuda-nvcc==13.0.88 nvidia-nvvm==13.0.88 nvidia-cuda-crt==13.0.88 
 	nvidia-cutlass==4.2.0.0 kernel-lens==2.0.1
 PLUGINS := build/plugins
 # The op for ONNX Runtime on CPUs. The wheel of ONNX Runtime has no headers; a Debian package has (85 kB, unpacked, not
-# installed). Give ORT_INCLUDE=FOLDER to use others, of 1.21 or newer.
+# installed), and Debian has Google Highway's source (2 MB). Give ORT_INCLUDE=FOLDER and HIGHWAY=FOLDER to use others, of
+# 1.21 and 1.2 or newer.
 CPU_OP := build/plugins-cpu
 ORT := build/onnxruntime
 ORT_INCLUDE ?= $(ORT)/usr/include/onnxruntime
-ORT_DEB := libonnxruntime-dev=1.21.0+dfsg-1
+ORT_DEB := o/onnxruntime/libonnxruntime-dev_1.21.0+dfsg-1_amd64.deb
 ORT_SHA := 14f7d959d5deacbcf1504830d4189f91fc67382b399ed9ae9d3aa9c4050ced08
-APT := apt-get -qq -o APT::Sandbox::User=root -o Dir::Etc::SourceList=/dev/null -o Dir::Etc::SourceParts=$(CURDIR)/$(ORT)/sources \
-	-o Dir::State::Lists=$(CURDIR)/$(ORT)/lists -o Dir::Cache=$(CURDIR)/$(ORT)/cache
+HIGHWAY ?= build/highway
+HIGHWAY_TAR := h/highway/highway_1.2.0.orig.tar.gz
+HIGHWAY_SHA := 7e0be78b8318e8bdbf6fa545d2ecb4c90f947df03f7aadc42c1967f019e63343
+DEBIAN := http://deb.debian.org/debian/pool/main
+FETCH := /usr/lib/apt/apt-helper -qq -o APT::Sandbox::User=root download-file
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
@@ -49,6 +53,7 @@ demo: cpu-op $(DEMO)/manifest.json
 $(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed cpu-op
 	$(BIN)/nmsparse convert $(GGUF) $(DEMO)
 
+test: CPU_LIBRARIES := all
 test: check plugins cpu-op chromium $(GGUF) $(ENCODER)/config.json $(BACKBONE) $(CLIENTS)/installed
 	env NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_ENCODER=$(CURDIR)/$(ENCODER) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python \
 	NMSPARSE_TEST_BACKBONE=$(CURDIR)/$(BACKBONE) \
@@ -84,14 +89,18 @@ plugins:
 	@echo "The plugins are not built: they need a C++ compiler, on Linux on x86-64. Their tests are skipped."
 endif
 
-# The op for ONNX Runtime on CPUs (seconds), which the package then uses by itself.
+# The op for ONNX Runtime on CPUs (half a minute; the libraries of the tests two more), which the package then uses by
+# itself.
+CPU_LIBRARIES := nmsparse_onnxruntime
 ifeq ($(shell uname -s; command -v c++ >/dev/null && echo c++),Linux c++)
 cpu-op: $(VENV)/installed
 	@test -e $(ORT_INCLUDE)/onnxruntime_cxx_api.h || $(MAKE) --no-print-directory $(ORT)/unpacked || \
 	  echo "The op for ONNX Runtime is not built: its headers must be in $(ORT_INCLUDE), and Debian's package cannot be fetched. Give ORT_INCLUDE=FOLDER."
-	@! test -e $(ORT_INCLUDE)/onnxruntime_cxx_api.h || { \
+	@test -e $(HIGHWAY)/hwy/targets.cc || $(MAKE) --no-print-directory $(HIGHWAY)/unpacked || \
+	  echo "The op for ONNX Runtime is not built: Google Highway's source must be in $(HIGHWAY), and Debian's cannot be fetched. Give HIGHWAY=FOLDER."
+	@! test -e $(ORT_INCLUDE)/onnxruntime_cxx_api.h || ! test -e $(HIGHWAY)/hwy/targets.cc || { \
 	  $(BIN)/cmake -S plugins/onnxruntime -B $(CPU_OP) -G Ninja --log-level=WARNING -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
-	    -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ORT_INCLUDE)) && $(BIN)/cmake --build $(CPU_OP) && \
+	    -DONNXRUNTIME_INCLUDE_DIR=$(abspath $(ORT_INCLUDE)) -DHIGHWAY_DIR=$(abspath $(HIGHWAY)) && $(BIN)/cmake --build $(CPU_OP) --target $(CPU_LIBRARIES) && \
 	  mkdir -p converter/native && cp --remove-destination $(CPU_OP)/libnmsparse_onnxruntime.so converter/native/ && touch $(CPU_OP)/built; }
 else
 cpu-op:
@@ -99,12 +108,15 @@ cpu-op:
 endif
 
 $(ORT)/unpacked: Makefile
-	mkdir -p $(ORT)/sources $(ORT)/lists/partial $(ORT)/cache/archives/partial
-	printf 'Types: deb\nURIs: http://deb.debian.org/debian\nSuites: trixie\nComponents: main\nSigned-By: /usr/share/keyrings/debian-archive-keyring.gpg\n' > $(ORT)/sources/trixie.sources
-	$(APT) update
-	cd $(ORT) && $(APT) download $(ORT_DEB) && echo "$(ORT_SHA) $$(ls libonnxruntime-dev_*.deb)" | sha256sum --check --quiet
-	dpkg-deb -x $(ORT)/libonnxruntime-dev_*.deb $(ORT)
-	rm -rf $(ORT)/lists $(ORT)/cache
+	mkdir -p $(ORT)
+	$(FETCH) $(DEBIAN)/$(ORT_DEB) $(ORT)/headers.deb SHA256:$(ORT_SHA)
+	dpkg-deb -x $(ORT)/headers.deb $(ORT)
+	touch $@
+
+$(HIGHWAY)/unpacked: Makefile
+	mkdir -p $(HIGHWAY)
+	$(FETCH) $(DEBIAN)/$(HIGHWAY_TAR) $(HIGHWAY)/source.tar.gz SHA256:$(HIGHWAY_SHA)
+	tar --extract --file $(HIGHWAY)/source.tar.gz --directory $(HIGHWAY) --strip-components 1
 	touch $@
 
 # On a machine with a GPU: the tests of the kernels, the layers and calibration on it, then the layers' times beside

@@ -13,7 +13,17 @@ inline int64_t round_up(int64_t number, int64_t step) { return ceil_div(number, 
 // W as it is stored: [k, n] numbers, of 32 or 16 bits, or integers, each to be multiplied by the scale of its column and
 // of the so many rows that share one. Of four bits, two integers lie in a byte, the first in the lower half.
 enum class Kind { FLOAT, FLOAT16, BFLOAT16, INT8, INT4 };
-int64_t bytes(Kind kind, int64_t numbers);
+
+constexpr int64_t bytes(Kind kind, int64_t numbers) {
+    switch (kind) {
+        case Kind::FLOAT: return 4 * numbers;
+        case Kind::FLOAT16:
+        case Kind::BFLOAT16: return 2 * numbers;
+        case Kind::INT8: return numbers;
+        case Kind::INT4: return numbers / 2;
+    }
+    return 0;
+}
 
 struct Weight {
     Kind kind;
