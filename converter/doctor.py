@@ -25,7 +25,9 @@ TOOLCHAIN = Path("build/toolchain")
 TOOLS = ("nvidia-cuda-nvcc", "nvidia-cutlass", "kernel-lens")
 # Which memory the kernel gives huge pages: "always", "madvise" (that which asks for them) or "never", one in brackets.
 HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+# What says of what version it is.
 ORT_HEADER = Path("build/onnxruntime/usr/include/onnxruntime/onnxruntime_c_api.h")
+HIGHWAY_HEADER = Path("build/highway/hwy/base.h")
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ def examine(library: Path) -> list[Finding]:
     return [
         *_machine(),
         _compiler(),
-        _op_headers(),
+        _op_source("ONNX Runtime's headers", ORT_HEADER, r"#define ORT_API_VERSION (\d+)", "ORT_INCLUDE"),
+        _op_source("Google Highway", HIGHWAY_HEADER, r"#define HWY_MINOR (\d+)", "HIGHWAY"),
         _plugin_sources(),
         _tensorrt_rtx(),
         _tensorrt(),
@@ -71,15 +74,15 @@ def _compiler() -> Finding:
     return Finding("C++ compiler", found is not None, found or "none", advice)
 
 
-def _op_headers() -> Finding:
-    part, advice = "ONNX Runtime's headers", "Only to build the op: run make cpu-op, or give it ORT_INCLUDE=FOLDER."
+def _op_source(part: str, header: Path, minor_version: str, variable: str) -> Finding:
     try:
-        found = re.search(r"#define ORT_API_VERSION (\d+)", ORT_HEADER.read_text("utf-8"))
+        found = re.search(minor_version, header.read_text("utf-8"))
     except OSError:
         found = None
     if found is None:
-        return Finding(part, False, f"none at {ORT_HEADER.parent}", advice)
-    return Finding(part, True, f"of 1.{found[1]}, at {ORT_HEADER.parent}")
+        advice = f"Only to build the op: run make cpu-op, or give it {variable}=FOLDER."
+        return Finding(part, False, f"none at {header.parent}", advice)
+    return Finding(part, True, f"of 1.{found[1]}, at {header.parent}")
 
 
 def _plugin_sources() -> Finding:

@@ -15,7 +15,7 @@ import pytest
 from conftest import WITH_RTX
 
 from converter import doctor
-from converter.doctor import ORT_HEADER, TOOLCHAIN, TOOLS, examine
+from converter.doctor import HIGHWAY_HEADER, ORT_HEADER, TOOLCHAIN, TOOLS, examine
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -45,18 +45,26 @@ def test_what_is_here_and_what_is_not(nmsparse: Command, tmp_path: Path) -> None
 def test_what_the_libraries_are_compiled_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     found = {finding.part: finding for finding in examine(Path("none"))}
-    none = ("none at build/onnxruntime/usr/include/onnxruntime", "no nvidia-cuda-nvcc, nvidia-cutlass, kernel-lens at")
-    for part, what in zip(("ONNX Runtime's headers", "plugin's sources"), none, strict=True):
+    for part, what in (
+        ("ONNX Runtime's headers", "none at build/onnxruntime/usr/include/onnxruntime"),
+        ("Google Highway", "none at build/highway/hwy"),
+        ("plugin's sources", "no nvidia-cuda-nvcc, nvidia-cutlass, kernel-lens at"),
+    ):
         assert (found[part].works, found[part].found.startswith(what)) == (False, True), found[part]
         assert "run make" in found[part].advice
-    ORT_HEADER.parent.mkdir(parents=True)
-    ORT_HEADER.write_text("#define ORT_API_VERSION 23\n")
+    for header, text in (
+        (ORT_HEADER, "#define ORT_API_VERSION 23\n"),
+        (HIGHWAY_HEADER, "#define HWY_MAJOR 1\n#define HWY_MINOR 2\n"),
+    ):
+        header.parent.mkdir(parents=True)
+        header.write_text(text)
     for number, name in enumerate(TOOLS):
         info = TOOLCHAIN / f"{name.replace('-', '_')}-{number}.0.dist-info"
         info.mkdir(parents=True)
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}.0\n")
     found = {finding.part: finding for finding in examine(Path("none"))}
     assert found["ONNX Runtime's headers"].found.startswith("of 1.23, at build")
+    assert found["Google Highway"].found == "of 1.2, at build/highway/hwy"
     assert found["plugin's sources"].found == "CUDA compiler 0.0, CUTLASS 1.0, TensorRT's headers of kernel-lens 2.0"
 
 

@@ -44,17 +44,18 @@ def wheel(folder: Path, **variables: str) -> Path:
 
 def test_with_the_op(tmp_path: Path) -> None:
     from_make("NMSPARSE_TEST_CPU_OP", "the op")
-    found = wheel(tmp_path, ORT_INCLUDE=os.environ.get("ORT_INCLUDE", str(ROOT / "build/onnxruntime/usr/include")))
+    places = {"ORT_INCLUDE": ROOT / "build/onnxruntime/usr/include", "HIGHWAY": ROOT / "build/highway"}
+    found = wheel(tmp_path, **{name: os.environ.get(name, str(place)) for name, place in places.items()})
     assert "py3-none-linux" in found.name, found.name
     with zipfile.ZipFile(found) as file:
         file.extract(LIBRARY, tmp_path)
-        assert "converter/graph/dispatch.csv" in file.namelist()
+        assert {"converter/graph/dispatch.csv", "converter/native/LICENSE-highway"} <= set(file.namelist())
     SessionOptions().register_custom_ops_library(str(tmp_path / LIBRARY))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="what a compiler is told by CXX is tried on Linux")
 def test_without_a_compiler(tmp_path: Path) -> None:
-    found = wheel(tmp_path, CXX="/bin/false", ORT_INCLUDE="")
+    found = wheel(tmp_path, CXX="/bin/false", ORT_INCLUDE="", HIGHWAY="")
     assert found.name.endswith("-py3-none-any.whl"), found.name
     with zipfile.ZipFile(found) as file:
         assert not any("native" in name for name in file.namelist())
