@@ -36,9 +36,10 @@ from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, 
 from converter.sparsity.quantize import BITS, Storage, Weights
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (8, 16), (16, 32), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
-# On both sides of every threshold: streamed or held (2; 3 and 4 at 1:4), held or packed (22 and 23 at 1:4, 39 and 40 at
-# 50 %, 63 and 64 at 5:8), parts (32 and 33), two chunks (129).
-TOKENS = [1, 2, 3, 4, 8, 11, 12, 22, 23, 32, 33, 39, 40, 63, 64, 129]
+# On both sides of every threshold: streamed or held (2; 3 and 4 at 1:4), held or packed (18 and 19 at 1:4, 31 and 32 at
+# 50 %, 51 and 52 at 5:8; with 16 bits 11 and 12, 19 and 20; with integers 5 and 6, 8 and 9, 14 and 15), parts (32 and
+# 33), two chunks (129).
+TOKENS = [1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 14, 15, 18, 19, 20, 31, 32, 33, 51, 52, 129]
 # Libraries without the kernels for better processors: on this one they run as on one that has no better ones.
 COPIES = ["avx2", "sse4", "sse2"]
 

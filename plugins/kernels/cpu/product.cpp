@@ -25,13 +25,14 @@ int64_t block_rows(Layer const& layer) {
 }
 
 // Measured (benchmarks/cpu.py): streaming wins while all tokens together read less than three quarters of W; a panel
-// costs as much as 40 tokens gain by it where half is kept, or 23 where a quarter is, if W comes from memory; from five
-// sixths on they gain nothing.
+// costs as much as so many tokens gain by it where half is kept, or a little more than half as many where a quarter is;
+// from five sixths on they gain nothing. What must be made numbers first is held in fewer rows, so its sums move more.
 Way way(Layer const& layer, int64_t tokens) {
     if (tokens == 1) return Way::STREAMED;
     if (!layer.sparse) return Way::HELD;
     if (4 * tokens * layer.keep <= 3 * layer.group) return Way::STREAMED;
-    return tokens * (5 * layer.group - 6 * layer.keep) < 80 * layer.group ? Way::HELD : Way::PACKED;
+    int64_t const of_panel = layer.w.kind == Kind::FLOAT ? 32 : layer.w.scale == nullptr ? 20 : 9;
+    return tokens * (5 * layer.group - 6 * layer.keep) < of_panel * 2 * layer.group ? Way::HELD : Way::PACKED;
 }
 
 Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
