@@ -37,9 +37,9 @@ from converter.sparsity.quantize import BITS, Storage, Weights
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (8, 16), (16, 32), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
 # On both sides of every threshold: streamed or held (2; 3 and 4 at 1:4), held or packed (18 and 19 at 1:4, 31 and 32 at
-# 50 %, 51 and 52 at 5:8; with 16 bits 11 and 12, 19 and 20; with integers 5 and 6, 8 and 9, 14 and 15), parts (32 and
-# 33), two chunks (129).
-TOKENS = [1, 2, 3, 4, 5, 6, 8, 9, 11, 12, 14, 15, 18, 19, 20, 31, 32, 33, 51, 52, 129]
+# 50 %, 51 and 52 at 5:8; with 16 bits 11 and 12, 19 and 20; with integers 7 and 8, 8 and 9, 9 and 10, and 14 and 15
+# where all is kept), parts (32 and 33), two chunks (129).
+TOKENS = [1, 2, 3, 4, 7, 8, 9, 10, 11, 12, 14, 15, 18, 19, 20, 31, 32, 33, 51, 52, 129]
 # Libraries without the kernels for better processors: on this one they run as on one that has no better ones.
 COPIES = ["avx2", "sse4", "sse2"]
 

@@ -24,15 +24,16 @@ int64_t block_rows(Layer const& layer) {
     return rows;
 }
 
-// Measured (benchmarks/cpu.py): streaming wins while all tokens together read less than three quarters of W; a panel
-// costs as much as so many tokens gain by it where half is kept, or a little more than half as many where a quarter is;
-// from five sixths on they gain nothing. What must be made numbers first is held in fewer rows, so its sums move more.
+// Measured (benchmarks/cpu.py): streaming wins while all tokens together read less than three quarters of W. Then a
+// panel costs so much that it pays from 32 tokens on where half is kept and from 19 where a quarter is, with 16 bits from
+// 20 and 12, and from five sixths on not at all. Of integers few rows are held at once, as many vectors are read of each:
+// there a panel pays from 9 and 8 tokens on, and from 15 where all is kept.
 Way way(Layer const& layer, int64_t tokens) {
-    if (tokens == 1) return Way::STREAMED;
-    if (!layer.sparse) return Way::HELD;
-    if (4 * tokens * layer.keep <= 3 * layer.group) return Way::STREAMED;
-    int64_t const of_panel = layer.w.kind == Kind::FLOAT ? 32 : layer.w.scale == nullptr ? 20 : 9;
-    return tokens * (5 * layer.group - 6 * layer.keep) < of_panel * 2 * layer.group ? Way::HELD : Way::PACKED;
+    int64_t const keep = layer.sparse ? layer.keep : layer.group, group = layer.group;
+    bool const integers = layer.w.scale != nullptr;
+    int64_t const cost = integers ? 60 : layer.w.kind == Kind::FLOAT ? 64 : 40;
+    if (tokens == 1 || (layer.sparse && 4 * tokens * keep <= 3 * group)) return Way::STREAMED;
+    return tokens * ((integers ? 10 : 5) * group - 6 * keep) < cost * group ? Way::HELD : Way::PACKED;
 }
 
 Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
