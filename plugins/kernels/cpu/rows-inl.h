@@ -10,8 +10,8 @@
 #define NMSPARSE_ROWS_INL
 #endif
 
-#include "vectors-inl.h"
 #include "tile.h"
+#include "vectors-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace nmsparse::cpu::HWY_NAMESPACE {
@@ -25,12 +25,12 @@ struct FloatRow {
     static constexpr int VECTORS = 1;
 
     static HWY_INLINE void read(Byte const* row, int64_t c, Floats* to) {
-        *to = hn::LoadU(FLOATS, reinterpret_cast<float const*>(row) + c);
+        *to = load(reinterpret_cast<float const*>(row) + c);
     }
 };
 
-// Numbers of sixteen bits, of either kind. Those of float16 get the place of a float32's, with an exponent that is 112 too
-// low; so infinity is no infinity, but no weight is.
+// Numbers of sixteen bits, of either kind. Those of float16 get the place of a float32's, with an exponent that is 112
+// too low; so infinity is no infinity, but no weight is.
 template <bool BRAIN>
 struct HalfRow {
     static constexpr Kind KIND = BRAIN ? Kind::BFLOAT16 : Kind::FLOAT16;
@@ -103,7 +103,7 @@ HWY_INLINE void put_columns_in_order(Floats* vectors) {
 // The sum of a block of rows, with their scale where they have one.
 template <class Row>
 HWY_INLINE Floats scaled(Floats sum, float const* scale, int64_t c) {
-    return Row::SCALED ? hn::Mul(sum, hn::LoadU(FLOATS, scale + c)) : sum;
+    return Row::SCALED ? hn::Mul(sum, load(scale + c)) : sum;
 }
 
 }  // namespace nmsparse::cpu::HWY_NAMESPACE

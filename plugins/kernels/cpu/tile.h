@@ -20,7 +20,7 @@ inline int64_t runs_of(Lists const& lists) { return ceil_div(lists.blocks(), run
 struct Tile {
     Lists const& lists;
     int64_t tokens;
-    Byte const* w;  // of the first column of the tile
+    Byte const* w;   // of the first column of the tile
     int64_t stride;  // of a row, in bytes
     float const* scale;
     int64_t scale_rows, n, columns;
@@ -38,7 +38,7 @@ struct Tile {
     bool ends_run(int64_t block) const { return (block + 1) % run_of(lists) == 0 || block + 1 == end; }
 };
 
-// out[t, c] += the sum over the listed rows, from block `begin` to `end`, of value * w[row, c].
+// out[t, c] = the sum over the listed rows, from block `begin` to `end`, of value * w[row, c].
 void multiply_tile(Way way, Kind kind, Tile const& tile);
 
 }  // namespace nmsparse::cpu
