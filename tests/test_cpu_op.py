@@ -341,8 +341,11 @@ def test_no_less_accurate_than_onnx_runtimes_gemm(library: Path) -> None:
         assert ours <= (theirs - expected).square().mean().sqrt()
 
 
-def every_path(library: Path) -> None:
-    """Run layers at every number of tokens; assert that they are right, and the same bits one token at a time."""
+def every_path(library: Path, in_file: bool = True) -> None:
+    """Run layers at every number of tokens; assert that they are right, and the same bits one token at a time.
+
+    A sanitizer sees where W ends that is not in a file.
+    """
     for (keep, group), shift_mode, k, n, rank, storage in (
         ((8, 16), "none", 1040, 300, 0, None),
         ((1, 4), "token_median", 600, 70, 5, None),
@@ -356,7 +359,7 @@ def every_path(library: Path) -> None:
         ((1, 4), "none", 600, 1, 0, Storage(weights="bfloat16")),
     ):
         baked = layer(the_params(keep, group, k, shift_mode, permuted=rank > 0), k, n, rank=rank)
-        node = Node(library, baked, phased=True, threads=2, storage=storage)
+        node = Node(library, baked, phased=True, threads=2, storage=storage, in_file=in_file)
         if storage is not None:
             baked = replace(baked, weight=storage.rounded(baked.weight.t()).t())
         for tokens, sparse in itertools.product(TOKENS, [True, False]):
@@ -372,14 +375,15 @@ def test_the_copies_for_other_processors(cpu_op: Path, copy: str) -> None:
     every_path(cpu_op / f"libnmsparse_{copy}.so")
 
 
-def test_sanitizers_find_nothing(cpu_op: Path) -> None:
+@pytest.mark.parametrize("in_file", [True, False])
+def test_sanitizers_find_nothing(cpu_op: Path, in_file: bool) -> None:
     sanitized = cpu_op / "libnmsparse_sanitized.so"
     named = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
     runtime = Path(named.stdout.strip())
     if not sanitized.exists() or not runtime.is_absolute():
         pytest.skip("the compiler has no sanitizers")
     done = subprocess.run(
-        [sys.executable, "-c", "import sys, test_cpu_op as t; t.every_path(t.Path(sys.argv[1]))", str(sanitized)],
+        [sys.executable, "-c", f"import test_cpu_op as t; t.every_path(t.Path({str(sanitized)!r}), {in_file})"],
         cwd=Path(__file__).parent,
         # Python leaks.
         env={**os.environ, "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0"},
