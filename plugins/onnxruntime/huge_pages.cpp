@@ -19,9 +19,10 @@ namespace nmsparse {
 
 namespace {
 
+using cpu::LINE;
 using cpu::round_up;
 
-constexpr size_t HUGE = 2 << 20, LINE = 64;  // bytes of a huge page and of a line of the cache
+constexpr size_t HUGE = 2 << 20;  // bytes of a huge page
 constexpr size_t CHUNK = 64 << 20;
 
 // Memory for many weights, since few fill huge pages by themselves.

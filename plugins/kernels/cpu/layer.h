@@ -7,6 +7,8 @@
 
 namespace nmsparse::cpu {
 
+constexpr int64_t LINE = 64;  // bytes of a line of the cache
+
 inline int64_t ceil_div(int64_t number, int64_t by) { return (number + by - 1) / by; }
 inline int64_t round_up(int64_t number, int64_t step) { return ceil_div(number, step) * step; }
 

@@ -8,7 +8,6 @@
 namespace nmsparse::cpu {
 
 using Byte = unsigned char;
-constexpr int64_t LINE = 64;                // bytes of a line of the cache
 constexpr int64_t SCRATCH = 3 * 64 * 1024;  // numbers: a tile's sums must stay in L2, beside the rows of W
 constexpr int64_t RUN = 512;                // rows of a run, at most
 
