@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import DynamicCache, GenerationConfig, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicLayer
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.auto_factory import _get_model_class
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from converter.runtimes import arguments
 
 PAST = "past_key_values."
+SERVED = ("input_ids", "attention_mask", "position_ids", "past_key_values", "labels", "logits_to_keep")
 
 
 @dataclass(frozen=True)
@@ -37,8 +47,8 @@ class GraphCausalLM(PreTrainedModel, GenerationMixin):
         run: Callable[[dict[str, Tensor]], Sequence[Tensor]],
         device: str = "cpu",
     ) -> None:
-        """Keep them; `config` is that of the checkpoint, and tensors lie on `device`."""
-        super().__init__(config)
+        """Keep them; `config` is that of the checkpoint, and tensors lie on `device`. No module is built."""
+        PreTrainedModel.__init__(self, config)
         self.caches, self.run, self.place = caches, run, torch.device(device)
 
     @property
@@ -46,10 +56,36 @@ class GraphCausalLM(PreTrainedModel, GenerationMixin):
         """Where inputs are expected and outputs lie."""
         return self.place
 
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """Return what transformers' `generate` returns, with a cache that keeps every position."""
-        kwargs.setdefault("past_key_values", DynamicCache())
-        return super().generate(*args, **kwargs)  # type: ignore[misc] # transformers declares another self
+    def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse what transformers batches on paged attention.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("cache_implementation: must be dynamic for a graph, got paged. Call generate without it.")
+
+    def _prepare_cache_for_generation(  # type: ignore[override] # a bool is declared, and none returned
+        self, generation_config: GenerationConfig, model_kwargs: dict[str, Any], *_args: Any, **_kwargs: Any
+    ) -> None:
+        """Put a cache that keeps every position into `model_kwargs`, or none where none is to be used.
+
+        Raises:
+            ValueError: when a cache is asked for that the graph cannot fill.
+        """
+        kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
+        if kind not in {None, "dynamic"}:
+            raise ValueError(
+                f"cache_implementation: must be dynamic for a graph, got {kind}. Leave it out, or set "
+                "generation_config.cache_implementation = None."
+            )
+        if generation_config.use_cache is False:
+            if given is not None:
+                raise ValueError("use_cache: must be True where past_key_values is given, got False. Leave out one.")
+        elif given is None:
+            model_kwargs["past_key_values"] = DynamicCache()
+        else:
+            self._check_cache(given)
+            given._is_user_defined = True
 
     def forward(
         self,
@@ -57,33 +93,125 @@ class GraphCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None,
-        **_: Any,
-    ) -> CausalLMOutputWithPast:
-        """Return logits `[B, S, V]` in float32 for token ids `[B, S]`, and the cache with their keys and values."""
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        return_dict: bool | None = None,
+        token_type_ids: Tensor | None = None,
+        **others: Any,
+    ) -> Any:
+        """Return logits `[B, S, V]` in float32 for token ids `[B, S]`, and the cache with their keys and values.
+
+        Raises:
+            ValueError: when an argument is given that the graph does not serve, or that does not fit.
+        """
+        arguments.refuse(others, SERVED)
+        config = self.config.get_text_config()
+        ids = arguments.whole("input_ids", input_ids, (None, None), getattr(config, "vocab_size", None))
+        batch, sequence = shape = (ids.shape[0], ids.shape[1])
+        arguments.zeros("token_type_ids", token_type_ids, shape)
         cache: Any = DynamicCache() if past_key_values is None else past_key_values
+        self._check_cache(cache, batch)
         past = cache.get_seq_length()
-        batch, sequence = input_ids.shape
         if attention_mask is None:
-            attention_mask = torch.ones(batch, past + sequence, dtype=torch.int64, device=self.place)
-        attention_mask = attention_mask.to(torch.int64)
+            seen = torch.ones(batch, past + sequence, dtype=torch.int64, device=self.place)
+        else:
+            seen = arguments.mask(attention_mask, (batch, past + sequence)).to(self.place)
         if position_ids is None:
-            position_ids = (attention_mask.cumsum(-1) - 1).clamp_min(0)[:, -sequence:]
-        feeds = {
-            "input_ids": input_ids,
-            "attention_mask": attention_mask,
-            "position_ids": position_ids.expand(batch, sequence),
-        }
+            positions = (seen.cumsum(-1) - 1).clamp_min(0)[:, -sequence:]
+        else:
+            rows = 1 if getattr(position_ids, "shape", [0])[0] == 1 else batch
+            positions = arguments.whole("position_ids", position_ids, (rows, sequence)).expand(shape)
+        feeds = {"input_ids": ids, "attention_mask": seen, "position_ids": positions}
         for number, value in enumerate(self.caches):
             layer, part = divmod(number, 2)
             if past:
                 feeds[value.name] = cache.layers[layer].values if part else cache.layers[layer].keys
             else:
-                shape = (batch, value.heads, 0, value.width)
-                feeds[value.name] = torch.zeros(shape, dtype=value.dtype, device=self.place)
-        logits, *present = self.run({name: tensor.contiguous() for name, tensor in feeds.items()})
-        for layer in range(len(present) // 2):
-            keys, values = present[2 * layer : 2 * layer + 2]
-            if len(cache.layers) <= layer:
-                cache.update(keys, values, layer)
-            cache.layers[layer].keys, cache.layers[layer].values = keys, values
-        return CausalLMOutputWithPast(logits=logits.float(), past_key_values=cache)
+                size = (batch, value.heads, 0, value.width)
+                feeds[value.name] = torch.zeros(size, dtype=value.dtype, device=self.place)
+        kept, *present = self.run({name: tensor.to(self.place).contiguous() for name, tensor in feeds.items()})
+        logits, loss = kept.float(), None
+        if labels is not None:
+            targets = arguments.whole("labels", labels, shape, logits.shape[-1], least=-100)
+            loss = ForCausalLMLoss(logits, targets, logits.shape[-1])
+        if isinstance(logits_to_keep, int):
+            logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
+        else:
+            logits = logits[:, logits_to_keep]
+        wanted = getattr(config, "use_cache", True) if use_cache is None else use_cache
+        if past_key_values is None and wanted is False:
+            cache = None
+        else:
+            _fill(cache, present)
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return arguments.returned(self.config, out, return_dict)
+
+    def _check_cache(self, cache: Any, batch: int | None = None) -> None:
+        """Refuse a cache that the graph cannot read or fill; `batch` is the number of its sequences, where known.
+
+        Raises:
+            ValueError: when it is of another class, of another model or drops positions.
+        """
+        plain = type(cache) is DynamicCache and not cache.offloading
+        if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers):
+            raise ValueError(
+                f"past_key_values: must be a DynamicCache that keeps every position, got {type(cache).__name__}"
+                f"{' of other layers' if plain else ''}. Give DynamicCache()."
+            )
+        past = cache.get_seq_length()
+        if not past:
+            return
+        held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
+        rows = held[0].shape[0] if batch is None else batch
+        wanted = [((rows, value.heads, past, value.width), value.dtype) for value in self.caches]
+        found = [(tuple(part.shape), part.dtype) for part in held]
+        if found != wanted:
+            differing = next((pair for pair in zip(wanted, found, strict=False) if pair[0] != pair[1]), None)
+            expected, got = differing or (f"{len(wanted) // 2} layers", f"{len(found) // 2}")
+            raise ValueError(
+                f"past_key_values: must hold {expected}, got {got}. Give what this model returned for as many rows."
+            )
+
+
+def _fill(cache: Any, present: Sequence[Tensor]) -> None:
+    """Put keys and values of every position, in turn for each layer, into the cache."""
+    for layer in range(len(present) // 2):
+        keys, values = present[2 * layer : 2 * layer + 2]
+        if len(cache.layers) <= layer or not cache.layers[layer].is_initialized:
+            cache.update(keys, values, layer)
+        cache.layers[layer].keys, cache.layers[layer].values = keys, values
+
+
+def graph_model(
+    config: PreTrainedConfig,
+    caches: Sequence[CacheInput],
+    run: Callable[[dict[str, Tensor]], Sequence[Tensor]],
+    device: str = "cpu",
+) -> GraphCausalLM:
+    """Return the model, which generates as its family does: what the family overrides of `generate` is kept."""
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        family = _get_model_class(config, MODEL_FOR_CAUSAL_LM_MAPPING)
+        if family.config_class == config.sub_configs.get("text_config"):
+            config = config.get_text_config()
+        model: GraphCausalLM = _graph_class(family)(config, caches, run, device)
+        return model
+    return GraphCausalLM(config, caches, run, device)
+
+
+@lru_cache
+def _graph_class(family: type[PreTrainedModel]) -> Any:
+    return type(family.__name__, (GraphCausalLM, family), {"__module__": __name__})
+
+
+def generation_config(folder: Path) -> GenerationConfig:
+    """Return how the model in `folder` wants to be sampled; a cache that no graph can fill is dropped with a word."""
+    found = GenerationConfig.from_pretrained(folder)
+    if found.cache_implementation not in {None, "dynamic"}:
+        logging.getLogger(__name__).warning(
+            "%s: cache_implementation %s is left out: the graph keeps every position.",
+            folder / "generation_config.json",
+            found.cache_implementation,
+        )
+        found.cache_implementation = None
+    return found

@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig
+from transformers import AutoConfig
 
 from converter.errors import BuildError, DeviceError, ExportError
 from converter.runtimes import tensorrt, tensorrt_rtx
-from converter.runtimes.decoder import PAST, CacheInput, GraphCausalLM
+from converter.runtimes.decoder import PAST, CacheInput, GraphCausalLM, generation_config, graph_model
 from converter.runtimes.engine import ENGINE, log
 from converter.runtimes.profile import Profile, fitting
 
@@ -93,8 +93,8 @@ def load_engine(folder: Path, place: Path, about: dict[str, Any], plugin: Path |
         if t["name"].startswith(PAST)
     ]
     run = by_profile(loaded.run, [Profile.parse(text) for text in engine["profiles"]])
-    model = GraphCausalLM(AutoConfig.from_pretrained(folder), caches, run, loaded.device)
-    model.generation_config = GenerationConfig.from_pretrained(folder)
+    model = graph_model(AutoConfig.from_pretrained(folder), caches, run, loaded.device)
+    model.generation_config = generation_config(folder)
     return model
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor
-from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput, MaskedLMOutput
 
 from converter.errors import ExportError
@@ -20,7 +21,8 @@ from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, OP, widens
 from converter.graph.widen import is_bfloat16, widen
 from converter.kinds import kind_of
-from converter.runtimes.decoder import PAST, CacheInput, GraphCausalLM
+from converter.runtimes import arguments
+from converter.runtimes.decoder import PAST, CacheInput, GraphCausalLM, generation_config, graph_model
 
 # Dense products of integers, which OUT is timed against, are fastest with activations rounded to eight bits (level 4).
 ACCURACY = "session.qdq_matmulnbits_accuracy_level"
@@ -98,17 +100,29 @@ def call_feed(run: onnxruntime.InferenceSession, ids: Tensor, caches: Sequence[A
     return {value.name: array for value, array in zip(inputs, arrays, strict=True)}
 
 
+def call(run: onnxruntime.InferenceSession, feeds: dict[str, Tensor]) -> list[Tensor]:
+    """Return the session's outputs for inputs by name.
+
+    Raises:
+        ValueError: when the graph cannot take them, as when there are more tokens than the model has positions.
+    """
+    try:
+        arrays = run.run(None, {name: tensor.contiguous().numpy() for name, tensor in feeds.items()})
+    except Exception as error:  # onnxruntime's own classes derive from Exception alone
+        given = {name: list(tensor.shape) for name, tensor in feeds.items() if not name.startswith(PAST)}
+        raise ValueError(
+            f"{', '.join(given)}: must be what the graph can take, got {', '.join(map(str, given.values()))} and, from "
+            f"ONNX Runtime, {str(error).splitlines()[0]} Are these more tokens than the model has positions?"
+        ) from error
+    return [torch.from_numpy(array) for array in arrays]
+
+
 def decoder(config: PreTrainedConfig, run: onnxruntime.InferenceSession) -> GraphCausalLM:
     """Return the language model whose graph the session runs; `config` is that of the checkpoint."""
     inputs = [value for value in run.get_inputs() if value.name.startswith(PAST)]
     dtype = torch.float16 if "float16" in inputs[0].type else torch.float32
     caches = [CacheInput(value.name, value.shape[1], value.shape[3], dtype) for value in inputs]
-
-    def call(feeds: dict[str, Tensor]) -> list[Tensor]:
-        arrays = run.run(None, {name: tensor.numpy() for name, tensor in feeds.items()})
-        return [torch.from_numpy(array) for array in arrays]
-
-    return GraphCausalLM(config, caches, call)
+    return graph_model(config, caches, partial(call, run))
 
 
 class OnnxEncoder(PreTrainedModel):
@@ -134,17 +148,30 @@ class OnnxEncoder(PreTrainedModel):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
-        **_: Any,
-    ) -> BaseModelOutput | MaskedLMOutput:
-        """Return last_hidden_state `[B, S, H]` or logits `[B, S, V]` in float32 for token ids `[B, S]`."""
+        return_dict: bool | None = None,
+        **others: Any,
+    ) -> Any:
+        """Return last_hidden_state `[B, S, H]` or logits `[B, S, V]` in float32 for token ids `[B, S]`.
+
+        Raises:
+            ValueError: when an argument is given that the graph does not serve, or that does not fit.
+        """
+        arguments.refuse(others, ("input_ids", "attention_mask", "token_type_ids"))
+        ids = arguments.whole("input_ids", input_ids, (None, None), getattr(self.config, "vocab_size", None))
+        shape = (ids.shape[0], ids.shape[1])
+        segments = torch.zeros_like(ids)
+        if "token_type_ids" not in self.inputs:
+            arguments.zeros("token_type_ids", token_type_ids, shape)
+        elif token_type_ids is not None:
+            segments = arguments.whole("token_type_ids", token_type_ids, shape, self.config.type_vocab_size)
         given = {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids) if attention_mask is None else attention_mask,
-            "token_type_ids": torch.zeros_like(input_ids) if token_type_ids is None else token_type_ids,
+            "input_ids": ids,
+            "attention_mask": torch.ones_like(ids) if attention_mask is None else arguments.mask(attention_mask, shape),
+            "token_type_ids": segments,
         }
-        feeds = {name: given[name].to(torch.int64).contiguous().numpy() for name in self.inputs}
-        y = torch.from_numpy(self.session.run(None, feeds)[0]).float()
-        return MaskedLMOutput(logits=y) if self.output == "logits" else BaseModelOutput(last_hidden_state=y)
+        y = call(self.session, {name: given[name] for name in self.inputs})[0].float()
+        out = MaskedLMOutput(logits=y) if self.output == "logits" else BaseModelOutput(last_hidden_state=y)
+        return arguments.returned(self.config, out, return_dict)
 
 
 class OnnxVision(PreTrainedModel):
@@ -158,18 +185,25 @@ class OnnxVision(PreTrainedModel):
         super().__init__(config)
         self.session = onnx_session
         (pixels,), (found,) = onnx_session.get_inputs(), onnx_session.get_outputs()
-        self.pixels, self.output = (np.float16 if "float16" in pixels.type else np.float32), found.name
+        self.shape, self.output = (None, *pixels.shape[1:]), found.name
+        self.pixels = torch.float16 if "float16" in pixels.type else torch.float32
 
     @property
     def device(self) -> torch.device:
         """The CPU, where inputs are expected and outputs lie."""
         return torch.device("cpu")
 
-    def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput | ImageClassifierOutput:
-        """Return logits `[B, V]` or last_hidden_state `[B, S, H]` in float32 for pixels `[B, C, H, W]`."""
-        pixels = np.ascontiguousarray(pixel_values.numpy().astype(self.pixels))
-        y = torch.from_numpy(self.session.run(None, {self.main_input_name: pixels})[0]).float()
-        return ImageClassifierOutput(logits=y) if self.output == "logits" else BaseModelOutput(last_hidden_state=y)
+    def forward(self, pixel_values: Tensor, return_dict: bool | None = None, **others: Any) -> Any:
+        """Return logits `[B, V]` or last_hidden_state `[B, S, H]` in float32 for pixels `[B, C, H, W]`.
+
+        Raises:
+            ValueError: when an argument is given that the graph does not serve, or that does not fit.
+        """
+        arguments.refuse(others, (self.main_input_name,))
+        pixels = arguments.real(self.main_input_name, pixel_values, self.shape).to(self.pixels)
+        y = call(self.session, {self.main_input_name: pixels})[0].float()
+        out = ImageClassifierOutput(logits=y) if self.output == "logits" else BaseModelOutput(last_hidden_state=y)
+        return arguments.returned(self.config, out, return_dict)
 
 
 def load_onnx(folder: Path) -> GraphCausalLM | OnnxEncoder | OnnxVision:
@@ -180,5 +214,5 @@ def load_onnx(folder: Path) -> GraphCausalLM | OnnxEncoder | OnnxVision:
     if not kind.cached:
         return OnnxVision(config, run) if kind.images else OnnxEncoder(config, run)
     model = decoder(config, run)
-    model.generation_config = GenerationConfig.from_pretrained(folder)
+    model.generation_config = generation_config(folder)
     return model
