@@ -20,8 +20,8 @@ def refuse(others: Mapping[str, Any], served: Iterable[str]) -> None:
     for name, value in others.items():
         if value is not None and value is not False:
             raise ValueError(
-                f"{name}: must be left out, got {_shown(value)}. The graph of OUT serves {', '.join(served)} alone; "
-                "load the checkpoint itself for more."
+                f"{name}: must be left out, got {_shown(value)}. The graph of OUT serves {', '.join(served)}; "
+                "open the checkpoint itself for more."
             )
 
 
@@ -40,7 +40,7 @@ def whole(name: str, given: Any, shape: tuple[int | None, ...], most: int | None
         limit = "" if most is None else f" to {most - 1}"
         raise ValueError(
             f"{name}: must be from {least}{limit}, got {low if low < least else high}. "
-            "Is it of this model and its tokenizer?"
+            "Is it from this model's tokenizer?"
         )
     return found
 

@@ -56,6 +56,11 @@ class GraphCausalLM(PreTrainedModel, GenerationMixin):
         """Where inputs are expected and outputs lie."""
         return self.place
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """What logits are given in, whatever the graph computes in."""
+        return torch.float32
+
     def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refuse what transformers batches on paged attention.
 
@@ -78,6 +83,11 @@ class GraphCausalLM(PreTrainedModel, GenerationMixin):
                 f"cache_implementation: must be dynamic for a graph, got {kind}. Leave it out, or set "
                 "generation_config.cache_implementation = None."
             )
+        if generation_config.assistant_early_exit is not None:
+            raise ValueError(
+                f"assistant_early_exit: must be left out for a graph, got {generation_config.assistant_early_exit}. "
+                "It has one output, behind the last block: give assistant_model, or prompt_lookup_num_tokens."
+            )
         if generation_config.use_cache is False:
             if given is not None:
                 raise ValueError("use_cache: must be True where past_key_values is given, got False. Leave out one.")
@@ -89,7 +99,7 @@ class GraphCausalLM(PreTrainedModel, GenerationMixin):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: DynamicCache | None = None,

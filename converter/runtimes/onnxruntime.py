@@ -145,7 +145,7 @@ class OnnxEncoder(PreTrainedModel):
 
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         token_type_ids: Tensor | None = None,
         return_dict: bool | None = None,
@@ -193,7 +193,7 @@ class OnnxVision(PreTrainedModel):
         """The CPU, where inputs are expected and outputs lie."""
         return torch.device("cpu")
 
-    def forward(self, pixel_values: Tensor, return_dict: bool | None = None, **others: Any) -> Any:
+    def forward(self, pixel_values: Tensor | None = None, return_dict: bool | None = None, **others: Any) -> Any:
         """Return logits `[B, V]` or last_hidden_state `[B, S, H]` in float32 for pixels `[B, C, H, W]`.
 
         Raises:
