@@ -13,7 +13,7 @@ from torch import Tensor
 
 from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint
-from converter.delivery.bundle import check_files, context_length, manifest, staged, write_manifest
+from converter.delivery.bundle import ENGINES, check_files, context_length, manifest, staged, write_manifest
 from converter.doctor import gpu
 from converter.errors import BuildError, DeviceError, listing
 from converter.graph import dispatch as dispatch_table
@@ -25,7 +25,7 @@ from converter.runtimes.engine import ENGINE, LAYERS, Built
 from converter.runtimes.profile import Profile, default_profiles
 from converter.stages import Stages
 
-ENGINES, BUILD, TEXT = "engines", "build.sh", "python"
+BUILD, TEXT = "build.sh", "python"
 
 
 def build_tensorrt_rtx(

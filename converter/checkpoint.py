@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import shutil
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,16 +11,15 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import torch
 from accelerate import init_empty_weights
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -32,11 +31,24 @@ from transformers import (
 )
 
 from converter.arrangement import Arrangement
-from converter.errors import CheckpointError, DeviceError
+from converter.errors import CheckpointError, DeviceError, OutputError, said
 from converter.kinds import DECODER, Kind, kind_of, without_pooler
+from converter.place import encodable, private, replacing
+from converter.saved import (
+    Stored,
+    check_stored,
+    dropped_blocks,
+    left_over,
+    refuse_adapter,
+    refuse_quantised,
+    refuse_wrapped,
+    stored,
+    weight_names,
+)
 
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+ABOUT = "nmsparse.json"  # in an unpacked folder: what was left out when it was unpacked
 
 
 @dataclass(frozen=True)
@@ -70,11 +82,7 @@ class Checkpoint:
     @cached_property
     def config(self) -> PreTrainedConfig:
         """The model's configuration."""
-        try:
-            config: PreTrainedConfig = AutoConfig.from_pretrained(self.folder)
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{self.source}: must hold a config.json that transformers knows, {error}") from error
-        return config
+        return _config(self.folder, self.source)
 
     @cached_property
     def kind(self) -> Kind:
@@ -82,19 +90,14 @@ class Checkpoint:
         return kind_of(self.config, self.source)
 
     @cached_property
+    def stored(self) -> dict[str, Stored]:
+        """Each tensor that transformers would read: its file, its shape and its dtype."""
+        return stored(self.folder)
+
+    @cached_property
     def files(self) -> dict[str, Path]:
         """Which safetensors file holds each tensor."""
-        found: dict[str, Path] = {}
-        for path in sorted(self.folder.glob("*.safetensors")):
-            try:
-                with safe_open(path, "pt") as file:
-                    found |= dict.fromkeys(file.keys(), path)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path}: must be a complete safetensors file, got {path.stat().st_size} bytes ({error}). "
-                    "Fetch it again."
-                ) from error
-        return found
+        return {name: tensor.path for name, tensor in self.stored.items()}
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the tokenizer."""
@@ -107,26 +110,37 @@ class Checkpoint:
         Raises:
             CheckpointError: when the checkpoint has none, or what it needs is not installed.
         """
-        try:
-            return _processor(self.kind, self.folder)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            what = "an image processor (nmsparse[images] reads images)" if self.kind.images else "a tokenizer"
-            raise CheckpointError(f"{self.source}: must come with {what}, got {error}") from error
+        return _processor(self.kind, self.folder, self.source)
 
     def generation_config(self) -> GenerationConfig:
-        """Return how the model wants to be sampled; from the configuration where the checkpoint does not say."""
-        if (self.folder / "generation_config.json").exists():
+        """Return how the model wants to be sampled; from the configuration where the checkpoint does not say.
+
+        Raises:
+            CheckpointError: when it cannot be read.
+        """
+        if not (self.folder / "generation_config.json").exists():
+            return GenerationConfig.from_model_config(self.config)
+        try:
             return GenerationConfig.from_pretrained(self.folder)
-        return GenerationConfig.from_model_config(self.config)
+        except Exception as error:  # of JSON, and of transformers' own checks
+            raise CheckpointError(
+                f"{self.source}: generation_config.json must be transformers', got {said(error)}"
+            ) from error
 
     def skeleton(self) -> PreTrainedModel:
-        """Return the model without its weights: parameters on the meta device, buffers real."""
-        with init_empty_weights(include_buffers=False):
+        """Return the model without its weights: parameters on the meta device, buffers real.
+
+        Raises:
+            CheckpointError: when transformers cannot make a model of this kind by the configuration.
+        """
+        with quiet(), init_empty_weights(include_buffers=False):
             try:
-                model: PreTrainedModel = without_pooler(self.kind.auto.from_config(self.config))
-            except ValueError as error:
+                made = self.kind.auto.from_config(self.config, trust_remote_code=False)
+                model: PreTrainedModel = without_pooler(made)
+            except Exception as error:  # a configuration may be wrong in any way
                 raise CheckpointError(
-                    f"{self.source}: must be a {self.kind.name}, got {type(self.config).__name__}."
+                    f"{self.source}: config.json must describe a {self.kind.name}, "
+                    f"got {type(self.config).__name__}: {said(error)}"
                 ) from error
         model.tie_weights()
         model.eval()
@@ -138,8 +152,9 @@ class Checkpoint:
         Raises:
             CheckpointError: when a weight is missing, NaN or infinite.
         """
-        with quiet():
-            model = without_pooler(self.kind.auto.from_pretrained(self.folder, dtype=torch.float32))
+        options = {"dtype": torch.float32, "use_safetensors": True}
+        must = "hold a model that transformers can read"
+        model: PreTrainedModel = without_pooler(from_saved(self.kind.auto, self.folder, self.source, must, **options))
         model.eval()
         for name, parameter in model.named_parameters():
             self._finite(name, parameter.data)
@@ -178,6 +193,21 @@ class Checkpoint:
         """Return the SHA-256 of everything else that is read: configuration, tokenizer or image processor."""
         return _sha256([path for path in _read(self.folder) if path.suffix != ".safetensors"])
 
+    def left_out(self) -> list[str]:
+        """Return what the checkpoint has and OUT will not have, in words."""
+        found: list[str] = []
+        if (self.folder / ABOUT).is_file():
+            found += json.loads((self.folder / ABOUT).read_text("utf-8"))["left_out"]
+        if self.config.get_text_config() is not self.config:
+            found.append("images and all else but text: OUT is the text model alone")
+        if any("pooler." in name for name in self.files):
+            found.append("the pooling layer: OUT gives the states of every token")
+        if rest := left_over(self.skeleton(), self.files):
+            found.append(f"{_some(rest)}, which the {self.kind.name} of config.json has no place for")
+        if others := sorted({path.name for path in self.folder.glob("*.safetensors")} - _names(self.files.values())):
+            found.append(f"{_some(others)}, which transformers would not read either")
+        return found
+
 
 def _read(folder: Path) -> list[Path]:
     """Return the files of a checkpoint, in the order of their names."""
@@ -198,13 +228,23 @@ def _sha256(paths: list[Path]) -> str:
     return digest.hexdigest()
 
 
+def _names(paths: Any) -> set[str]:
+    return {path.name for path in paths}
+
+
+def _some(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """Return the checkpoint that `source` names.
 
     Raises:
-        CheckpointError: when it cannot be found or read, holds pickles only, or is of no kind that can be converted.
+        CheckpointError: when it cannot be found or read, holds pickles only, is quantised or an adapter, does not fit
+            its configuration, or is of no kind that can be converted.
     """
-    path = Path(source)
+    path = encodable(Path(source))
     if path.is_file():
         if path.suffix != ".gguf":
             raise CheckpointError(f"{source}: must be a folder, a .gguf file or a Hub id, got a {path.suffix} file.")
@@ -214,6 +254,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     else:
         folder = _from_hub(source, revision)
         revision = folder.name
+    refuse_adapter(folder, source)
     ggufs = sorted(folder.glob("*.gguf"))
     if not any(folder.glob("*.safetensors")):
         if len(ggufs) == 1:
@@ -226,96 +267,103 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
             )
         raise CheckpointError(f"{source}: must hold one or more .safetensors files or one .gguf file, got neither.")
     checkpoint = Checkpoint(source, revision, folder)
-    if set(weight_names(checkpoint.skeleton())) <= set(checkpoint.files):
-        return checkpoint
-    return Checkpoint(source, revision, _unpacked(folder, gguf=False))
+    refuse_quantised(checkpoint.config, source)
+    kind, skeleton = checkpoint.kind, checkpoint.skeleton()
+    if not set(weight_names(skeleton)) <= set(checkpoint.files):
+        refuse_wrapped(skeleton, checkpoint.files, source)
+        return Checkpoint(source, revision, _unpacked(folder, gguf=False))
+    check_stored(skeleton, checkpoint.stored, source)
+    rest = left_over(skeleton, checkpoint.files)
+    if blocks := dropped_blocks(skeleton, rest):
+        raise CheckpointError(
+            f"{source}: config.json must have as many blocks as the weights, got weights of further ones: "
+            f"{_some(blocks)}. Fetch config.json of these weights."
+        )
+    if rest and kind is DECODER:
+        raise CheckpointError(
+            f"{source}: must be a {kind.name} alone, got a head for another task, too: {_some(rest)}. "
+            "It would be lost: save the language model without it."
+        )
+    return checkpoint
 
 
-def weight_names(model: nn.Module) -> list[str]:
-    """Return the parameters and the saved buffers of the model, tied ones under the name that is stored."""
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
-    return [*parameters, *(name for name in model.state_dict() if name in buffers)]
+def from_saved(auto: Any, folder: Path, source: str, must: str, **options: Any) -> Any:
+    """Return what transformers' class `auto` makes of a folder, by its own code and none that lies in the folder.
+
+    Raises:
+        CheckpointError: saying what `source` must do, when it does not, or needs its own code.
+    """
+    try:
+        with quiet():
+            return auto.from_pretrained(folder, trust_remote_code=False, **options)
+    except Exception as error:  # transformers, tokenizers, JSON, safetensors and the system all raise here
+        got = said(error)
+        if "trust_remote_code" in str(error):
+            got = (
+                "one that brings Python code of its own. nmsparse runs no code of a checkpoint: "
+                "save it as one of transformers' own models where you trust it."
+            )
+        raise CheckpointError(f"{source}: must {must}, got {got}") from error
+
+
+def _config(folder: Path, source: str) -> PreTrainedConfig:
+    config: PreTrainedConfig = from_saved(AutoConfig, folder, source, "hold a config.json that transformers knows")
+    return config
 
 
 def _from_hub(source: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(source, revision=revision, allow_patterns=WANTED))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise CheckpointError(
-            f"{source}: must be a folder, a .gguf file or a Hub id that can be reached, got "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}"
+            f"{source}: must be a folder, a .gguf file or a Hub id that can be reached, got {said(error)}"
         ) from error
 
 
-def _processor(kind: Kind, folder: Path, **where: Any) -> Any:
-    # Pillow is enough: torchvision would have to be of the very version that PyTorch is of.
-    return (
-        AutoImageProcessor.from_pretrained(folder, backend="pil")
-        if kind.images
-        else AutoTokenizer.from_pretrained(folder, **where)
-    )
+def _processor(kind: Kind, folder: Path, source: str, **where: Any) -> Any:
+    if kind.images:
+        # Pillow is enough: torchvision would have to be of the very version that PyTorch is of.
+        must = "come with an image processor (nmsparse[images] reads images)"
+        return from_saved(AutoImageProcessor, folder, source, must, backend="pil")
+    return from_saved(AutoTokenizer, folder, source, "come with a tokenizer", **where)
 
 
 def _unpacked(path: Path, *, gguf: bool) -> Path:
     """Return a folder of safetensors, in the Hub cache, with the weights under the names that torch gives them."""
     # Configuration and tokenizer are unpacked with the weights.
     digest = _sha256([path] if gguf else _read(path))
-    folder = Path(constants.HF_HOME) / "nmsparse" / digest
+    folder = private() / digest
     if folder.exists():
         return folder
-    where = {"gguf_file": path.name} if gguf else {}
-    home = path.parent if gguf else path
-    try:
-        with quiet():
-            # transformers opens the file anew for each of the three, and is silent about what it lacks.
-            kind = DECODER if gguf else kind_of(AutoConfig.from_pretrained(home), str(path))
-            processor = _processor(kind, home, **where)
-            dtype = torch.float32 if gguf else "auto"
-            options: dict[str, Any] = {"dtype": dtype, "output_loading_info": True, **where}
-            loaded: Any = kind.auto.from_pretrained(home, **options)
-            model, info = without_pooler(loaded[0]), loaded[1]
-    except (ValueError, KeyError, TypeError, OSError, RuntimeError, IndexError, SafetensorError) as error:
-        raise CheckpointError(
-            f"{path}: must hold a model that transformers can read, got "
-            f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        ) from error
+    home, where = (path.parent, {"gguf_file": path.name}) if gguf else (path, {})
+    # transformers opens the file anew for each of the three, and is silent about what it lacks.
+    must = "hold a model that transformers can read"
+    kind = DECODER if gguf else kind_of(_config(path, str(path)), str(path))
+    processor = _processor(kind, home, str(path), **where)
+    options: dict[str, Any] = {"dtype": torch.float32} if gguf else {"dtype": "auto", "use_safetensors": True}
+    loaded: Any = from_saved(kind.auto, home, str(path), must, output_loading_info=True, **options, **where)
+    model, info = without_pooler(loaded[0]), loaded[1]
     missing = sorted(set(info["missing_keys"]) & set(weight_names(model)))
     if missing:
-        raise CheckpointError(f"{path}: must hold every weight of the model, got none for {missing}.")
+        raise CheckpointError(f"{path}: must hold every weight of the model, got none for {_some(missing)}.")
+    lost = sorted(info["unexpected_keys"]) if not gguf else []
     config = model.config
     config.architectures = [type(model).__name__]  # a GGUF file does not say; clients ask for it
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with beside(folder) as staging:
-        weights = {name: model.get_parameter_or_buffer(name).contiguous() for name in weight_names(model)}
-        save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
-        config.save_pretrained(staging)
-        processor.save_pretrained(staging)
-        if getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(staging)
-    return folder
-
-
-@contextmanager
-def beside(target: Path) -> Iterator[Path]:
-    """Give an empty folder beside `target` that takes its place when the block ends well, and is removed else."""
-    # Named before they are made: an interruption may come as soon as a folder is there.
-    staging, old = (target.with_name(f".{target.name}.{uuid4().hex}") for _ in range(2))
     try:
-        staging.mkdir(0o700)
-        yield staging
-        staging.chmod(0o755)
-        if target.exists():
-            target.rename(old)
-        staging.rename(target)
-    except BaseException:
-        if old.exists() and not target.exists():
-            old.rename(target)
-        raise
-    finally:
-        for folder in [staging, old]:
-            shutil.rmtree(folder, ignore_errors=True)
+        with replacing(folder) as staging:
+            weights = {name: model.get_parameter_or_buffer(name).contiguous() for name in weight_names(model)}
+            save_file(weights, staging / "model.safetensors", metadata={"format": "pt"})
+            config.save_pretrained(staging)
+            processor.save_pretrained(staging)
+            if getattr(model, "generation_config", None) is not None:
+                model.generation_config.save_pretrained(staging)
+            left_out = [f"{_some(lost)}, which transformers has no place for"] if lost else []
+            (staging / ABOUT).write_text(json.dumps({"left_out": left_out}), "utf-8")
+    except (OSError, SafetensorError) as error:
+        raise OutputError(f"{folder}: cannot be written: {said(error)}. Free some space, or set HF_HOME.") from error
+    return folder
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -13,9 +14,9 @@ from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, validators
 from cyclopts.types import NonNegativeInt, PositiveFloat, PositiveInt
 from rich.console import Console
 from rich.table import Table
@@ -26,7 +27,7 @@ os.environ.setdefault("TORCH_LOGS", "-all")
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars: the progress is ours
 
 from converter import json_rows
-from converter.errors import BuildError, ConverterError, EvaluationError, OutputError
+from converter.errors import ConverterError, EvaluationError, OutputError, UsageError, said, shortened
 from converter.recipe import Recipe, from_yaml, parse_set
 from converter.sparsity.linear import Phases
 from converter.sparsity.quantize import Weights
@@ -40,15 +41,26 @@ if TYPE_CHECKING:
 
 app = App(
     name="nmsparse",
-    help="Convert language models and encoders to ONNX with N:M activation sparsity.",
+    help="Convert language models and encoders to ONNX with N:M activation sparsity.\n\n"
+    "With --debug, an error that nobody foresaw shows where it happened.",
     version=lambda: version("nmsparse"),
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
 )
-USAGE, INTERRUPTED = 2, 130
+USAGE, UNFORESEEN, INTERRUPTED, CLOSED = 2, 70, 130, 141
+DEBUG = "--debug"
 PLUGIN = Path("build/plugins/libnmsparse_tensorrt.so")
 Device = Annotated[
     Literal["cpu", "cuda"], Parameter(help="where to calibrate: on the CPU, or on a GPU that PyTorch can use")
+]
+
+
+Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32))]
+EmbedKernel = Annotated[
+    bool, Parameter(negative=(), help="put the CPU kernel's library into OUT: onnxruntime-genai then runs it by itself")
+]
+AllowHostCode = Annotated[
+    bool, Parameter(negative=(), help="let the engine bring code for this CPU: only one that you have built yourself")
 ]
 
 
@@ -73,7 +85,7 @@ class RecipeOptions:
     weights: Annotated[Weights | None, Parameter(help="how weights are stored")] = None
     targets: Annotated[str | None, Parameter(help="name patterns of the layers to make sparse, by commas")] = None
     ignore: Annotated[str | None, Parameter(help="name patterns of the layers to leave dense, by commas")] = None
-    seed: int | None = None
+    seed: Seed | None = None
     recipe: Annotated[Path | None, Parameter(help="a YAML recipe")] = None
     set: Annotated[list[str] | None, Parameter(help="KEY=VALUE of the recipe, such as s_pts=scalar")] = None
 
@@ -106,6 +118,7 @@ def convert(
     model_revision: str | None = None,
     device: Device = "cpu",
     dry_run: bool = False,
+    embed_kernel: EmbedKernel = False,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Convert MODEL (a Hub id, a folder with safetensors, or a GGUF file) to the folder OUT."""
@@ -115,7 +128,7 @@ def convert(
         return
     from converter.pipeline import run
 
-    report = run(model, out, recipe, model_revision, device, Stages())
+    report = run(model, out, recipe, model_revision, device, Stages(), embed_kernel=embed_kernel)
     _show_report(out, report, json_output)
 
 
@@ -143,13 +156,14 @@ def export(
     *,
     dtype: Literal["float32", "float16", "bfloat16"] | None = None,
     weights: Weights | None = None,
+    embed_kernel: EmbedKernel = False,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Write OUT from the folder that `nmsparse calibrate` (or convert) wrote."""
     from converter.pipeline import export as stage
 
     changes = {key: value for key, value in (("dtype", dtype), ("weights", weights)) if value is not None}
-    _show_report(out, stage(calibrated, out, changes, Stages()), json_output)
+    _show_report(out, stage(calibrated, out, changes, Stages(), embed_kernel=embed_kernel), json_output)
 
 
 @app.command
@@ -262,7 +276,7 @@ def build(
         from converter.build import build_tensorrt_rtx
 
         if target is None:
-            raise BuildError("--target: must be given with --runtime tensorrt-rtx, such as sm_89. Say which GPUs.")
+            raise UsageError("--target: must be given with --runtime tensorrt-rtx, such as sm_89. Say which GPUs.")
         about = build_tensorrt_rtx(out, target.split(","), profile or [], workspace, Stages())
         engine = about["engine"]
         said = (
@@ -399,17 +413,21 @@ def compare(
 
 
 @app.command
-def doctor(*, plugin: Path = PLUGIN, json_output: Annotated[bool, Parameter(name="--json")] = False) -> None:
-    """Say what works on this machine, what does not, and what to do about it.
+def doctor(
+    *folders: Path, plugin: Path = PLUGIN, json_output: Annotated[bool, Parameter(name="--json")] = False
+) -> None:
+    """Say what works on this machine, what does not, and what to do about it; clear away what killed runs have left.
 
     Parameters
     ----------
+    folders
+        Where OUTs have been written to; by default the working folder.
     plugin
         The library of the TensorRT plugin.
     """
     from converter.doctor import examine
 
-    findings = examine(plugin)
+    findings = examine(plugin, folders)
     if json_output:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
         return
@@ -422,14 +440,22 @@ def doctor(*, plugin: Path = PLUGIN, json_output: Annotated[bool, Parameter(name
 
 
 @app.command
+def genai_overlay() -> None:
+    """Print what makes onnxruntime-genai load the CPU kernel that is installed here: JSON for its Config.overlay."""
+    from converter.runtimes.genai import overlay
+
+    print(overlay())
+
+
+@app.command
 def generate(
     model: str,
     prompt: str,
     *,
-    max_new_tokens: int = 128,
+    max_new_tokens: PositiveInt = 128,
     chat: bool = True,
     sample: bool = False,
-    seed: int = 0,
+    seed: Seed = 0,
 ) -> None:
     """Write on from PROMPT with OUT (on ONNX Runtime) or with a checkpoint (dense, in PyTorch), as text comes.
 
@@ -443,8 +469,12 @@ def generate(
     import torch
     from transformers import TextStreamer
 
+    from converter.calibration.texts import check_ids
+    from converter.kinds import positions
     from converter.pipeline import load_decoder
 
+    if not prompt:
+        raise UsageError("PROMPT: must have text, got none. Give some.")
     loaded, tokenizer = load_decoder(model, "generate")
     if chat and tokenizer.chat_template:
         messages = [{"role": "user", "content": prompt}]
@@ -453,6 +483,15 @@ def generate(
         )
     else:
         inputs = tokenizer(prompt, return_tensors="pt")
+    length, most = inputs["input_ids"].shape[1], positions(loaded.config)
+    if not length:
+        raise UsageError(f"PROMPT: must have tokens, got none of {shortened(repr(prompt))}. Give another.")
+    if most is not None and length + max_new_tokens > most:
+        raise UsageError(
+            f"--max-new-tokens: must be at most {max(most - length, 0)} after a prompt of {length} tokens, got "
+            f"{max_new_tokens}: the model takes {most} in all. Give less, or a shorter prompt."
+        )
+    check_ids(inputs["input_ids"], loaded.config)
     torch.manual_seed(seed)
     loaded.generate(  # type: ignore[operator]
         input_ids=inputs["input_ids"],
@@ -468,8 +507,9 @@ def perplexity(
     model: str,
     *,
     text: str = "python",
-    context: int = 512,
-    tokens: int = 0,
+    context: PositiveInt = 512,
+    tokens: NonNegativeInt = 0,
+    bos: bool = False,
     field: str = "text",
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
@@ -482,15 +522,30 @@ def perplexity(
     context
         Tokens in a window; windows do not overlap.
     tokens
-        How many tokens of the text to use; 0 for all.
+        How many tokens of the text to use, whole windows of them; 0 for all.
+    bos
+        Begin each window with the token that begins a text, as some models always see it.
     """
-    from converter.calibration.texts import windows
+    from converter.calibration.texts import check_ids, windows
     from converter.evaluation.perplexity import perplexity as measure
+    from converter.kinds import positions
     from converter.pipeline import load_decoder
 
+    if context < 2:
+        raise UsageError("--context: must be at least 2, got 1: the first token of a window is not predicted.")
+    if 0 < tokens < context:
+        raise UsageError(f"--tokens: must be 0, or at least one window of {context}, got {tokens}. Lower --context.")
     loaded, tokenizer = load_decoder(model, "perplexity")
+    most = positions(loaded.config)
+    if most is not None and context > most:
+        raise UsageError(f"--context: must be at most {most}, what the model takes, got {context}. Give less.")
+    if bos and tokenizer.bos_token_id is None:
+        raise UsageError("--bos: the tokenizer must have a token that begins a text, got none. Leave it out.")
+    begin = [int(tokenizer.bos_token_id)] if bos else []
+    ids = windows(text, tokenizer, tokens // context, context, field, begin=begin)
+    check_ids(ids, loaded.config)
     with Stages().stage("perplexity", "windows") as advance:
-        found = measure(loaded, windows(text, tokenizer, tokens // context, context, field), advance)
+        found = measure(loaded, ids, advance)
     if json_output:
         print(json.dumps(asdict(found)))
     else:
@@ -498,7 +553,7 @@ def perplexity(
 
 
 def _write_page(to: Path, page: str) -> None:
-    from converter.tensor_file import write_whole
+    from converter.place import write_whole
 
     try:
         write_whole(to, lambda beside: beside.write_text(page, "utf-8"))
@@ -527,7 +582,7 @@ def evaluate(
     text: str = "python",
     context: PositiveInt = 2048,
     batch: PositiveInt = 8,
-    seed: int = 0,
+    seed: Seed = 0,
     min_recovery: PositiveFloat | None = None,
     out: Path | None = None,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
@@ -600,20 +655,17 @@ def _refuse_others(use: str, options: dict[str, Any], own: Iterable[str]) -> Non
     """Refuse an option that is given but is not one of a use's `own`."""
     for name, value in options.items():
         if value is not None and name not in own:
-            raise BuildError(f"{name}: must not be given {use}, got {value}. Leave it out.")
+            raise UsageError(f"{name}: must not be given {use}, got {value}. Leave it out.")
 
 
 def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bool) -> None:
-    from converter.checkpoint import open_checkpoint
-    from converter.kinds import completed
-    from converter.plan import plan
+    from converter.pipeline import begun
 
-    recipe.require_exportable()
-    checkpoint = open_checkpoint(model, revision)
-    recipe = completed(recipe, checkpoint.kind, checkpoint.config)
-    layers = plan(checkpoint.skeleton(), recipe).layers
+    checkpoint, recipe, found = begun(model, recipe, revision, "cpu", Stages())
+    layers, left_out = found.layers, checkpoint.left_out()
     if json_output:
-        print(json.dumps({"recipe": recipe.model_dump(mode="json"), "layers": [asdict(layer) for layer in layers]}))
+        about = {"recipe": recipe.model_dump(mode="json"), "layers": [asdict(layer) for layer in layers]}
+        print(json.dumps({**about, "left_out": left_out}))
         return
     table = Table("layer", "in x out", "pattern", "why dense")
     for layer in layers:
@@ -706,18 +758,39 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line: a user's error is one line and an exit code of its own, a bug shows its traceback."""
+    """Run the command line: an error is one line and an exit code; --debug shows where one was that nobody foresaw."""
     signal.signal(signal.SIGTERM, _terminate)
     warnings.simplefilter("ignore")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="surrogateescape")  # the name of a folder need not be UTF-8
+    arguments = sys.argv[1:]
+    debug = DEBUG in arguments
+    if debug:
+        arguments.remove(DEBUG)
     errors = Console(stderr=True, soft_wrap=True, highlight=False)
+
+    def fail(kind: str, what: str, code: int) -> NoReturn:
+        errors.print(f"[red]error:[/] {kind}:", end=" ")
+        errors.print(what, markup=False)
+        sys.exit(code)
+
     try:
-        app(exit_on_error=False, print_error=True)
-    except CycloptsError:
-        sys.exit(USAGE)
+        app(arguments, exit_on_error=False, print_error=False)
+        sys.stdout.flush()
+    except CycloptsError as error:
+        fail("UsageError", shortened(" ".join(str(error).split())), USAGE)
     except ConverterError as error:
-        errors.print(f"[red]error:[/] {type(error).__name__}:", end=" ")
-        errors.print(str(error), markup=False)
-        sys.exit(error.exit_code)
+        fail(type(error).__name__, str(error), error.exit_code)
     except KeyboardInterrupt:
         errors.print("interrupted; OUT is as it was")
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more at its end
+        sys.exit(CLOSED)
+    except Exception as error:
+        if debug:
+            raise
+        if isinstance(error, OSError):
+            fail("OutputError", f"{said(error)}. Free some space, or give another folder.", OutputError.exit_code)
+        fail("unforeseen", f"{said(error)}. Run it again with {DEBUG} to see where, and report it.", UNFORESEEN)

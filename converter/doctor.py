@@ -7,7 +7,7 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
 from pathlib import Path
@@ -17,6 +17,7 @@ from onnxruntime import SessionOptions
 
 from converter.delivery.bundle import versions
 from converter.errors import ConverterError
+from converter.place import clear_stale, private
 from converter.runtimes.onnxruntime import LIBRARY, library
 from converter.runtimes.tensorrt_rtx import INSTALL, capabilities
 
@@ -40,8 +41,10 @@ class Finding:
     advice: str = ""
 
 
-def examine(library: Path) -> list[Finding]:
+def examine(library: Path, folders: Sequence[Path] = ()) -> list[Finding]:
     """Return a finding for each part; `library` is that of the TensorRT plugin.
+
+    What killed runs have left in `folders`, by default in the working folder, and in our cache is cleared away.
 
     Nothing here is needed to convert, validate and generate but what the package itself depends on.
     """
@@ -57,6 +60,7 @@ def examine(library: Path) -> list[Finding]:
         _plugin(library),
         _cpu_op(),
         _huge_pages(),
+        _left_behind(folders or [Path.cwd()]),
     ]
 
 
@@ -162,3 +166,13 @@ def _huge_pages() -> Finding:
         return Finding(part, False, "none", "The ONNX Runtime op is up to a fifth faster on a Linux that has them.")
     advice = f"The ONNX Runtime op is up to a fifth faster with them; as root: echo madvise > {HUGE_PAGES}"
     return Finding(part, found[1] != "never", f"{found[1]} ({HUGE_PAGES})", advice)
+
+
+def _left_behind(folders: Sequence[Path]) -> Finding:
+    part = "left by killed runs"
+    try:
+        ours = [private(), *(path for path in private().iterdir() if path.is_dir())]
+    except ConverterError as error:
+        return Finding(part, False, str(error), "Without it nothing is resumed, and no GGUF file can be read.")
+    cleared = [str(place / name) for place in [*folders, *ours] for name in clear_stale(place)]
+    return Finding(part, True, f"cleared away: {', '.join(cleared)}" if cleared else "nothing")

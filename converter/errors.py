@@ -74,6 +74,29 @@ class RecoveryError(ConverterError):
     exit_code = 19
 
 
+class UsageError(ConverterError):
+    """The command line asks for what cannot be asked for together, or for a number that means nothing."""
+
+    exit_code = 2
+
+
+LONGEST = 300  # characters of what somebody else wrote, in a message of ours
+
+
+def said(error: BaseException | str) -> str:
+    """Return the kind of an error of somebody else's and the first line that it says, cut where it is long."""
+    if isinstance(error, str):
+        return shortened(error)
+    first = (str(error).strip().splitlines() or [""])[0]
+    return shortened(f"{type(error).__name__}: {first}" if first else type(error).__name__)
+
+
+def shortened(text: str) -> str:
+    """Return the text, its middle left out where it is long."""
+    half = LONGEST // 2
+    return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
+
+
 def lookup(table: Mapping[str, Value], kind: str, name: str, error: type[ConverterError]) -> Value:
     """Return `table[name]`.
 
@@ -81,7 +104,7 @@ def lookup(table: Mapping[str, Value], kind: str, name: str, error: type[Convert
         ConverterError: of class `error`, listing what there is, when `name` is not in the table.
     """
     if name not in table:
-        raise error(f"unknown {kind} {name!r}; available: {listing(table)}.")
+        raise error(f"unknown {kind} {shortened(repr(name))}; available: {listing(table)}.")
     return table[name]
 
 

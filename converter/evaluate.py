@@ -11,16 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from huggingface_hub import constants
 from transformers import PreTrainedModel
 
 from converter.build import runnable
 from converter.calibration.images import SOURCES
 from converter.calibration.texts import windows
-from converter.checkpoint import Checkpoint, beside, open_checkpoint
-from converter.delivery.bundle import EVALUATION, EXAMPLES, RESULTS, is_bundle, manifest, write_json
+from converter.checkpoint import Checkpoint, open_checkpoint
+from converter.delivery.bundle import (
+    EVALUATION,
+    EXAMPLES,
+    RESULTS,
+    check_files,
+    is_bundle,
+    made_from,
+    manifest,
+    sha256,
+    write_json,
+)
 from converter.doctor import gpu
 from converter.errors import CheckpointError, EvaluationError, OutputError, RecoveryError
+from converter.evaluation.answers import Answers
 from converter.evaluation.classify import classify, labelled
 from converter.evaluation.greedy import PROMPT, compared, write_on
 from converter.evaluation.harness import HarnessLM, longest
@@ -28,6 +38,7 @@ from converter.evaluation.statistics import Paired, compare, f1, recovery
 from converter.evaluation.tasks import Setting, ask, load_tasks
 from converter.kinds import CLASSIFIER
 from converter.pipeline import load_with_processor, reference, require_decoder
+from converter.place import replacing
 from converter.runtimes.engine import ENGINE
 from converter.runtimes.engine_model import load_engine
 from converter.runtimes.onnxruntime import library
@@ -73,6 +84,9 @@ def evaluate(
     """
     folder = Path(model)
     sparse = is_bundle(folder)
+    if sparse:
+        with stages.stage("check"):
+            check_files(folder)
     if not sparse:
         for option, value in (("--min-recovery", min_recovery), ("--against", against), ("--prompts", setting.prompts)):
             if value:
@@ -95,19 +109,19 @@ def evaluate(
     found: dict[str, pd.DataFrame] = {}
     wrote: list[list[int]] = []  # the dense model, after the prompts
     for name, (load, key) in sides.items():
-        loaded, cache = load(), _cache(key, context)
-        frames = []
-        if shown is not None:
-            with stages.stage(name, "images") as advance:
-                frames.append(classify(loaded[0], loaded[1], *shown, batch, cache.with_suffix(".images"), advance))
-        if tasks:
-            with stages.stage(name, "answers") as advance:
-                frames.append(ask(HarnessLM(*loaded, context, batch, advance), tasks, setting, cache))
-        if prompts is not None:
-            with stages.stage(f"{name}, prompts", "prompts") as advance:
-                written = write_on(*loaded, prompts, cache.with_suffix(".greedy"), advance)
-                wrote = wrote or written
-                frames.append(compared(loaded[0], prompts, wrote, written))
+        loaded, frames = load(), []
+        with Answers(_key(key, context)) as answers:
+            if shown is not None:
+                with stages.stage(name, "images") as advance:
+                    frames.append(classify(loaded[0], loaded[1], *shown, batch, answers, advance))
+            if tasks:
+                with stages.stage(name, "answers") as advance:
+                    frames.append(ask(HarnessLM(*loaded, context, batch, advance, answers), tasks, setting))
+            if prompts is not None:
+                with stages.stage(f"{name}, prompts", "prompts") as advance:
+                    written = write_on(*loaded, prompts, answers, advance)
+                    wrote = wrote or written
+                    frames.append(compared(loaded[0], prompts, wrote, written))
         found[name] = pd.concat(frames, ignore_index=True)
     both = compare(found["dense"], found.get("sparse", found["dense"]), setting.seed)
     scores = {name: score for name, rows in found.items() if (score := f1(rows)) is not None}
@@ -141,11 +155,11 @@ def _sparse_side(
         return lambda: (reference(folder, against), checkpoint.processor()), _fingerprint(folder, "PyTorch")
     if setting.runtime == "onnxruntime":
         kernel = library()
-        runs = "function body" if kernel is None else _digest(kernel)
+        runs = "function body" if kernel is None else sha256(kernel)
         return lambda: load_with_processor(folder), _fingerprint(folder, runs)
     place, about = runnable(folder, setting.runtime, target)
     _check_context(place, about, checkpoint, context)
-    runs = f"{gpu().found} {about['files'][ENGINE]['sha256']} {_digest(plugin) if plugin else ''}"
+    runs = f"{gpu().found} {about['files'][ENGINE]['sha256']} {sha256(plugin) if plugin else ''}"
     return lambda: (load_engine(folder, place, about, plugin), checkpoint.processor()), _fingerprint(folder, runs)
 
 
@@ -177,7 +191,7 @@ def _check_setting(checkpoint: Checkpoint, setting: Setting) -> None:
 
 
 def _dense(folder: Path, against: str | None) -> Checkpoint:
-    source = manifest(folder)["source"]
+    source = made_from(folder)
     try:
         return open_checkpoint(against or source["name"], None if against else source["revision"])
     except CheckpointError as error:
@@ -193,31 +207,23 @@ def _same_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
         )
 
 
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 def _fingerprint(folder: Path, runs: str) -> str:
     """Return what tells this OUT and what `runs` it from all others."""
     files = json.dumps(manifest(folder)["files"], sort_keys=True)
     return f"sparse {hashlib.sha256(files.encode()).hexdigest()} {runs}"
 
 
-def _cache(key: str, context: int) -> Path:
-    """Return the file for the answers of a model, which depend on its context and on the packages that run it."""
+def _key(key: str, context: int) -> str:
+    """Return what the answers of a model depend on: its context and the packages that run it, too."""
     packages = [f"{package} {version(package)}" for package in ("lm-eval", "torch", "transformers", "onnxruntime")]
-    digest = hashlib.sha256("\n".join([key, str(context), *packages]).encode()).hexdigest()
-    folder = Path(constants.HF_HOME) / "nmsparse" / "evaluation"
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder / digest
+    return "\n".join([key, str(context), *packages])
 
 
 def _write(out: Path, result: Evaluation, setting: Setting, context: int, model: str, dense: str) -> None:
     if out.exists() and any(out.iterdir()) and not (out / RESULTS).is_file():
         raise OutputError(f"{out}: must be new, empty, or an evaluation of nmsparse, got something else. Choose --out.")
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with beside(out) as staging:
+        with replacing(out) as staging:
             result.examples.to_parquet(staging / EXAMPLES)
             pd.DataFrame(map(asdict, result.compared)).to_csv(staging / TABLE, index=False)
             about = {"model": model, "dense": dense, "setting": asdict(setting), "context": context}

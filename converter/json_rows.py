@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.errors import OutputError
-from converter.tensor_file import write_whole
+from converter.place import write_whole
 
 
 def row(name: str, value: float, unit: str, goal: float | None = None, *, lower: bool = False) -> dict[str, Any]:

@@ -71,14 +71,16 @@ def kind_of(config: PreTrainedConfig, where: str) -> Kind:
     of any other, part of a decoder.
 
     Raises:
-        CheckpointError: when it has a head for another task.
+        CheckpointError: when it is an encoder-decoder, or has a head for another task.
     """
     saved = (config.architectures or [""])[0]
     found = _kind(config, saved)
     if found is None:
+        what = saved or config.model_type
+        got = f"an encoder-decoder, {what}" if config.is_encoder_decoder else f"{what}, a head for another task"
         raise CheckpointError(
-            f"{where}: must be a causal or masked language model, an image classifier or an encoder, got {saved}. "
-            "Save its base model alone."
+            f"{where}: must be a causal or masked language model, an image classifier or an encoder, got {got}. "
+            + ("None can be converted yet." if config.is_encoder_decoder else "Save its base model alone.")
         )
     return found
 
@@ -90,24 +92,38 @@ def kind(model: PreTrainedModel) -> Kind:
 
 def _kind(config: PreTrainedConfig, saved: str) -> Kind | None:
     """Return the kind of the class `saved` of that family, or None when it has a head for another task."""
+    if config.is_encoder_decoder:
+        return None
     families = (
         (modeling_auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES, CLASSIFIER, IMAGE_ENCODER),
         (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, MASKED, ENCODER),
     )
-    for mapping, headed, bare in families:
-        if config.model_type in mapping and not config.is_encoder_decoder:
+    bare = saved in _names(modeling_auto.MODEL_MAPPING_NAMES, config)
+    for mapping, headed, without_head in families:
+        if config.model_type in mapping:
             if saved in _names(mapping, config):
                 return headed
-            if saved in _names(modeling_auto.MODEL_MAPPING_NAMES, config):
-                return bare
-            decoders = {"", *_names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, config)}
-            return DECODER if saved in decoders else None
-    return DECODER
+            if bare:
+                return without_head
+    # A name that no class has any more may still say what it was.
+    causal = saved in _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, config) or saved.endswith("ForCausalLM")
+    return DECODER if causal or bare or not saved else None
 
 
 def _names(mapping: Any, config: PreTrainedConfig) -> tuple[str, ...]:
     found = mapping.get(config.model_type, ())
     return (found,) if isinstance(found, str) else tuple(found)
+
+
+def positions(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a call of the model may have in all, or None where nothing bounds them."""
+    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
+def causal_class(config: PreTrainedConfig) -> str:
+    """Return the name of transformers' class of causal language models of that configuration."""
+    return _names(modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, config)[0]
 
 
 def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
@@ -162,7 +178,7 @@ def completed(recipe: Recipe, found: Kind, config: PreTrainedConfig) -> Recipe:
             "calibration.source: must be a text for an encoder, got self: it cannot write. "
             "Give --calibration FILE, or python."
         )
-    most = getattr(config, "max_position_embeddings", None)
+    most = positions(config)
     if recipe.windows() and most is not None and recipe.calibration.window > most:
         raise CalibrationError(
             f"calibration.window: must be at most {most}, the positions of the model, got {recipe.calibration.window}. "

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
@@ -27,7 +27,7 @@ from converter.calibration.blocks import siblings
 from converter.calibration.distill import distill
 from converter.calibration.images import images
 from converter.calibration.resume import resumable
-from converter.calibration.texts import sampled, windows
+from converter.calibration.texts import check_ids, sampled, windows
 from converter.calibration.train import Curve
 from converter.calibration.walk import calibrate as walk
 from converter.checkpoint import Checkpoint, open_checkpoint
@@ -37,14 +37,16 @@ from converter.delivery.bundle import (
     check_files,
     exported,
     is_bundle,
-    manifest,
+    made_from,
     staged,
     versions,
     write_client_files,
     write_json,
     write_manifest,
 )
-from converter.errors import CheckpointError
+from converter.errors import CalibrationError, CheckpointError
+from converter.evaluation.boundaries import text_wanted
+from converter.evaluation.overflow import check_range
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
 from converter.evaluation.reference import make_sparse
@@ -53,14 +55,15 @@ from converter.graph.costs import LayerCost, layer_costs
 from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
 from converter.graph.lower import form_of
-from converter.graph.trace import check_blocks
+from converter.graph.supported import check_supported
 from converter.kinds import DECODER, completed
+from converter.place import encodable, write_whole
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
-from converter.runtimes.onnxruntime import has_kernel, library, load_onnx
+from converter.runtimes.genai import embedded
+from converter.runtimes.onnxruntime import load_onnx
 from converter.sparsity.linear import Params
 from converter.stages import Stages
-from converter.tensor_file import write_whole
 
 VALIDATION_TOKENS, VALIDATION_IMAGES = 128, 2
 TEXT = "python"
@@ -79,14 +82,22 @@ class Fitted:
 
 
 def convert(
-    model: str, out: str | Path, recipe: Recipe | None = None, *, revision: str | None = None, device: str = "cpu"
+    model: str,
+    out: str | Path,
+    recipe: Recipe | None = None,
+    *,
+    revision: str | None = None,
+    device: str = "cpu",
+    embed_kernel: bool = False,
 ) -> Path:
     """Return OUT: the checkpoint `model`, calibrated on `device`, exported and validated by `recipe`.
+
+    With `embed_kernel` it holds the CPU kernel's library, which onnxruntime-genai then loads.
 
     Raises:
         ConverterError: a subclass says what the user can mend; OUT is then as it was before.
     """
-    run(model, Path(out), recipe or Recipe(), revision, device, Stages())
+    run(model, Path(out), recipe or Recipe(), revision, device, Stages(), embed_kernel=embed_kernel)
     return Path(out)
 
 
@@ -97,12 +108,7 @@ def load(path: str | Path) -> PreTrainedModel:
 
 def load_with_processor(path: str | Path) -> tuple[PreTrainedModel, Any]:
     """Return the model as `load` does, and what makes its input: the tokenizer, or the processor of images."""
-    folder = Path(path)
-    if is_bundle(folder):
-        manifest(folder)
-        return load_onnx(folder), Checkpoint(str(path), None, folder).processor()
-    checkpoint = open_checkpoint(str(path))
-    return checkpoint.model(), checkpoint.processor()
+    return _loaded(_opened(path))
 
 
 def load_decoder(path: str | Path, use: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -111,9 +117,23 @@ def load_decoder(path: str | Path, use: str) -> tuple[PreTrainedModel, PreTraine
     Raises:
         CheckpointError: when it is a model of another kind.
     """
-    folder = Path(path)
-    require_decoder(Checkpoint(str(path), None, folder) if is_bundle(folder) else open_checkpoint(str(path)), use)
-    return load_with_processor(path)
+    opened = _opened(path)
+    require_decoder(opened, use)
+    return _loaded(opened)
+
+
+def _opened(path: str | Path) -> Checkpoint:
+    """Return OUT, whose files are what its manifest says, or a checkpoint."""
+    folder = encodable(Path(path))
+    if not is_bundle(folder):
+        return open_checkpoint(str(path))
+    exported(folder)
+    return Checkpoint(str(path), None, folder)
+
+
+def _loaded(opened: Checkpoint) -> tuple[PreTrainedModel, Any]:
+    model = load_onnx(opened.folder) if is_bundle(opened.folder) else opened.model()
+    return model, opened.processor()
 
 
 def require_decoder(source: Checkpoint, use: str) -> None:
@@ -129,16 +149,22 @@ def require_decoder(source: Checkpoint, use: str) -> None:
         )
 
 
-def run(model: str, out: Path, recipe: Recipe, revision: str | None, device: str, stages: Stages) -> dict[str, Any]:
+def run(
+    model: str,
+    out: Path,
+    recipe: Recipe,
+    revision: str | None,
+    device: str,
+    stages: Stages,
+    *,
+    embed_kernel: bool = False,
+) -> dict[str, Any]:
     """Convert, and return the report that lies in OUT."""
-    recipe.require_exportable()
-    with stages.stage("checkpoint"):
-        checkpoint = open_checkpoint(model, revision).on(device)
-        recipe, layers = _planned(checkpoint, recipe)
+    checkpoint, recipe, layers = begun(model, recipe, revision, device, stages)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
         about = _about(checkpoint, found.recipe, found.plan)
-        _export(found.checkpoint, found.plan, found.params, found.recipe, about, folder, stages)
+        _export(found.checkpoint, found.plan, found.params, found.recipe, about, folder, stages, embed_kernel)
         parity = _validate(folder, found.checkpoint, found.params, found.recipe, None, stages)
         report = _report(found, folder, stages, parity)
         write_json(folder / REPORT, report)
@@ -148,18 +174,18 @@ def run(model: str, out: Path, recipe: Recipe, revision: str | None, device: str
 
 def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, device: str, stages: Stages) -> None:
     """Write recipe, calibration and manifest to the folder `out`, for `export` to start from."""
-    recipe.require_exportable()
-    with stages.stage("checkpoint"):
-        checkpoint = open_checkpoint(model, revision).on(device)
-        recipe, layers = _planned(checkpoint, recipe)
+    checkpoint, recipe, layers = begun(model, recipe, revision, device, stages)
     with staged(out, 0) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
         write_manifest(folder, _about(checkpoint, found.recipe, found.plan))
 
 
-def export(calibrated: Path, out: Path, changes: Mapping[str, Any], stages: Stages) -> dict[str, Any]:
+def export(
+    calibrated: Path, out: Path, changes: Mapping[str, Any], stages: Stages, *, embed_kernel: bool = False
+) -> dict[str, Any]:
     """Write OUT from what `calibrate` (or `convert`) left in `calibrated`, its recipe changed; return its report."""
     with stages.stage("checkpoint"):
+        check_files(calibrated)
         recipe = from_yaml(calibrated / RECIPE)
         recipe.require_exportable()
         checkpoint = _source(calibrated, recipe, None)
@@ -171,7 +197,7 @@ def export(calibrated: Path, out: Path, changes: Mapping[str, Any], stages: Stag
         for name in [calibration_file.NAME, *([arrangement_file.NAME] if recipe.arranges() else [])]:
             shutil.copy(calibrated / name, folder)
         (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
-        _export(checkpoint, layers, params, recipe, about, folder, stages)
+        _export(checkpoint, layers, params, recipe, about, folder, stages, embed_kernel)
         report = _report(Fitted(checkpoint, recipe, layers, params), folder, stages, None)
         write_json(folder / REPORT, report)
         write_manifest(folder, about)
@@ -190,6 +216,7 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
 
 def reference(folder: Path, source: str | None) -> PreTrainedModel:
     """Return the sparse model of OUT in PyTorch, of its checkpoint (`source` where that has moved)."""
+    check_files(folder)
     recipe = from_yaml(folder / RECIPE)
     model = _source(folder, recipe, source).model()
     make_sparse(model, calibration_file.read(folder / calibration_file.NAME), recipe.storage(), recipe.phases)
@@ -215,16 +242,35 @@ def inspect(folder: Path, table: Path | None = None, target: str | None = None) 
     return found
 
 
-def _planned(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Recipe, Plan]:
-    """Return the recipe for this kind of model, and its plan; what cannot be exported is refused here."""
+def begun(
+    model: str, recipe: Recipe, revision: str | None, device: str, stages: Stages
+) -> tuple[Checkpoint, Recipe, Plan]:
+    """Return the checkpoint, the recipe for it and its plan; what OUT will not have is said."""
+    recipe.require_exportable()
+    with stages.stage("checkpoint"):
+        checkpoint = open_checkpoint(model, revision).on(device)
+        recipe, layers = planned(checkpoint, recipe)
+    for what in checkpoint.left_out():
+        stages.console.print(f"left out: {what}", markup=False, highlight=False)
+    return checkpoint, recipe, layers
+
+
+def planned(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Recipe, Plan]:
+    """Return the recipe for this kind of model, and its plan; what cannot be converted is refused here.
+
+    Raises:
+        ConverterError: a subclass says what stands in the way.
+    """
     recipe, skeleton = completed(recipe, checkpoint.kind, checkpoint.config), checkpoint.skeleton()
+    check_supported(skeleton)
     layers = plan(skeleton, recipe)
-    check_blocks(skeleton)
+    checkpoint.processor()
+    checkpoint.generation_config()
     return recipe, layers
 
 
 def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> Fitted:
-    with resumable(checkpoint.fingerprint(), recipe, checkpoint.device) if recipe.trains() else nullcontext() as state:
+    with resumable(checkpoint, recipe, stages.console.print) if recipe.trains() else nullcontext() as state:
         wanted = layers.open or recipe.walks() or recipe.distils()
         text = calibration_text(checkpoint, recipe, state, stages) if wanted else None
         found = fitted(checkpoint, layers, recipe, text, folder, state, stages)
@@ -254,7 +300,9 @@ def _read(checkpoint: Checkpoint, source: str, count: int, window: int, field: s
     """Return so many windows of a text, or images."""
     if checkpoint.kind.images:
         return images(source, checkpoint.processor(), count, seed)
-    return windows(source, checkpoint.tokenizer(), count, window, field, framed=not checkpoint.kind.cached)
+    ids = windows(source, checkpoint.tokenizer(), count, window, field, framed=not checkpoint.kind.cached)
+    check_ids(ids, checkpoint.config)
+    return ids
 
 
 def _written(checkpoint: Checkpoint, recipe: Recipe, count: int, state: Path | None, stages: Stages) -> Tensor:
@@ -318,6 +366,7 @@ def _export(
     about: dict[str, Any],
     folder: Path,
     stages: Stages,
+    embed_kernel: bool,
 ) -> None:
     metadata = {
         "nmsparse.version": about["versions"]["nmsparse"],
@@ -329,7 +378,10 @@ def _export(
         write_graph(
             checkpoint, layers, params, recipe.storage(), recipe.phases, recipe.share, folder, metadata, advance
         )
-        kernel = library() if has_kernel(onnx.load(folder / MODEL, load_external_data=False)) else None
+        if recipe.dtype == "float16":
+            given = _validation(checkpoint, recipe, None)
+            check_range(checkpoint.model(), params, recipe.storage(), recipe.phases, given)
+        kernel = embedded(onnx.load(folder / MODEL, load_external_data=False)) if embed_kernel else None
         write_client_files(folder, checkpoint, recipe.dtype, kernel)
 
 
@@ -337,15 +389,25 @@ def _validate(
     folder: Path, checkpoint: Checkpoint, params: dict[str, Params], recipe: Recipe, text: str | None, stages: Stages
 ) -> Parity:
     with stages.stage("validate", "comparisons") as advance:
-        settings, pictures = recipe.calibration, checkpoint.kind.images
-        source = text or ((settings.source or "").split(",")[0] if pictures else TEXT)
-        count = VALIDATION_IMAGES if pictures else 1
-        # RoBERTa counts positions from after two that no token has.
-        most = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or VALIDATION_TOKENS + 2
-        ids = _read(checkpoint, source, count, min(VALIDATION_TOKENS, most - 2), "text", recipe.seed)
-        parity = compare(folder, checkpoint.model(), params, recipe.storage(), recipe.phases, ids, advance)
+        ids = _validation(checkpoint, recipe, text)
+        more = _validation(checkpoint, recipe, text, text_wanted(checkpoint.config)) if checkpoint.kind.cached else None
+        parity = compare(folder, checkpoint.model(), params, recipe.storage(), recipe.phases, ids, advance, more)
     parity.check()
     return parity
+
+
+def _validation(checkpoint: Checkpoint, recipe: Recipe, text: str | None, wanted: int = 0) -> Tensor:
+    """Return what OUT is compared on: the images of the recipe, or `[1, S]` of a text, more of it where it has more."""
+    settings, pictures = recipe.calibration, checkpoint.kind.images
+    source = text or ((settings.source or "").split(",")[0] if pictures else TEXT)
+    count = VALIDATION_IMAGES if pictures else 1
+    # RoBERTa counts positions from after two that no token has.
+    most = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or VALIDATION_TOKENS + 2
+    least = min(VALIDATION_TOKENS, most - 2)
+    if wanted > least:
+        with suppress(CalibrationError):
+            return _read(checkpoint, source, count, wanted, "text", recipe.seed)
+    return _read(checkpoint, source, count, least, "text", recipe.seed)
 
 
 def _about(checkpoint: Checkpoint, recipe: Recipe, layers: Plan) -> dict[str, Any]:
@@ -360,6 +422,7 @@ def _about(checkpoint: Checkpoint, recipe: Recipe, layers: Plan) -> dict[str, An
         },
         "recipe_sha256": recipe.sha256(),
         "layers": {"sparse": len(layers.sparse), "dense": len(layers.layers) - len(layers.sparse)},
+        "left_out": checkpoint.left_out(),
     }
 
 
@@ -370,7 +433,7 @@ def _source(folder: Path, recipe: Recipe, moved: str | None) -> Checkpoint:
         CheckpointError: when its weights are not the ones that the manifest names.
         CalibrationError: when the folder's arrangement cannot be read.
     """
-    source = manifest(folder)["source"]
+    source = made_from(folder)
     checkpoint = open_checkpoint(moved or source["name"], None if moved else source["revision"])
     found = checkpoint.fingerprint()
     if found != source["weights_sha256"]:

@@ -15,8 +15,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
-from converter.errors import RecipeError, listing
+from converter.errors import RecipeError, listing, said, shortened
 from converter.presets import preset
 from converter.sparsity.criteria import criterion
 from converter.sparsity.linear import Phases
@@ -25,20 +26,22 @@ from converter.sparsity.pattern import Pattern
 from converter.sparsity.quantize import Storage, Weights
 
 DENSE = "dense"
+LONGEST, DEEPEST = 100_000, 8  # characters and levels of a YAML text
+MOST = 10**9  # of anything that is counted
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Calibration(_Frozen):
     """Where the calibration text comes from and how much of it is used."""
 
     source: str | None = None  # that of the model's kind, see converter.kinds
-    tokens: int = Field(default=8192, gt=0)
-    window: int = Field(default=256, gt=1)
-    batch: int = Field(default=8, gt=0)
+    tokens: int = Field(default=8192, gt=0, le=MOST)
+    window: int = Field(default=256, gt=1, le=MOST)
+    batch: int = Field(default=8, gt=0, le=MOST)
     field: str = "text"
 
     @model_validator(mode="after")
@@ -63,14 +66,14 @@ class Training(_Frozen):
     """
 
     objective: Literal["logits", "layer"] = "logits"
-    tokens: int = Field(default=25600, gt=0)
-    window: int = Field(default=256, gt=1)
-    steps: int = Field(default=96, gt=0)
-    batch: int = Field(default=1, gt=0)
+    tokens: int = Field(default=25600, gt=0, le=MOST)
+    window: int = Field(default=256, gt=1, le=MOST)
+    steps: int = Field(default=96, gt=0, le=MOST)
+    batch: int = Field(default=1, gt=0, le=MOST)
     learning_rate: float = Field(default=1e-4, gt=0)
     warm_up: float = Field(default=0.1, ge=0, lt=1)
-    held_out: int = Field(default=4, gt=0)
-    patience: int = Field(default=5, gt=0)
+    held_out: int = Field(default=4, gt=0, le=MOST)
+    patience: int = Field(default=5, gt=0, le=MOST)
 
 
 class Allocation(_Frozen):
@@ -84,7 +87,7 @@ class Allocation(_Frozen):
 
     budget: str | None = "50%"
     menu: tuple[str, ...] | None = None
-    tokens: int = Field(default=4096, gt=0)
+    tokens: int = Field(default=4096, gt=0, le=MOST)
 
     @field_validator("budget", mode="before")
     @classmethod
@@ -126,14 +129,14 @@ class Recipe(_Frozen):
     distill: Literal["full", "low_rank"] = "full"
     permute: Literal["layer", "folded"] = "layer"
     share: bool = False  # q, k and v choose their channels together, as do gate and up, and are one node
-    rank: int = Field(default=64, gt=0)
+    rank: int = Field(default=64, gt=0, le=MOST)
     phases: Phases = "both"
     targets: tuple[str, ...] = ("*",)
     ignore: tuple[str, ...] = ()
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     weights: Weights = "dtype"
-    block: int = Field(default=32, ge=0, multiple_of=16)
-    seed: int = 0
+    block: int = Field(default=32, ge=0, le=MOST, multiple_of=16)
+    seed: int = Field(default=0, ge=0, lt=2**32)  # as numpy has them
     allocation: Allocation = Allocation()
     calibration: Calibration = Calibration()
     training: Training = Training()
@@ -315,6 +318,7 @@ class Recipe(_Frozen):
             RecipeError: for an unknown key or an impossible value.
         """
         data = self.model_dump()
+        changes = {str(key): value for key, value in changes.items()}
         if not any(key.partition(".")[0] == "allocation" for key in changes) and "pattern" in changes:
             del data["allocation"]
         for key, value in changes.items():
@@ -322,7 +326,7 @@ class Recipe(_Frozen):
             table = data
             for part in path:
                 if not isinstance(table.get(part), dict):
-                    raise RecipeError(f"{where}: unknown key {key!r}; available: {listing(_keys(Recipe))}.")
+                    raise _unknown(key, where)
                 table = table[part]
             # `patterns` is one value: what stands first wins, so rows added behind others might never be asked.
             if isinstance(value, Mapping) and isinstance(table.get(last), dict) and key != "patterns":
@@ -339,9 +343,11 @@ def from_yaml(path: Path) -> Recipe:
         RecipeError: when the file cannot be read or is no recipe.
     """
     try:
-        data = _yaml().load(path.read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, YAMLError) as error:
-        raise RecipeError(f"{path}: must be a YAML recipe, got {error}.") from error
+        with path.open("rb") as file:
+            text = file.read(LONGEST + 1).decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: must be a YAML recipe, got {said(error)}.") from error
+    data = _parsed(text, str(path))
     if data is None:
         data = {}
     if not isinstance(data, dict):
@@ -359,12 +365,30 @@ def parse_set(assignments: list[str]) -> dict[str, Any]:
     for text in assignments:
         key, equals, value = text.partition("=")
         if not equals:
-            raise RecipeError(f"--set: must be key=value, got {text!r}.")
-        try:
-            changes[key.strip()] = _yaml().load(value)
-        except YAMLError as error:
-            raise RecipeError(f"--set {key}: must have a YAML value, got {value!r}.") from error
+            raise RecipeError(f"--set: must be key=value, got {shortened(repr(text))}.")
+        changes[key.strip()] = _parsed(value, f"--set {shortened(key)}")
     return changes
+
+
+def _parsed(text: str, where: str) -> Any:
+    """Return the value of a YAML text; before it is made, it is known to be small.
+
+    Raises:
+        RecipeError: when it is not YAML, too long or too deep, or a part of it stands for another.
+    """
+    if len(text) > LONGEST:
+        raise RecipeError(f"{where}: must have at most {LONGEST} characters, got more. A recipe is a page at most.")
+    depth = 0
+    try:
+        for event in _yaml().parse(io.StringIO(text)):
+            depth += isinstance(event, CollectionStartEvent) - isinstance(event, CollectionEndEvent)
+            if isinstance(event, AliasEvent):
+                raise RecipeError(f"{where}: must be without anchors and aliases, got *{shortened(event.anchor)}.")
+            if depth > DEEPEST:
+                raise RecipeError(f"{where}: must have at most {DEEPEST} levels, got more.")
+        return _yaml().load(text)
+    except (YAMLError, ValueError, OverflowError) as error:  # a number may be too long for Python, or a date none
+        raise RecipeError(f"{where}: must be YAML, got {shortened(' '.join(str(error).split()))}.") from error
 
 
 def _yaml() -> Any:
@@ -386,6 +410,10 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return names
 
 
+def _unknown(key: str, where: str) -> RecipeError:
+    return RecipeError(f"{where}: unknown key {shortened(repr(key))}; available: {listing(_keys(Recipe))}.")
+
+
 def _checked(data: dict[str, Any], where: str) -> Recipe:
     try:
         return Recipe.model_validate(data)
@@ -393,5 +421,8 @@ def _checked(data: dict[str, Any], where: str) -> Recipe:
         first = error.errors()[0]
         key = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            raise RecipeError(f"{where}: unknown key {key!r}; available: {listing(_keys(Recipe))}.") from None
-        raise RecipeError(f"{where}: {key or 'recipe'}: {first['msg']}, got {first.get('input')!r}.") from None
+            raise RecipeError(
+                f"{where}: unknown key {shortened(repr(key))}; available: {listing(_keys(Recipe))}."
+            ) from None
+        got = shortened(repr(first.get("input")))
+        raise RecipeError(f"{where}: {shortened(key) or 'recipe'}: {shortened(first['msg'])}, got {got}.") from None

@@ -1,9 +1,7 @@
-"""Files of tensors: read with the format they must have, and written whole or not at all."""
+"""Files of tensors, read with the format that they must have."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -26,10 +24,3 @@ def read(path: Path, wanted: str, what: str) -> tuple[dict[str, Tensor], dict[st
             return {name: file.get_tensor(name) for name in file.keys()}, metadata  # noqa: SIM118 - not a mapping
     except (OSError, SafetensorError) as error:
         raise CalibrationError(f"{path}: must be {what}, got {error}. Run nmsparse calibrate.") from error
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write beside `path`, and put that in its place once it is whole."""
-    beside = path.with_name(f"{path.name}.part")
-    write(beside)
-    os.replace(beside, path)

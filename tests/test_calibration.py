@@ -25,7 +25,7 @@ from converter.sparsity.linear import Params, SparseLinear, install
 from converter.sparsity.mitigations import Layer
 from converter.sparsity.statistics import LayerStats
 from converter.stages import Stages
-from converter.tensor_file import write_whole
+from converter.place import write_whole
 
 
 def test_statistics_do_not_depend_on_the_batches() -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from converter.calibration.products import bfloat16_products
 from converter.checkpoint import quiet
-from converter.errors import CalibrationError
+from converter.errors import CalibrationError, CheckpointError, said
 
 SOURCES = (
     "a file (.jsonl, .parquet, or any other as plain text), hub:NAME[:CONFIG[:SPLIT]], "
@@ -44,26 +50,32 @@ def texts(source: str, field: str = "text") -> Iterator[str]:
         else:
             try:
                 yield path.read_text("utf-8")
-            except UnicodeDecodeError as error:
-                raise CalibrationError(f"{source}: must be UTF-8 text, got {error}.") from error
+            except (OSError, UnicodeDecodeError) as error:
+                raise CalibrationError(f"{source}: must be UTF-8 text, got {said(error)}.") from error
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                yield json.loads(line)
-            except json.JSONDecodeError as error:
-                raise CalibrationError(f"{path}, line {number}: must be JSON, got {error}.") from error
+    line = 0
+    try:
+        with path.open(encoding="utf-8") as file:
+            for text in file:
+                line += 1
+                yield json.loads(text)
+    except (OSError, ValueError, RecursionError) as error:
+        raise CalibrationError(f"{path}, line {line}: must be JSON, got {said(error)}.") from error
 
 
 def _parquet(path: Path) -> Iterator[Any]:
     try:
+        from pyarrow import ArrowException
         from pyarrow.parquet import ParquetFile
     except ImportError as error:
         raise CalibrationError(f"{path}: reading parquet needs pyarrow. Install nmsparse[data].") from error
-    for batch in ParquetFile(path).iter_batches():
-        yield from batch.to_pylist()
+    try:
+        for batch in ParquetFile(path).iter_batches():
+            yield from batch.to_pylist()
+    except (ArrowException, OSError) as error:
+        raise CalibrationError(f"{path}: must be a parquet file, got {said(error)}. Fetch it again.") from error
 
 
 def _hub(source: str) -> Iterator[Any]:
@@ -103,16 +115,17 @@ def windows(
     field: str = "text",
     *,
     framed: bool = False,
+    begin: Sequence[int] = (),
 ) -> Tensor:
     """Return the first `count` windows of `window` token ids of the source, `[count, window]`; 0 counts all.
 
     Documents follow each other, divided by two line ends. With `framed`, each window begins and ends as the tokenizer
-    begins and ends a text, as an encoder always sees it.
+    begins and ends a text, as an encoder always sees it; else it begins with the tokens `begin`.
 
     Raises:
         CalibrationError: when the text is too short.
     """
-    before, after = _frame(tokenizer) if framed else ([], [])
+    before, after = _frame(tokenizer) if framed else ([*begin], [])
     whole, window = window, window - len(before) - len(after)
     if window < 1:
         raise CalibrationError(f"{source}: windows must have room for a text's first and last tokens, got {whole}.")
@@ -132,6 +145,20 @@ def windows(
     inner = torch.tensor(ids[: found * window]).reshape(found, window)
     first_ids, last_ids = (torch.tensor(part, dtype=inner.dtype).expand(found, -1) for part in (before, after))
     return torch.cat([first_ids, inner, last_ids], 1)
+
+
+def check_ids(ids: Tensor, config: PreTrainedConfig) -> None:
+    """Refuse token ids that the model has no embedding for.
+
+    Raises:
+        CheckpointError: naming the largest.
+    """
+    known: int | None = getattr(config.get_text_config(), "vocab_size", None)
+    if known is not None and ids.numel() and int(ids.max()) >= known:
+        raise CheckpointError(
+            f"tokenizer: ids must be below {known}, the number of the model's embeddings, got {int(ids.max())}. "
+            "It is another model's: put the right one beside the weights."
+        )
 
 
 def _frame(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:

@@ -12,8 +12,8 @@ from transformers import get_cosine_schedule_with_warmup
 
 from converter.calibration.products import bfloat16_products
 from converter.errors import CalibrationError
+from converter.place import write_whole
 from converter.recipe import Training
-from converter.tensor_file import write_whole
 
 CLIP = 1.0  # of the gradient's norm
 CHECKS = 8  # of the loss on held-out text, evenly over the steps

@@ -17,13 +17,13 @@ from converter.calibration.blocks import Blocks, statistics, watched
 from converter.calibration.by_block import train_block
 from converter.calibration.refit import Sums, refit
 from converter.errors import CalibrationError
+from converter.place import write_whole
 from converter.plan import LayerPlan, Plan
 from converter.recipe import Recipe
 from converter.sparsity.criteria import criterion
 from converter.sparsity.linear import Params, install
 from converter.sparsity.mitigations import Layer
 from converter.sparsity.statistics import LayerStats
-from converter.tensor_file import write_whole
 
 
 def calibrate(

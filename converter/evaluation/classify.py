@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from sqlitedict import SqliteDict
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from converter.calibration.images import drawn, pixels
 from converter.checkpoint import image_shape
 from converter.errors import EvaluationError
+from converter.evaluation.answers import Answers
 from converter.evaluation.harness import Advance
 from converter.evaluation.tasks import COLUMNS
 
@@ -48,33 +47,32 @@ def classify(
     rows: Any,
     classes: list[int],
     batch: int,
-    cache: Path,
+    kept: Answers,
     advance: Advance,
 ) -> pd.DataFrame:
     """Return a row for each image and metric: `acc`, and `top5` where there are more than five classes.
 
-    An image that the file `cache` knows is not shown to the model again.
+    An image whose classes are `kept` is not shown to the model again.
     """
     shape = image_shape(processor)
     found: list[tuple[Any, ...]] = []
-    with SqliteDict(cache, autocommit=True) as kept:
-        for start in range(0, len(rows), batch):
-            given = [
-                pixels(row, source, processor, shape)
-                for row in rows.select(range(start, min(start + batch, len(rows))))
-            ]
-            keys = [hashlib.sha256(part.numpy().tobytes()).hexdigest() for part in given]
-            new = [number for number, key in enumerate(keys) if key not in kept]
-            if new:
-                with torch.no_grad():
-                    logits = model(pixel_values=torch.cat([given[number] for number in new]).to(model.device)).logits
-                best = logits.float().topk(TOP if logits.shape[-1] > TOP else 1).indices.tolist()
-                kept.update({keys[number]: likeliest for number, likeliest in zip(new, best, strict=True)})
-            for place, key in enumerate(keys, start):
-                likeliest, target = kept[key], classes[place]
-                values = {"acc": likeliest[0] == target}
-                if len(likeliest) == TOP:  # of more classes, or all would be right
-                    values["top5"] = target in likeliest
-                found += [(TASK, place, metric, float(v), 1.0, likeliest[0], target) for metric, v in values.items()]
-            advance(min(start + batch, len(rows)), len(rows))
+    for start in range(0, len(rows), batch):
+        given = [
+            pixels(row, source, processor, shape) for row in rows.select(range(start, min(start + batch, len(rows))))
+        ]
+        keys = [[TASK, hashlib.sha256(part.numpy().tobytes()).hexdigest()] for part in given]
+        new = [number for number, key in enumerate(keys) if key not in kept]
+        if new:
+            with torch.no_grad():
+                logits = model(pixel_values=torch.cat([given[number] for number in new]).to(model.device)).logits
+            best = logits.float().topk(TOP if logits.shape[-1] > TOP else 1).indices.tolist()
+            for number, likeliest in zip(new, best, strict=True):
+                kept[keys[number]] = likeliest
+        for place, key in enumerate(keys, start):
+            likeliest, target = kept[key], classes[place]
+            values = {"acc": likeliest[0] == target}
+            if len(likeliest) == TOP:  # of more classes, or all would be right
+                values["top5"] = target in likeliest
+            found += [(TASK, place, metric, float(v), 1.0, likeliest[0], target) for metric, v in values.items()]
+        advance(min(start + batch, len(rows)), len(rows))
     return pd.DataFrame(found, columns=list(COLUMNS))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from sqlitedict import SqliteDict
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter.errors import EvaluationError
+from converter.evaluation.answers import Answers
 from converter.evaluation.harness import Advance, greedy
 from converter.evaluation.tasks import COLUMNS
 
@@ -20,9 +19,9 @@ TASK = "greedy"
 
 
 def write_on(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, cache: Path, advance: Advance
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Tensor, kept: Answers, advance: Advance
 ) -> list[list[int]]:
-    """Return what the model writes after each of the `prompts [count, tokens]`, or wrote by the file `cache`.
+    """Return what the model writes after each of the `prompts [count, tokens]`, or wrote, by what is `kept`.
 
     Raises:
         EvaluationError: when the model cannot take so many tokens.
@@ -31,13 +30,12 @@ def write_on(
     if most is not None and most < PROMPT + LENGTH:
         raise EvaluationError(f"--prompts: the model must take {PROMPT + LENGTH} tokens, got {most}. Leave it out.")
     written: list[list[int]] = []
-    with SqliteDict(cache, autocommit=True) as kept:
-        for number, prompt in enumerate(prompts.tolist()):
-            key = f"{LENGTH} after {prompt}"
-            if key not in kept:
-                kept[key] = greedy(model, tokenizer, prompt, LENGTH)
-            written.append(kept[key])
-            advance(number + 1, len(prompts))
+    for number, prompt in enumerate(prompts.tolist()):
+        key = [TASK, LENGTH, prompt]
+        if key not in kept:
+            kept[key] = greedy(model, tokenizer, prompt, LENGTH)
+        written.append(kept[key])
+        advance(number + 1, len(prompts))
     return written
 
 

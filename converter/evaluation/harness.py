@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from converter.errors import EvaluationError
+from converter.evaluation.answers import Answers
 
 Advance = Callable[[int, int], None]
 SPARED = 64  # tokens that a context run once must spare: less is made up for by a batch of many contexts
@@ -41,11 +42,15 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
         context: int,
         batch: int,
         advance: Advance = lambda done, total: None,
+        answers: Answers | None = None,
     ) -> None:
-        """Keep them; no sequence has more than `context` tokens, or what the model can take if that is less."""
+        """Keep them; no sequence has more than `context` tokens, or what the model can take if that is less.
+
+        What `answers` holds is not asked again, and what is asked is kept there.
+        """
         super().__init__()
         self.model, self.tokenizer, self.batch, self.advance = model, tokenizer, batch, advance
-        self.max_length = longest(model.config, context)
+        self.max_length, self.answers = longest(model.config, context), answers
 
     @property
     def eot_token_id(self) -> int:
@@ -83,8 +88,27 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[Answer]:
         """Return the log-likelihood of each continuation after its context, and whether it is the likeliest."""
-        answers: list[Answer] = super().loglikelihood(requests, disable_tqdm=True)  # the progress is ours
-        return answers
+
+        def ask(new: list[Instance]) -> list[Answer]:
+            answers: list[Answer] = super(HarnessLM, self).loglikelihood(new, disable_tqdm=True)  # the progress is ours
+            return answers
+
+        return [(float(score), bool(best)) for score, best in self._kept("loglikelihood", requests, ask)]
+
+    def _kept(self, method: str, requests: list[Instance], ask: Callable[[list[Instance]], list[Any]]) -> list[Any]:
+        """Return the answers, of which only those are asked for that are not known."""
+        if self.answers is None:
+            return ask(requests)
+        keys = [[method, *request.args] for request in requests]
+        new = [number for number, key in enumerate(keys) if key not in self.answers]
+        for number, answer in zip(new, ask([requests[number] for number in new]) if new else [], strict=True):
+            self.answers[keys[number]] = answer
+        return [self.answers[key] for key in keys]
+
+    def _note(self, method: str, arguments: tuple[Any, ...], answer: Any) -> None:
+        """Keep an answer as soon as it is there: what is interrupted goes on."""
+        if self.answers is not None:
+            self.answers[[method, *arguments]] = answer
 
     def _loglikelihood_tokens(
         self, requests: Sequence[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any
@@ -107,7 +131,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
                 text, _context, continuation = requests[number]
                 answers[number] = answer = _score(logits, continuation)
                 if text is not None:
-                    self.cache_hook.add_partial("loglikelihood", text, answer)
+                    self._note("loglikelihood", text, answer)
                 done += 1
 
         alone: dict[tuple[int, ...], list[int]] = {}
@@ -154,6 +178,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of each text, in windows as long as the context, which overlap only at the end."""
+        return self._kept("loglikelihood_rolling", requests, self._rolling)
+
+    def _rolling(self, requests: list[Instance]) -> list[float]:
         found = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
@@ -164,11 +191,14 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
             )
             parts = [(None, *make_disjoint_window(window)) for window in windows]
             found.append(sum(score for score, _ in self._loglikelihood_tokens(parts)))
-            self.cache_hook.add_partial("loglikelihood_rolling", (text,), found[-1])
+            self._note("loglikelihood_rolling", (text,), found[-1])
         return found
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes after each prompt, greedily, to the first string that ends it."""
+        return self._kept("generate_until", requests, self._written)
+
+    def _written(self, requests: list[Instance]) -> list[str]:
         found = []
         for number, (prompt, settings) in enumerate(request.args for request in requests):
             until = settings.get("until") or []
@@ -182,7 +212,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
                 )
             new = greedy(self.model, self.tokenizer, ids, length, until)
             text = postprocess_generated_text(self.tokenizer.decode(new, skip_special_tokens=True), until, None)
-            self.cache_hook.add_partial("generate_until", (prompt, settings), text)
+            self._note("generate_until", (prompt, settings), text)
             found.append(text)
             self.advance(number + 1, len(requests))
         return found

@@ -1,10 +1,11 @@
 """Parity: does ONNX Runtime compute what PyTorch does? Masks first, then values, layer by layer on the same input.
 
-Three comparisons, all through polygraphy:
+Four comparisons, the first three through polygraphy:
   layers  every `SparseLinear` node by itself, on inputs from the PyTorch model on real text: masks, then values; where
           a node asks for the phase, it is told by the graph's own nodes, in a prefill and in a decode
   dense   the whole graph with keep = group in every node against the dense model: everything around the nodes
   sparse  the whole graph as it is; reported and never judged, because a sparse forward amplifies rounding
+  generated  the tokens of the graph run dense, across each length at which the model goes on otherwise
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from converter.errors import ValidationError
+from converter.evaluation.boundaries import generated
 from converter.evaluation.limits import LIMITS, Limits
+from converter.evaluation.overflow import ADVICE, beyond_float16
 from converter.evaluation.reference import (
     Array,
     layer_inputs,
@@ -45,7 +48,7 @@ from converter.graph.merge import parts
 from converter.graph.op import DOMAIN, INPUTS, OP, widens
 from converter.kinds import kind as kind_of_model
 from converter.quiet import quiet
-from converter.runtimes.onnxruntime import session
+from converter.runtimes.onnxruntime import decoder, session
 from converter.sparsity.linear import Baked, Params, Phases, install
 from converter.sparsity.quantize import Storage
 
@@ -74,6 +77,8 @@ class Parity:
     layers: list[LayerParity] = field(default_factory=list)
     dense: dict[str, float] = field(default_factory=dict)
     sparse: dict[str, float] = field(default_factory=dict)
+    generated: dict[str, int] = field(default_factory=dict)
+    not_tried: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
     def summary(self) -> dict[str, Any]:
@@ -84,11 +89,13 @@ class Parity:
             "tokens": self.tokens,
             "limits": asdict(self.limits),
             "layers": len({part for layer in self.layers for part in parts(layer.layer)}),
-            "largest_flip_share": max(layer.flips for layer in self.layers),
-            "largest_flip_margin": max(layer.margin for layer in self.layers),
-            "largest_layer_error": max(layer.error for layer in self.layers),
+            "largest_flip_share": max((layer.flips for layer in self.layers), default=0.0),
+            "largest_flip_margin": max((layer.margin for layer in self.layers), default=0.0),
+            "largest_layer_error": max((layer.error for layer in self.layers), default=0.0),
             "dense_error": self.dense,
             "sparse_not_judged": self.sparse,
+            "generated": self.generated,
+            "not_tried": self.not_tried,
             "failures": self.failures,
         }
 
@@ -112,11 +119,12 @@ def validate(
     phases: Phases,
     ids: Tensor,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    text: Tensor | None = None,
 ) -> Parity:
     """Return how `folder/model.onnx` compares with the dense `model`, which is made sparse with `params` on the way.
 
     `ids [1, S]` is real text, `ids [B, C, H, W]` are images; where there is a cache the last token is decoded, the
-    others are the prefill.
+    others are the prefill. `text [1, S]` is more of the text, to be gone on with across the model's boundaries.
 
     A bfloat16 graph is compared as ONNX Runtime's CPU provider can run it: in float32, on the bfloat16 weights.
     """
@@ -127,11 +135,19 @@ def validate(
     with torch.no_grad(), quiet():
         rounded = round_model(model, params, storage)
         unfitted = use_fitted(model, rounded)
+        if dtype == "float16" and _overflows(report, model, ids):
+            return report
         feeds = model_feeds(model, ids, kind)
-        _compare_dense(report, folder, graph, model, feeds)
+        dense = session(_dense(graph), folder, prepack=False)
+        _compare_dense(report, dense, model, feeds)
+        if kind_of_model(model).cached:
+            _compare_generated(report, dense, model, ids if text is None else text)
+        del dense
         progress(1, 4)
         for name, layer in rounded.items():
             install(model, name, layer, unfitted[name], phases)
+        if dtype == "float16" and _overflows(report, model, ids):
+            return report
         inputs = layer_inputs(model, [_layer(node) for node in _nodes(graph)], ids, kind)
         report.tokens = sum(len(next(iter(feed.values()))) for feed in inputs)
         if _phase_nodes(graph):
@@ -202,15 +218,27 @@ def _seen(feed: Any, array: Array) -> Array:
     return np.where(mask[:, None, :, None], array, 0)
 
 
-def _compare_dense(report: Parity, folder: Path, graph: onnx.ModelProto, model: PreTrainedModel, feeds: Any) -> None:
+def _overflows(report: Parity, model: PreTrainedModel, ids: Tensor) -> bool:
+    """Note the first layer that needs larger numbers than the graph has, with which nothing is left to compare."""
+    found = beyond_float16(model, ids)
+    report.failures += [found] if found else []
+    return bool(found)
+
+
+def _dense(graph: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the graph with nothing dropped in any node."""
     dense = onnx.ModelProto()
     dense.CopyFrom(graph)
     for node in _nodes(dense):
         attributes = {a.name: a for a in node.attribute}
         attributes["keep"].i = attributes["group"].i
+    return dense
+
+
+def _compare_dense(report: Parity, dense: Any, model: PreTrainedModel, feeds: Any) -> None:
     found = _compare(
         lambda feed: run_model(model, feed),
-        session(dense, folder, prepack=False),
+        dense,
         feeds,
         lambda number, _, array: _seen(feeds[number], array),
     )
@@ -220,8 +248,19 @@ def _compare_dense(report: Parity, folder: Path, graph: onnx.ModelProto, model: 
         if not error <= report.limits.model:
             report.failures.append(
                 f"{where} ({phase}, dense): error must be at most {report.limits.model:g} of the largest value, "
-                f"got {error:.3g}."
+                f"got {error:.3g}.{_hint(report, error)}"
             )
+
+
+def _hint(report: Parity, error: float) -> str:
+    """Return what to do about a number that is none, which no layer's input or output shows."""
+    return "" if np.isfinite(error) or report.dtype != "float16" else f" float16 ends at 65504. {ADVICE}"
+
+
+def _compare_generated(report: Parity, dense: Any, model: PreTrainedModel, text: Tensor) -> None:
+    found = generated(model, decoder(model.config, dense), text, report.limits)
+    report.generated, report.not_tried = found.tokens, found.not_tried
+    report.failures += found.failures
 
 
 # The layers, each by itself.
@@ -401,9 +440,10 @@ def _report_sparse(
     for phase, feed in zip(kind_of_model(model).calls, feeds, strict=True):
         found = _seen(feed, ort.run([name], feed)[0].astype(np.float32))
         expected = _seen(feed, run_model(model, feed)[name])
-        report.sparse[f"{phase}_{name}_error"] = _relative(
-            float(np.abs(found - expected).max()), float(np.abs(expected).max())
-        )
+        error = _relative(float(np.abs(found - expected).max()), float(np.abs(expected).max()))
+        report.sparse[f"{phase}_{name}_error"] = error
+        if not np.isfinite(error):
+            report.failures.append(f"{name} ({phase}): must be finite, got NaN or Inf.{_hint(report, error)}")
         if name == "logits":
             same = found.argmax(-1) == expected.argmax(-1)
             seen = feed[MASK][:, -found.shape[1] :].astype(bool) if MASK in feed else slice(None)

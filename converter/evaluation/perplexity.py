@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from converter.errors import EvaluationError
+
 
 @dataclass(frozen=True)
 class Perplexity:
@@ -24,10 +26,19 @@ def perplexity(model: PreTrainedModel, windows: Tensor, progress: Callable[[int,
     """Return exp(mean negative log-likelihood) of the token ids `windows [count, window]`.
 
     Every window starts anew; its first token is context only. `progress` is called with windows done and their total.
+
+    Raises:
+        EvaluationError: when it is not finite.
     """
     count, context = windows.shape
-    mean = window_losses(model, windows, progress).mean().item()
-    return Perplexity(math.exp(mean), count * (context - 1), context)
+    mean = window_losses(model, windows, progress).mean()
+    found = mean.exp().item()
+    if not math.isfinite(found):
+        raise EvaluationError(
+            f"perplexity: must be finite, got {found} of a mean loss of {mean.item():g}. Where float16 overflows, "
+            "export with --dtype bfloat16 or float32."
+        )
+    return Perplexity(found, count * (context - 1), context)
 
 
 def window_losses(

@@ -154,8 +154,8 @@ def _rows(name: str, path: Path) -> Iterator[dict[str, Any]]:
             ) from error
 
 
-def ask(lm: HarnessLM, tasks: list[Any], setting: Setting, cache: Path) -> pd.DataFrame:
-    """Return a row for each example and metric; answers that the file `cache` holds are not computed again.
+def ask(lm: HarnessLM, tasks: list[Any], setting: Setting) -> pd.DataFrame:
+    """Return a row for each example and metric.
 
     A perplexity's value is a document's log-likelihood, and its weight the words or bytes it is spread over.
     """
@@ -165,7 +165,6 @@ def ask(lm: HarnessLM, tasks: list[Any], setting: Setting, cache: Path) -> pd.Da
         limit=setting.limit,
         num_fewshot=setting.shots,
         apply_chat_template=setting.chat,
-        use_cache=str(cache),
         task_manager=_manager(),
         bootstrap_iters=0,
         random_seed=setting.seed,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from converter.errors import BuildError
-from converter.tensor_file import write_whole
+from converter.place import write_whole
 
 ANY = "*"
 

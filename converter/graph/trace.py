@@ -370,7 +370,8 @@ def check_blocks(model: PreTrainedModel) -> None:
     """Refuse a model that cannot be traced, which its skeleton shows.
 
     Raises:
-        ExportError: when its blocks are not all attention blocks, or it has no attention interface.
+        ExportError: when its blocks are not all attention blocks, it has no attention interface, or its rotary
+            frequencies follow the length of the text.
     """
     _, blocks = find_blocks(model)
     config = model.config.get_text_config()
@@ -380,6 +381,18 @@ def check_blocks(model: PreTrainedModel) -> None:
         )
     if (kind(model).cached or kind(model).images) and not getattr(model, "_supports_sdpa", False):
         raise ExportError(f"{type(model).__name__}: must support transformers' attention interface, got none.")
+    ropes = {str(rope) for module in model.modules() for rope in _rope_types(module)}
+    if any("dynamic" in rope for rope in ropes):
+        raise ExportError(
+            f"{type(model).__name__}: rope_type must be one of fixed frequencies for a graph, got dynamic: it computes "
+            "them anew as the text grows. Set rope_parameters in config.json to yarn, linear or default."
+        )
+
+
+def _rope_types(module: nn.Module) -> list[Any]:
+    """Return the kinds of rotary embedding that the module computes, one for each kind of block."""
+    found = getattr(module, "rope_type", None)
+    return list(found.values()) if isinstance(found, dict) else [found]
 
 
 def tied_weights(model: nn.Module) -> dict[str, str]:

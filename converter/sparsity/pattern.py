@@ -10,8 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from converter.errors import RecipeError
+from converter.errors import RecipeError, shortened
 
+FORM = r"(?P<keep>[0-9]{1,6}):(?P<group>[0-9]{1,6})|(?P<share>[0-9]{1,3}(\.[0-9]{1,9})?)%|(?P<count>[0-9]{1,9})"
 FORMS = "N:M (keep N of every M channels, such as 8:16), K (keep K channels of a token) or P% (keep P percent)"
 
 
@@ -34,9 +35,9 @@ class Pattern:
         Raises:
             RecipeError: when the text has none of the three forms or keeps nothing.
         """
-        form = re.fullmatch(r"(?P<keep>\d+):(?P<group>\d+)|(?P<share>\d+(\.\d+)?)%|(?P<count>\d+)", text.strip())
+        form = re.fullmatch(FORM, text.strip())
         if form is None:
-            raise RecipeError(f"pattern: must be {FORMS}, got {text!r}.")
+            raise RecipeError(f"pattern: must be {FORMS}, got {shortened(repr(text))}.")
         if form["group"] is not None:
             keep, group = int(form["keep"]), int(form["group"])
             if not 0 < keep <= group:

@@ -1,0 +1,70 @@
+"""The answers that a model has given, kept so that none is asked for twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from converter.place import private
+
+
+class Answers:
+    """Answers by question, both of them JSON: what is read from the file can be wrong, but it cannot run code."""
+
+    def __init__(self, key: str) -> None:
+        """Open, in a folder that its user alone can read, the file for the model and the setting that `key` names.
+
+        One that is damaged is begun anew.
+        """
+        path = private("evaluation") / f"{hashlib.sha256(key.encode()).hexdigest()}.sqlite"
+        try:
+            self.database = _opened(path)
+        except sqlite3.DatabaseError:
+            path.unlink()
+            self.database = _opened(path)
+
+    def __enter__(self) -> Answers:
+        """Return itself."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the file."""
+        self.database.close()
+
+    def __contains__(self, question: Any) -> bool:
+        """Return whether the answer is known."""
+        return self._row(question) is not None
+
+    def __getitem__(self, question: Any) -> Any:
+        """Return the answer, tuples as lists."""
+        row = self._row(question)
+        if row is None:
+            raise KeyError(question)
+        return json.loads(row[0])
+
+    def __setitem__(self, question: Any, answer: Any) -> None:
+        """Keep the answer, at once."""
+        row = (_digest(question), json.dumps(answer))
+        self.database.execute("INSERT OR REPLACE INTO answers VALUES (?, ?)", row)
+
+    def _row(self, question: Any) -> Any:
+        found = self.database.execute("SELECT answer FROM answers WHERE question = ?", (_digest(question),))
+        return found.fetchone()
+
+
+def _opened(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, isolation_level=None)  # each statement is a transaction
+    database.execute("PRAGMA journal_mode = WAL")
+    database.execute("PRAGMA synchronous = NORMAL")
+    database.execute("CREATE TABLE IF NOT EXISTS answers (question TEXT PRIMARY KEY, answer TEXT NOT NULL)")
+    return database
+
+
+def _digest(question: Any) -> str:
+    return hashlib.sha256(json.dumps(question, sort_keys=True).encode()).hexdigest()

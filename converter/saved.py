@@ -1,0 +1,196 @@
+"""What a checkpoint's files really hold: which tensors, of which shape and dtype, and whether they are the model's."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from converter.errors import CheckpointError, said
+
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+FLOATS = {"F64", "F32", "F16", "BF16"}
+# What wraps a model in training, and puts its name before, or between, those of the weights.
+WRAPPERS = {
+    "_orig_mod": "torch.compile",
+    "module": "DataParallel",
+    "_fsdp_wrapped_module": "FSDP",
+    "_checkpoint_wrapped_module": "activation checkpointing",
+    "_forward_module": "Lightning",
+    "base_model": "PEFT",
+}
+# Buffers that older versions of transformers saved, and newer ones compute.
+COMPUTED = re.compile(
+    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(attn|attention)\.(masked_)?bias$|position_ids$|num_batches_tracked$"
+)
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of a file: its shape, and its dtype as safetensors has it, such as BF16."""
+
+    path: Path
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def stored(folder: Path) -> dict[str, Stored]:
+    """Return the tensors that transformers would read in a folder: of the single file, else those of the index.
+
+    Raises:
+        CheckpointError: when there is neither, or a file is not whole, not there, or not what the index says.
+    """
+    if (folder / SINGLE).is_file():
+        return _tensors(folder / SINGLE)
+    if not (folder / INDEX).is_file():
+        there = ", ".join(sorted(path.name for path in folder.glob("*.safetensors")))
+        raise CheckpointError(
+            f"{folder}: weights must be in {SINGLE}, or in the files of {INDEX}, got {there}. "
+            "Give the file of the weights that name."
+        )
+    try:
+        table = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+        names = {str(tensor): str(name) for tensor, name in table.items()}
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{folder / INDEX}: must say which file holds each tensor, got {said(error)}") from error
+    found: dict[str, Stored] = {}
+    for name in sorted(set(names.values())):
+        if Path(name).name != name or not (folder / name).is_file():
+            raise CheckpointError(f"{folder / INDEX}: must name files of the folder, got {name!r}. Fetch them all.")
+        there_too = _tensors(folder / name)
+        for tensor in (tensor for tensor, file in names.items() if file == name):
+            if tensor not in there_too:
+                raise CheckpointError(
+                    f"{folder / name}: must hold {tensor}, as {INDEX} says, got none. Fetch it again."
+                )
+            found[tensor] = there_too[tensor]
+    return found
+
+
+def _tensors(path: Path) -> dict[str, Stored]:
+    try:
+        with safe_open(path, "pt") as file:
+            parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+            return {name: Stored(path, tuple(part.get_shape()), part.get_dtype()) for name, part in parts.items()}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path}: must be a complete safetensors file, got {path.stat().st_size} bytes ({error}). Fetch it again."
+        ) from error
+
+
+def weight_names(model: nn.Module) -> list[str]:
+    """Return the parameters and the saved buffers of the model, tied ones under the name that is stored."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    return [*parameters, *(name for name in model.state_dict() if name in buffers)]
+
+
+def check_stored(model: nn.Module, tensors: dict[str, Stored], source: str) -> None:
+    """Refuse weights of other shapes than the model of config.json has, or of dtypes that are not numbers as they are.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    for name, wanted in model.state_dict().items():
+        there = tensors.get(name)
+        if there is None:  # tied to another
+            continue
+        if there.shape != tuple(wanted.shape):
+            raise CheckpointError(
+                f"{source}: {name} must have shape {list(wanted.shape)} by config.json, got {list(there.shape)}. "
+                "Fetch config.json of these weights, or save the model again."
+            )
+        if wanted.dtype.is_floating_point and there.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{source}: {name} must be of {', '.join(sorted(FLOATS))}, got {there.dtype}: the checkpoint is "
+                "quantised. Dequantise it first, or take the original."
+            )
+
+
+def left_over(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
+    """Return the tensors that the model has no place for, without what it would compute or never loads."""
+    ignored = [re.compile(text) for text in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
+    known = {*model.state_dict(), *(name for name, _ in model.named_buffers())}
+    return sorted(
+        name
+        for name in set(names) - known
+        if not COMPUTED.search(name) and "pooler." not in name and not any(text.search(name) for text in ignored)
+    )
+
+
+def dropped_blocks(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """Return those of `names` that belong to blocks which the model does not have."""
+    lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    found = []
+    for name in names:
+        for blocks, count in lists.items():
+            place = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name)
+            if place and int(place[1]) >= count:
+                found.append(name)
+    return found
+
+
+def refuse_adapter(folder: Path, source: str) -> None:
+    """Refuse an adapter, alone or beside its model.
+
+    Raises:
+        CheckpointError: naming its file.
+    """
+    there = [name for name in ADAPTERS if (folder / name).exists()]
+    if there:
+        raise CheckpointError(
+            f"{source}: must be a whole model, got an adapter, too, such as of LoRA: {there[0]}. "
+            "Merge it with peft's merge_and_unload and save the result, or move it away."
+        )
+
+
+def refuse_quantised(config: PreTrainedConfig, source: str) -> None:
+    """Refuse a checkpoint whose configuration says that it is quantised.
+
+    Raises:
+        CheckpointError: naming the method.
+    """
+    for part in (config, config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):
+            about: Any = getattr(part, name, None)
+            if about:
+                get = about.get if isinstance(about, dict) else lambda key, about=about: getattr(about, key, None)
+                method = get("quant_method") or "an unnamed method"
+                raise CheckpointError(
+                    f"{source}: weights must be numbers of 16 or 32 bits, got a quantised checkpoint ({method}). "
+                    "Dequantise it first, or take the original."
+                )
+
+
+def refuse_wrapped(model: nn.Module, names: Iterable[str], source: str) -> None:
+    """Refuse weights whose names have those of a wrapper in them, which say so and not which weights are missing.
+
+    Raises:
+        CheckpointError: naming the wrapper.
+    """
+    wanted, there = set(weight_names(model)), set(names)
+    parts = {part for name in there for part in name.split(".")}
+    if lora := sorted(name for name in there if ".lora_" in name):
+        raise CheckpointError(
+            f"{source}: must be a whole model, got a LoRA adapter's {lora[0]}. Merge it with peft's merge_and_unload."
+        )
+    for wrapper, who in WRAPPERS.items():
+        if wrapper in parts and not wanted & there:
+            raise CheckpointError(
+                f"{source}: weights must have the model's own names, got {wrapper!r} in them, as {who} puts it there. "
+                "Save the model that it wraps, or take these words out of the names."
+            )
+    ends = {name[: -len(want)] for want in wanted for name in there if name.endswith(f".{want}")}
+    base = getattr(model, "base_model_prefix", "")
+    if len(ends) == 1 and not wanted & there and (prefix := ends.pop()) != f"{base}.":
+        raise CheckpointError(
+            f"{source}: weights must have the model's own names, got each with {prefix!r} before it. "
+            "Save the model without what wraps it, or take this off the names."
+        )
