@@ -390,7 +390,8 @@ def _validate(
 ) -> Parity:
     with stages.stage("validate", "comparisons") as advance:
         ids = _validation(checkpoint, recipe, text)
-        more = _validation(checkpoint, recipe, text, text_wanted(checkpoint.config)) if checkpoint.kind.cached else None
+        wanted = text_wanted(checkpoint.config) if checkpoint.kind.cached else 0
+        more = _validation(checkpoint, recipe, text, wanted) if wanted > ids.shape[1] else None
         parity = compare(folder, checkpoint.model(), params, recipe.storage(), recipe.phases, ids, advance, more)
     parity.check()
     return parity
