@@ -147,6 +147,29 @@ def test_gemv_reads_the_kept_rows_and_no_other(
     torch.testing.assert_close(nu, token_scale(z, zs)[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
+@pytest.mark.parametrize("entry", [-1, 192, 193, 10**6, 2**31 - 1, -(2**31)])
+@pytest.mark.parametrize("shift_mode", ["none", "static", "token_mean"])
+@pytest.mark.parametrize("sm", [80, 90])
+@pytest.mark.parametrize(("keep", "group", "tokens", "path"), [(8, 16, 2, GEMV), (2, 4, 33, SPARSE), (8, 16, 9, DENSE)])
+def test_an_entry_that_is_no_channel_gives_nan_and_reads_nothing(
+    native: Native, entry: int, shift_mode: str, sm: int, keep: int, group: int, tokens: int, path: str
+) -> None:
+    """What lies outside a row is not read: far entries would end the process, and near ones give another's number."""
+    k, n, dtype = 192, 16, torch.float16
+    params = the_params(keep, group, k, shift_mode, permuted=True, variance=False)
+    assert params.permutation is not None
+    order = params.permutation.int()
+    order[100] = entry
+    baked = bake(torch.ones(n, k), None, params)
+    y = torch.zeros(tokens, n, dtype=dtype)
+    tensors: dict[str, Tensor | None] = {name: getattr(baked, name) for name in ("channel_scale", "shift", "row_sum")}
+    tensors |= {"x": torch.ones(tokens, k, dtype=dtype), "w": baked.weight.to(dtype).contiguous(), "bias": None}
+    shape = {"k": k, "n": n, "keep": keep, "group": group, "shift_mode": SHIFT_MODES.index(shift_mode)}
+    shape |= {"variance": 0, "gemv_tokens": 4, "sparse_tokens": 32, "sm": sm}
+    assert native.layer(shape, tensors | {"permutation": order, "y": y}) == path
+    assert y.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [1, 2, 7, 64, 1000])
 def test_token_shift_is_the_mean_and_the_lower_median(native: Native, dtype: torch.dtype, k: int) -> None:

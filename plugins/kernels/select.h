@@ -15,7 +15,23 @@ NMSPARSE_DEVICE float score(float z, float channel_scale) {
 // Whether the channel at place `i` with score `a` goes before the one at `j` with `b`: ties go to the lower place.
 NMSPARSE_DEVICE bool before(float a, int i, float b, int j) { return a > b || (a == b && i < j); }
 
-// z of a token's channel, for the Args of any kernel.
+// The channel at a place, for the Args of any kernel. An entry of a permutation may be any number: one that is no channel
+// stands for channel 0, so that nothing is read outside a row, and what is made of it is NaN, which is kept and visible.
+struct Channel {
+    int at;
+    bool is_real;
+
+    NMSPARSE_DEVICE float of(float value) const { return is_real ? value : NAN; }
+};
+
+template <class Args>
+NMSPARSE_DEVICE Channel channel_at(Args const& args, int place) {
+    int const entry = args.permutation == nullptr ? place : args.permutation[place];
+    bool const is_real = unsigned(entry) < unsigned(args.k);
+    return {is_real ? entry : 0, is_real};
+}
+
+// z of a token's channel.
 template <class Args>
 NMSPARSE_DEVICE float shifted(Args const& args, int token, int channel) {
     float const x = widen(args.x[int64_t(token) * args.k + channel]);
@@ -26,10 +42,10 @@ NMSPARSE_DEVICE float shifted(Args const& args, int token, int channel) {
 // Leaves z and the score of the channel at place `first` + i in shared.z[i] and shared.scores[i].
 template <class Args, class Shared>
 NMSPARSE_DEVICE void load(Args const& args, Shared& shared, int token, int first, int i) {
-    int const channel = args.permutation == nullptr ? first + i : args.permutation[first + i];
-    float const z = shifted(args, token, channel);
+    Channel const channel = channel_at(args, first + i);
+    float const z = channel.of(shifted(args, token, channel.at));
     shared.z[i] = z;
-    shared.scores[i] = score(z, args.channel_scale == nullptr ? 1 : args.channel_scale[channel]);
+    shared.scores[i] = score(z, args.channel_scale == nullptr ? 1 : args.channel_scale[channel.at]);
 }
 
 // Leaves the moments of every THREADS-th channel from `thread` on, and of what is kept of them.

@@ -73,7 +73,8 @@ char const* refusal(Layer const& layer) {
     if (layer.k % 8 != 0) return "input channels must be divisible by 8";
     if (layer.n < 1 || layer.n % 8 != 0) return "output channels must be divisible by 8";
     if (layer.shift_mode < ShiftMode::NONE || layer.shift_mode >= ShiftMode::COUNT) return "shift_mode must be 0 to 3";
-    if (layer.gemv_tokens < 0 || layer.sparse_tokens < 0) return "gemv_tokens and sparse_tokens must not be negative";
+    if (layer.gemv_tokens < 0 || layer.gemv_tokens > MOST_GEMV_TOKENS) return "gemv_tokens must be 0 to 65535";
+    if (layer.sparse_tokens < 0) return "sparse_tokens must not be negative";
     return nullptr;
 }
 

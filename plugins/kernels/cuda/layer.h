@@ -8,6 +8,8 @@
 namespace nmsparse {
 
 constexpr int MAX_GROUP = Select<__half>::PLACES;
+constexpr int MOST = 1 << 30;            // tokens or channels: an int has room for the next multiple of a tile
+constexpr int MOST_GEMV_TOKENS = 65535;  // blocks of a grid's y
 
 struct Layer {
     int k, n, keep, group;

@@ -120,7 +120,10 @@ struct Pack {
         T const* row = args.x + int64_t(token) * args.k;
         if (args.permutation != nullptr) {
 #pragma unroll
-            for (int i = 0; i < 16; ++i) z[i] = widen(row[args.permutation[place + i]]);
+            for (int i = 0; i < 16; ++i) {
+                Channel const channel = channel_at(args, place + i);
+                z[i] = channel.of(widen(row[channel.at]));
+            }
         } else {
             auto const* from = reinterpret_cast<Eight<T> const*>(row + place);
 #pragma unroll
@@ -135,7 +138,7 @@ struct Pack {
             for (int i = 0; i < 16; ++i) z[i] -= args.eta[token];
         else if (args.shift != nullptr)
 #pragma unroll
-            for (int i = 0; i < 16; ++i) z[i] -= args.shift[channel(args, place + i)];
+            for (int i = 0; i < 16; ++i) z[i] -= args.shift[channel_at(args, place + i).at];
     }
 
     // By fours: a load for each channel, 128 bytes apart over the lanes, takes longer than all else.
@@ -151,13 +154,9 @@ struct Pack {
 #pragma unroll
             for (int j = 0; j < 4; ++j)
                 scale[i + j] = args.channel_scale != nullptr && args.permutation != nullptr
-                                   ? args.channel_scale[args.permutation[place + i + j]]
+                                   ? args.channel_scale[channel_at(args, place + i + j).at]
                                    : four.at[j];
         }
-    }
-
-    NMSPARSE_DEVICE static int channel(Args const& args, int place) {
-        return args.permutation == nullptr ? place : args.permutation[place];
     }
 
     // Of 16 channels: the kept ones as numbers beside zeros, packed, and their places in 16 bits.
