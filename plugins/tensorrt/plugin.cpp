@@ -12,13 +12,17 @@ namespace {
 
 constexpr int REFUSED = -1;
 
-int last(Dims const& dims) { return int(dims.d[dims.nbDims - 1]); }
+// The sizes of a call, which TensorRT counts in 64 bits.
+struct Sizes {
+    int64_t tokens = 1, k = 0, n = 0;
 
-int tokens_of(Dims const& dims) {
-    int64_t tokens = 1;
-    for (int i = 0; i + 1 < dims.nbDims; ++i) tokens *= dims.d[i];
-    return int(tokens);
-}
+    Sizes(Dims const& x, Dims const& w) : k(x.d[x.nbDims - 1]), n(w.d[1]) {
+        for (int i = 0; i + 1 < x.nbDims; ++i)
+            if (__builtin_mul_overflow(tokens, x.d[i], &tokens)) tokens = -1;
+    }
+
+    bool fit() const { return 0 <= tokens && tokens <= MOST && 0 < k && k <= MOST && 0 < n && n <= MOST; }
+};
 
 class Plugin : public IPluginV3, public IPluginV3OneCore, public IPluginV3OneBuild, public IPluginV3OneRuntime {
 public:
@@ -76,7 +80,7 @@ public:
 
     bool supportsFormatCombination(int32_t position, DynamicPluginTensorDesc const* tensors, int32_t input_count,
                                    int32_t output_count) noexcept override {
-        if (!counted(input_count, output_count)) return false;
+        if (!counted(input_count, output_count) || position < 0 || position > input_count) return false;
         PluginTensorDesc const& tensor = tensors[position].desc;
         if (tensor.format != TensorFormat::kLINEAR) return false;
         if (position == 0) return tensor.type == DataType::kHALF || tensor.type == DataType::kBF16;
@@ -87,28 +91,21 @@ public:
     int32_t configurePlugin(DynamicPluginTensorDesc const* inputs, int32_t input_count, DynamicPluginTensorDesc const*,
                             int32_t output_count) noexcept override {
         if (!counted(input_count, output_count)) return REFUSED;
-        int const k = last(inputs[0].max), n = last(inputs[1].max);
-        if (inputs[1].max.d[0] != k)
-            return refuse("W must have a row for each of X's " + std::to_string(k) + " channels, got " +
-                          std::to_string(inputs[1].max.d[0]));
-        for (int i = int(Input::BIAS); i <= int(Input::PERMUTATION); ++i) {
-            int const at = fields_.index_of(Input(i)), wanted = Input(i) == Input::BIAS || Input(i) == Input::ROW_SUM ? n : k;
-            if (at >= 0 && (inputs[at].max.nbDims != 1 || inputs[at].max.d[0] != wanted))
-                return refuse(std::string(INPUT_NAMES[i]) + " must be a vector of " + std::to_string(wanted));
-        }
-        char const* wrong = refusal(layer(k, n));
-        return wrong == nullptr ? 0 : refuse(wrong + std::string(", got W of ") + std::to_string(k) + " x " + std::to_string(n));
+        std::string const wrong = fault([&](int i) -> Dims const& { return inputs[i].max; });
+        return wrong.empty() ? 0 : refuse(wrong);
     }
 
     size_t getWorkspaceSize(DynamicPluginTensorDesc const* inputs, int32_t, DynamicPluginTensorDesc const*,
                             int32_t) const noexcept override {
-        return workspace_bytes(layer(last(inputs[0].max), last(inputs[1].max)), tokens_of(inputs[0].max));
+        Sizes const sizes(inputs[0].max, inputs[1].max);
+        return workspace_bytes(layer(sizes), int(sizes.tokens));
     }
 
     // TensorRT numbers the tactics of a plugin from 1 on.
     int32_t getNbTactics() noexcept override { return int32_t(Tile::COUNT); }
 
     int32_t getValidTactics(int32_t* tactics, int32_t count) noexcept override {
+        if (count != getNbTactics()) return refuse("there must be room for 3 tactics, got " + std::to_string(count));
         for (int32_t i = 0; i < count; ++i) tactics[i] = i + 1;
         return 0;
     }
@@ -126,8 +123,8 @@ public:
     int32_t onShapeChange(PluginTensorDesc const* inputs, int32_t input_count, PluginTensorDesc const*,
                           int32_t output_count) noexcept override {
         if (!counted(input_count, output_count)) return REFUSED;
-        char const* wrong = refusal(layer(last(inputs[0].dims), last(inputs[1].dims)));
-        return wrong == nullptr ? 0 : refuse(wrong);
+        std::string const wrong = fault([&](int i) -> Dims const& { return inputs[i].dims; });
+        return wrong.empty() ? 0 : refuse(wrong);
     }
 
     int32_t enqueue(PluginTensorDesc const* inputs, PluginTensorDesc const*, void const* const* input, void* const* output,
@@ -137,8 +134,9 @@ public:
         Tensors const tensors{at(Input::X),          at(Input::W),         floats(Input::BIAS), floats(Input::CHANNEL_SCALE),
                               floats(Input::SHIFT),  floats(Input::ROW_SUM),
                               static_cast<int32_t const*>(at(Input::PERMUTATION)), output[0]};
-        Layer const described = layer(last(inputs[0].dims), last(inputs[1].dims));
-        int const tokens = tokens_of(inputs[0].dims);
+        Sizes const sizes(inputs[0].dims, inputs[1].dims);  // onShapeChange has seen them
+        Layer const described = layer(sizes);
+        int const tokens = int(sizes.tokens);
         cudaError_t const error = inputs[0].type == DataType::kHALF
                                       ? run_layer<__half>(described, tensors, tokens, tile_, workspace, stream)
                                       : run_layer<__nv_bfloat16>(described, tensors, tokens, tile_, workspace, stream);
@@ -150,7 +148,31 @@ public:
     PluginFieldCollection const* getFieldsToSerialize() noexcept override { return &collection_; }
 
 private:
-    Layer layer(int k, int n) const { return fields_.layer(k, n, sm_); }
+    Layer layer(Sizes const& sizes) const { return fields_.layer(int(sizes.k), int(sizes.n), sm_); }
+
+    // What is wrong with the inputs, whose shapes are dims(0), dims(1), ..., or nothing.
+    template <class DimsOf>
+    std::string fault(DimsOf const& dims) const {
+        Dims const &x = dims(0), &w = dims(1);
+        if (x.nbDims < 2 || w.nbDims != 2)
+            return "X must have 2 or more dimensions and W 2, got " + std::to_string(x.nbDims) + " and " +
+                   std::to_string(w.nbDims);
+        Sizes const sizes(x, w);
+        std::string const of_w = std::to_string(w.d[0]) + " x " + std::to_string(sizes.n);
+        if (!sizes.fit())
+            return "X and W must have up to " + std::to_string(MOST) + " tokens and channels, got X of " +
+                   std::to_string(sizes.tokens) + " x " + std::to_string(sizes.k) + " and W of " + of_w;
+        if (w.d[0] != sizes.k)
+            return "W must have a row for each of X's " + std::to_string(sizes.k) + " channels, got W of " + of_w;
+        for (int i = int(Input::BIAS); i <= int(Input::PERMUTATION); ++i) {
+            int const at = fields_.index_of(Input(i));
+            int64_t const wanted = Input(i) == Input::BIAS || Input(i) == Input::ROW_SUM ? sizes.n : sizes.k;
+            if (at >= 0 && (dims(at).nbDims != 1 || dims(at).d[0] != wanted))
+                return std::string(INPUT_NAMES[i]) + " must be a vector of " + std::to_string(wanted);
+        }
+        char const* const wrong = refusal(layer(sizes));
+        return wrong == nullptr ? "" : wrong + std::string(", got W of ") + of_w;
+    }
 
     bool counted(int32_t inputs, int32_t outputs) const {
         if (inputs == fields_.input_count() && outputs == 1) return true;

@@ -1,5 +1,6 @@
 // Drives every method of the plugin as TensorRT does, on a machine without a GPU: the kernels are walk.cpp's, device
 // pointers are host pointers. Prints what fails; the exit status is the number of failures.
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
@@ -127,7 +128,9 @@ void bad_fields_are_refused() {
                             {&Fields::inputs, garbage, "inputs must be bits"},
                             {&Fields::inputs, X_W | bit(Input::ROW_SUM) | bit(Input::SPARSE), "no kernel has it yet"},
                             {&Fields::inputs, X_W | bit(Input::ROW_SUM) | bit(Input::RESIDUAL_IN), "no kernel has it yet"},
-                            {&Fields::gemv_tokens, -1, "must not be negative"}}) {
+                            {&Fields::gemv_tokens, -1, "gemv_tokens must be 0 to 65535"},
+                            {&Fields::gemv_tokens, 65536, "gemv_tokens must be 0 to 65535"},
+                            {&Fields::sparse_tokens, -1, "sparse_tokens must not be negative"}}) {
         Fields fields = good();
         fields.*bad.member = bad.value;
         CHECK(create(as_vector(fields.as_fields())) == nullptr);
@@ -153,6 +156,44 @@ void bad_fields_are_refused() {
     CHECK(creator().createPlugin(nullptr, nullptr, TensorRTPhase::kRUNTIME) == nullptr);
     PluginFieldCollection const none{3, nullptr};
     CHECK(creator().createPlugin("layer", &none, TensorRTPhase::kRUNTIME) == nullptr);
+}
+
+// Each by itself, when the profile is set and when a call's shapes are; numbers that an int cuts off, too.
+void wrong_shapes_are_refused(IPluginV3& plugin) {
+    auto& build = capability<IPluginV3OneBuild>(plugin, PluginCapabilityType::kBUILD);
+    auto& runtime = capability<IPluginV3OneRuntime>(plugin, PluginCapabilityType::kRUNTIME);
+    struct Case {
+        int input;
+        std::vector<int64_t> dims;
+        char const* said;
+    };
+    int64_t const wraps = int64_t(1) << 32, huge = int64_t(1) << 62;
+    for (Case const& bad :
+         {Case{0, {}, "X must have 2 or more dimensions and W 2, got 0 and 2"}, {0, {K}, "got 1 and 2"},
+          {1, {K}, "got 3 and 1"}, {1, {}, "got 3 and 0"}, {1, {1, K, N}, "got 3 and 3"},
+          {0, {2, 3, K / 2}, "a row for each of X's 64 channels"}, {1, {K + 8, N}, "a row for each of X's 128 channels"},
+          {0, {2, 3, wraps + K}, "up to 1073741824 tokens and channels"}, {1, {wraps + K, N}, "a row for each"},
+          {1, {K, wraps + N}, "up to 1073741824"}, {0, {wraps + 2, K}, "up to 1073741824"},
+          {0, {huge, 4, K}, "got X of -1 x 128"}, {0, {huge, huge, K}, "up to 1073741824"}, {0, {-1, K}, "up to 1073741824"},
+          {0, {2, 3, 0}, "up to 1073741824"}, {1, {K, 0}, "up to 1073741824"}, {2, {N - 8}, "bias must be a vector of 24"},
+          {2, {1, N}, "bias must be a vector"}, {3, {wraps + K}, "channel_scale must be a vector of 128"},
+          {4, {}, "row_sum must be a vector of 24"}, {5, {K - 1}, "permutation must be a vector of 128"}}) {
+        auto descs = tensors_of(TOKENS, DataType::kHALF);
+        Dims& dims = descs[bad.input].dims;
+        dims.nbDims = int(bad.dims.size());
+        std::copy(bad.dims.begin(), bad.dims.end(), dims.d);
+        auto const profile = profile_of(descs);
+        for (bool const is_call : {false, true}) {
+            logger.said.clear();
+            CHECK((is_call ? runtime.onShapeChange(descs.data(), 6, &descs[6], 1)
+                           : build.configurePlugin(profile.data(), 6, &profile[6], 1)) != 0);
+            if (logger.said.find(bad.said) == std::string::npos) std::printf("said: %s\n", logger.said.c_str());
+            CHECK(logger.said.find(bad.said) != std::string::npos);
+        }
+    }
+    auto const profile = profile_of(tensors_of(TOKENS, DataType::kHALF));
+    CHECK(!build.supportsFormatCombination(-1, profile.data(), 6, 1));
+    CHECK(!build.supportsFormatCombination(7, profile.data(), 6, 1));
 }
 
 void shapes_and_formats() {
@@ -181,7 +222,7 @@ void shapes_and_formats() {
         CHECK(logger.said.find("a node must have 6 inputs and 1 output, got 5 and 1") != std::string::npos);
         profile[1].max.d[0] = K / 2;
         CHECK(build.configurePlugin(profile.data(), 6, &profile[6], 1) != 0);
-        CHECK(logger.said.find("W must have a row for each of X's 128 channels, got 64") != std::string::npos);
+        CHECK(logger.said.find("W must have a row for each of X's 128 channels, got W of 64 x 24") != std::string::npos);
         profile[1].max.d[0] = K;
         profile[2].max.d[0] = 1;
         CHECK(build.configurePlugin(profile.data(), 6, &profile[6], 1) != 0);
@@ -190,6 +231,7 @@ void shapes_and_formats() {
         CHECK(build.configurePlugin(profile.data(), 6, &profile[6], 1) != 0);
         CHECK(logger.said.find("output channels must be divisible by 8") != std::string::npos);
     }
+    wrong_shapes_are_refused(*plugin);
     DimsExprs shapes[6]{}, out{};
     shapes[0].nbDims = 3;
     shapes[1].nbDims = 2;
@@ -203,6 +245,7 @@ void shapes_and_formats() {
     shapes[1].nbDims = 3;
     CHECK(build.getOutputShapes(shapes, 6, nullptr, 0, &out, 1, *unused) != 0);
     int32_t tactics[8];
+    CHECK(build.getValidTactics(tactics, 8) != 0 && logger.said.find("room for 3 tactics, got 8") != std::string::npos);
     CHECK(build.getNbTactics() == 3 && build.getValidTactics(tactics, 3) == 0 && tactics[0] == 1 && tactics[2] == 3);
     CHECK(std::string(build.getTimingCacheID()).find("keep 2, group 4") == 0);
     CHECK(std::string(build.getMetadataString()).find("sparse_tokens 33") != std::string::npos);
