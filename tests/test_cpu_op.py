@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -23,6 +23,7 @@ import onnxruntime
 import pytest
 import torch
 from conftest import QUICK, from_make
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
 from test_kernels import assert_same_bits, awkward, the_params
 from torch import Tensor
 
@@ -55,6 +56,38 @@ def library(cpu_op: Path) -> Path:
     return cpu_op / "libnmsparse_onnxruntime.so"
 
 
+def opened(
+    library: Path,
+    names: Sequence[str],
+    stored: dict[str, np.ndarray],
+    fed: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    attributes: dict[str, Any],
+    threads: int = 1,
+    in_file: bool = True,
+) -> onnxruntime.InferenceSession:
+    """Return the session of a node for each output: all have the inputs `names`, in a file or not, or of each call.
+
+    The file has no name any more when it is loaded.
+    """
+    nodes = [onnx.helper.make_node(OP, names, [y.name], domain=DOMAIN, **attributes) for y in outputs]
+    tensors = [onnx.numpy_helper.from_array(array, name) for name, array in stored.items()]
+    graph = onnx.helper.make_graph(nodes, "nodes", fed, outputs, tensors)
+    domains = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)]
+    model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=11)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.enable_cpu_mem_arena = False  # a sanitizer then sees where each piece of memory ends
+    options.log_severity_level = 4
+    options.register_custom_ops_library(str(library))
+    with tempfile.TemporaryDirectory(prefix="nodes-") as folder:
+        path = f"{folder}/{MODEL}"
+        if in_file:
+            onnx.save_model(model, path, save_as_external_data=True)
+        graph_or_path = path if in_file else model.SerializeToString()
+        return onnxruntime.InferenceSession(graph_or_path, options, ["CPUExecutionProvider"])
+
+
 class Node:
     """Nodes of the op in a session of their own, with no function body: without the kernel they cannot run."""
 
@@ -70,42 +103,20 @@ class Node:
     ) -> None:
         """Make the session of `count` equal nodes, with what they read in a file or not.
 
-        They get `sparse` with each call where they are phased. The file has no name any more when it is loaded.
+        They get `sparse` with each call where they are phased.
         """
         tensors = {name: getattr(baked, {"W": "weight"}.get(name, name), None) for name in INPUTS[1:]}
         given = {name: t.contiguous().numpy() for name, t in tensors.items() if isinstance(t, Tensor)}
         if storage is not None:
-            if storage.bits:
-                whole, scale = storage.quantized(baked.weight)
-                given |= {"W": whole.numpy().astype(storage.weights), "weight_scale": scale.numpy()}
-            else:
-                given["W"] = given["W"].astype(storage.weights)
+            given |= stored_weight(baked.weight, storage)
         names = [n if n in {"X", *given, *(["sparse"] if phased else [])} else "" for n in INPUTS]
-        attributes = {"shift_mode": baked.shift_mode, "variance": int(baked.variance)}
-        outputs = [f"Y{number}" for number in range(count)]
-        nodes = [
-            onnx.helper.make_node(OP, names, [y], domain=DOMAIN, keep=baked.keep, group=baked.group, **attributes)
-            for y in outputs
-        ]
+        attributes = {"keep": baked.keep, "group": baked.group, "shift_mode": baked.shift_mode}
+        attributes["variance"] = int(baked.variance)
         make = onnx.helper.make_tensor_value_info
         k, n = baked.weight.shape
         inputs = [make("X", 1, ["batch", "tokens", k]), *([make("sparse", 9, [])] if phased else [])]
-        stored = [onnx.numpy_helper.from_array(array, name) for name, array in given.items()]
-        made = [make(y, 1, ["batch", "tokens", n]) for y in outputs]
-        graph = onnx.helper.make_graph(nodes, "nodes", inputs, made, stored)
-        domains = [onnx.helper.make_opsetid("", OPSET), onnx.helper.make_opsetid(DOMAIN, VERSION)]
-        model = onnx.helper.make_model(graph, opset_imports=domains, ir_version=11)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.enable_cpu_mem_arena = False  # a sanitizer then sees where each piece of memory ends
-        options.log_severity_level = 4
-        options.register_custom_ops_library(str(library))
-        with tempfile.TemporaryDirectory(prefix="nodes-") as folder:
-            path = f"{folder}/{MODEL}"
-            if in_file:
-                onnx.save_model(model, path, save_as_external_data=True)
-            graph_or_path = path if in_file else model.SerializeToString()
-            self.session = onnxruntime.InferenceSession(graph_or_path, options, ["CPUExecutionProvider"])
+        outputs = [make(f"Y{number}", 1, ["batch", "tokens", n]) for number in range(count)]
+        self.session = opened(library, names, given, inputs, outputs, attributes, threads, in_file)
 
     def all(self, x: Tensor, **feeds: np.ndarray) -> list[Tensor]:
         """Return what each node gives."""
@@ -114,6 +125,14 @@ class Node:
 
     def __call__(self, x: Tensor, **feeds: np.ndarray) -> Tensor:
         return self.all(x, **feeds)[0]
+
+
+def stored_weight(weight: Tensor, storage: Storage) -> dict[str, np.ndarray]:
+    """Return W `[K, N]`, and where it is of integers weight_scale, as they are stored."""
+    if not storage.bits:
+        return {"W": weight.contiguous().numpy().astype(storage.weights)}
+    whole, scale = storage.quantized(weight)
+    return {"W": whole.numpy().astype(storage.weights), "weight_scale": scale.numpy()}
 
 
 def identity(params: Params, k: int) -> Baked:
@@ -130,19 +149,26 @@ def layer(params: Params, k: int, n: int, bias: bool = True, rank: int = 0, seed
     return bake(weight, torch.randn(n, generator=generator) if bias else None, params)
 
 
-def exact(x: Tensor, baked: Baked, sparse: bool = True) -> Tensor:
-    """Return y in float64 for the mask, the shift and the scale that the reference finds in float32."""
+def exact(x: Tensor, baked: Baked, sparse: bool = True, absolute: bool = False) -> Tensor:
+    """Return y in float64 for the mask, the shift and the scale that the reference finds in float32.
+
+    With `absolute`, what its products add up to without their signs.
+    """
+
+    def of(part: Tensor) -> Tensor:
+        return part.double().abs() if absolute else part.double()
+
     z, zs, eta = prune(x, baked)
     if not sparse:
         zs = z
-    y = zs.double() @ baked.weight.double()
+    y = of(zs) @ of(baked.weight)
     if baked.variance and sparse:
         y *= token_scale(z.double(), zs.double())
     if baked.row_sum is not None and eta is not None:
-        y += eta.double() * baked.row_sum.double()
+        y += of(eta) * of(baked.row_sum)
     if baked.residual_in is not None and baked.residual_out is not None and sparse:
-        y += (z - zs).double() @ baked.residual_in.double() @ baked.residual_out.double()
-    return y if baked.bias is None else y + baked.bias.double()
+        y += of(z - zs) @ of(baked.residual_in) @ of(baked.residual_out)
+    return y if baked.bias is None else y + of(baked.bias)
 
 
 def error(found: Tensor, expected: Tensor) -> float:
@@ -449,20 +475,63 @@ def test_weights_of_a_file_are_in_huge_pages_and_nowhere_else(library: Path, wei
     assert huge() <= before + slack
 
 
+ORDER = torch.arange(8)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"keep": 5}, "keep must be from 1 to group, got 5:4"),
         ({"group": 7}, "K must be a multiple of group, got 8 and 7"),
-        ({"shift_mode": "mean"}, "shift_mode must be none, static, token_mean or token_median, got mean"),
-        ({"bias": torch.ones(3)}, r"bias must be of shape \[2\]"),
-        ({"shift_mode": "static"}, "shift must be there where shift_mode is static"),
+        ({"group": 2**62}, "K must be a multiple of group, got 8 and 4611686018427387904"),
+        ({"variance": 2}, "variance must be 0 or 1, got 2"),
+        ({"shift_mode": "mean"}, 'shift_mode must be none, static, token_mean or token_median, got "mean"'),
+        ({"shift_mode": "none\0"}, r'shift_mode must be .*, got "none\\x00"'),
+        ({"shift_mode": "static\0", "shift": torch.ones(8)}, r'shift_mode must be .*, got "static\\x00"'),
+        ({"bias": torch.ones(3)}, r"bias must be of shape \[2\], got \[3\]"),
+        ({"weight": torch.ones(0, 2)}, "K must be from 1 to 1073741824, got 0"),
+        ({"shift_mode": "static"}, "shift must be there where shift_mode is static, and nowhere else, got none"),
+        ({"shift": torch.ones(8)}, "shift must be there where shift_mode is static, and nowhere else, got one"),
+        ({"shift_mode": "token_mean"}, "row_sum must be there where shift_mode is token_mean or token_median"),
+        ({"shift_mode": "token_median"}, "row_sum must be there where shift_mode is token_mean or token_median"),
+        ({"row_sum": torch.ones(2)}, "row_sum must be there where .*, and nowhere else, got one"),
+        ({"residual_in": torch.ones(8, 3)}, "residual_out must be there where residual_in is, .* got none"),
+        ({"residual_out": torch.ones(3, 2)}, "residual_out must be there where residual_in is, .* got one"),
+        ({"permutation": ORDER[:7]}, r"permutation must be of shape \[8\], got \[7\]"),
+        *(
+            ({"permutation": ORDER.where(ORDER != 3, wrong)}, f"every channel from 0 to 7 once, got {said} at place")
+            for wrong, said in [(n, n) for n in (8, 9, 100, -1, 10**6, 2**62, -(2**63))] + [(4, "4 again")]
+        ),
     ],
 )
-def test_a_wrong_node_is_refused(library: Path, changes: dict[str, Any], said: str) -> None:
+def test_a_wrong_node_is_refused_when_its_session_is_made(library: Path, changes: dict[str, Any], said: str) -> None:
     baked = bake(torch.ones(2, 8), None, Params(2, 4))
-    with pytest.raises(Exception, match=said):
-        Node(library, Baked(**{**vars(baked), **changes}))(torch.ones(1, 8))
+    with pytest.raises(RuntimeException, match=f"nmsparse::SparseLinear: .*{said}"):
+        Node(library, Baked(**{**vars(baked), **changes}))
+
+
+@pytest.mark.parametrize("entry", [4, 16, 17, 100, -1, 10**6, 2**62])
+def test_an_order_that_is_fed_is_looked_at_in_every_call(library: Path, entry: int) -> None:
+    params = the_params(2, 4, 16, "none", permuted=True)
+    baked = layer(params, 16, 8)
+    make, order = onnx.helper.make_tensor_value_info, np.arange(16)
+    stored = {"W": baked.weight.numpy(), "channel_scale": baked.channel_scale.numpy(), "bias": baked.bias.numpy()}
+    names = [name if name in {"X", "permutation", *stored} else "" for name in INPUTS]
+    inputs, attributes = [make("X", 1, None), make("permutation", 7, None)], {"keep": 2, "group": 4, "variance": 1}
+    run = opened(library, names, stored, inputs, [make("Y", 1, None)], attributes | {"shift_mode": "none"})
+    x, wrong = torch.randn(3, 16), np.where(order == 5, entry, order)
+    for right in (order, params.permutation.numpy()):
+        with pytest.raises(InvalidArgument, match=f"permutation must hold .* once, got {entry}( again)? at place 5"):
+            run.run(None, {"X": x.numpy(), "permutation": wrong})
+        found = torch.from_numpy(run.run(None, {"X": x.numpy(), "permutation": right})[0])
+        assert error(found, exact(x, replace(baked, permutation=torch.from_numpy(right)))) < 2e-6
+
+
+def test_a_call_for_which_there_is_no_memory_ends_with_an_error(library: Path) -> None:
+    node = Node(library, bake(torch.ones(2**22, 1), None, Params(1, 1)), in_file=False)
+    with pytest.raises(Exception, match="SparseLinear"):  # 16 TiB
+        node(torch.ones(2**20, 1))
+    assert torch.equal(node(torch.ones(1, 1)), torch.ones(1, 2**22))
 
 
 @pytest.fixture(scope="module")

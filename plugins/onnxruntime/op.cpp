@@ -3,12 +3,19 @@
 //
 // A call of tokens goes, in chunks, through `choose` (parallel over tokens), `product` (over tiles of columns and parts
 // of the rows) and `epilogue` (at once where a tile has one part). Threads and memory are ONNX Runtime's.
+//
+// Nothing of a node is trusted that is an index, a count or a shape: `Kernel` checks what is constant when the session
+// is made, and every call the rest, before anything is written.
 #define ORT_API_MANUAL_INIT
 #include <onnxruntime_cxx_api.h>
 #undef ORT_API_MANUAL_INIT
 
 #include <algorithm>
+#include <array>
+#include <cstdio>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <new>
 #include <string>
 #include <vector>
@@ -25,10 +32,60 @@ using cpu::Layer;
 using cpu::Lists;
 using cpu::Token;
 
-constexpr int64_t WORTH_WAKING = 1 << 15;  // numbers: to choose among fewer takes less time than to wake a thread
+using Shape = std::vector<int64_t>;
+// What a node has of each input; null where it has none.
+using Values = std::array<Ort::ConstValue, static_cast<size_t>(Input::COUNT)>;
+
+constexpr int64_t WORTH_WAKING = 1 << 15;   // numbers: to choose among fewer takes less time than to wake a thread
+constexpr int64_t MOST_CHANNELS = 1 << 30;  // whose numbers are 32-bit integers, with room for the last vector
 
 [[noreturn]] void refuse(std::string const& what) {
     throw Ort::Exception("nmsparse::SparseLinear: " + what, ORT_INVALID_ARGUMENT);
+}
+
+// Runs `body` for ONNX Runtime, which is C: whatever is thrown becomes a status.
+template <class Body>
+OrtStatusPtr status_of(Body const& body) noexcept {
+    try {
+        body();
+        return nullptr;
+    } catch (Ort::Exception const& error) {
+        return Ort::Status(error).release();
+    } catch (std::bad_alloc const&) {
+        return Ort::Status("nmsparse::SparseLinear: there must be memory for the call, got none.", ORT_FAIL).release();
+    } catch (std::exception const& error) {
+        return Ort::Status(error.what(), ORT_FAIL).release();
+    }
+}
+
+char const* name_of(Input which) { return INPUT_NAMES[static_cast<size_t>(which)]; }
+
+Shape shape_of(Ort::ConstValue const& value) { return value.GetTensorTypeAndShapeInfo().GetShape(); }
+
+std::string text(Shape const& shape) {
+    std::string found;
+    for (int64_t const size : shape) found += (found.empty() ? "" : ", ") + std::to_string(size);
+    return "[" + found + "]";
+}
+
+// A user's bytes, as a C string and UTF-8 can hold them.
+std::string text(std::string const& bytes) {
+    std::string found;
+    for (unsigned char const byte : bytes) {
+        char escaped[5];
+        std::snprintf(escaped, sizeof escaped, byte < ' ' || byte > '~' ? "\\x%02x" : "%c", byte);
+        found += escaped;
+    }
+    return "\"" + found + "\"";
+}
+
+template <class T>
+T attribute(Ort::ConstKernelInfo const& info, char const* name, char const* type) {
+    try {
+        return info.GetAttribute<T>(name);
+    } catch (Ort::Exception const& error) {
+        refuse(std::string(name) + " must be " + type + ", got: " + error.what());
+    }
 }
 
 // Memory of one call, from the allocator of the session.
@@ -54,101 +111,161 @@ private:
     std::vector<void*> parts_;
 };
 
+// Of what several threads throw, which ONNX Runtime's must not see, one is thrown on.
 template <class Body>
 void parallel(Ort::KernelContext const& context, int64_t count, bool worth, Body const& body) {
     if (count == 1 || !worth) {
         for (int64_t i = 0; i < count; ++i) body(i);
         return;
     }
-    auto const call = [](void* data, size_t i) { (*static_cast<Body const*>(data))(static_cast<int64_t>(i)); };
-    context.ParallelFor(call, count, 0, const_cast<Body*>(&body));
+    struct Work {
+        Body const& body;
+        std::mutex mutex;
+        std::exception_ptr error;
+    } work{body, {}, nullptr};
+    auto const call = [](void* data, size_t i) {
+        Work& work = *static_cast<Work*>(data);
+        try {
+            work.body(static_cast<int64_t>(i));
+        } catch (...) {
+            std::lock_guard<std::mutex> const lock(work.mutex);
+            work.error = std::current_exception();
+        }
+    };
+    context.ParallelFor(call, count, 0, &work);
+    if (work.error != nullptr) std::rethrow_exception(work.error);
+}
+
+// Refuses what does not hold every number from 0 to `count` - 1 once.
+void check_permutation(int64_t const* entries, int64_t count, OrtAllocator* allocator) {
+    Memory memory(allocator);
+    bool* const found = memory.of<bool>(count);
+    std::fill(found, found + count, false);
+    for (int64_t i = 0; i < count; ++i) {
+        int64_t const entry = entries[i];
+        bool const is_channel = 0 <= entry && entry < count;
+        if (!is_channel || found[entry])
+            refuse("permutation must hold every channel from 0 to " + std::to_string(count - 1) + " once, got " +
+                   std::to_string(entry) + (is_channel ? " again" : "") + " at place " + std::to_string(i) + ".");
+        found[entry] = true;
+    }
 }
 
 class Kernel {
 public:
-    Kernel(OrtApi const&, OrtKernelInfo const* raw) {
+    explicit Kernel(OrtKernelInfo const* raw) {
         Ort::ConstKernelInfo const info(raw);
-        keep_ = info.GetAttribute<int64_t>("keep");
-        group_ = info.GetAttribute<int64_t>("group");
-        variance_ = info.GetAttribute<int64_t>("variance") != 0;
-        std::string const mode = info.GetAttribute<std::string>("shift_mode");
-        auto const end = std::end(SHIFT_MODE_NAMES), found = std::find(SHIFT_MODE_NAMES, end, mode);
-        if (found == end) refuse("shift_mode must be none, static, token_mean or token_median, got " + mode + ".");
-        shift_mode_ = static_cast<ShiftMode>(found - SHIFT_MODE_NAMES);
+        keep_ = attribute<int64_t>(info, "keep", "an integer");
+        group_ = attribute<int64_t>(info, "group", "an integer");
         if (!(0 < keep_ && keep_ <= group_))
             refuse("keep must be from 1 to group, got " + std::to_string(keep_) + ":" + std::to_string(group_) + ".");
-        int constant = 0;
-        Ort::ConstValue const w = info.GetTensorConstantInput(static_cast<size_t>(Input::W), &constant);
-        if (constant)
+        int64_t const variance = attribute<int64_t>(info, "variance", "an integer");
+        if (variance != 0 && variance != 1) refuse("variance must be 0 or 1, got " + std::to_string(variance) + ".");
+        variance_ = variance != 0;
+        std::string const mode = attribute<std::string>(info, "shift_mode", "a string");
+        auto const end = std::end(SHIFT_MODE_NAMES), found = std::find(SHIFT_MODE_NAMES, end, mode);
+        if (found == end)
+            refuse("shift_mode must be none, static, token_mean or token_median, got " + text(mode) + ".");
+        shift_mode_ = static_cast<ShiftMode>(found - SHIFT_MODE_NAMES);
+        OrtAllocator* allocator = nullptr;
+        Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(raw, OrtMemTypeDefault, &allocator));
+        allocator_.reset(allocator);
+
+        Values constants{};
+        for (size_t i = 0; i < std::min(info.GetInputCount(), has_.size()); ++i) {
+            has_[i] = !info.GetInputName(i).empty();
+            int constant = 0;
+            Ort::ConstValue const value = has_[i] ? info.GetTensorConstantInput(i, &constant) : Ort::ConstValue{};
+            if (constant) constants[i] = value;
+        }
+        expect(Input::SHIFT, shift_mode_ == ShiftMode::STATIC, "shift_mode is static");
+        expect(Input::ROW_SUM, shift_mode_ == ShiftMode::TOKEN_MEAN || shift_mode_ == ShiftMode::TOKEN_MEDIAN,
+               "shift_mode is token_mean or token_median");
+        expect(Input::RESIDUAL_OUT, has(Input::RESIDUAL_IN), "residual_in is");
+        if (Ort::ConstValue const w = of(constants, Input::W)) {
+            described(constants);
             w_ = in_huge_pages(w.GetTensorRawData(), cpu::bytes(kind(w), w.GetTensorTypeAndShapeInfo().GetElementCount()));
-        Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(raw, OrtMemTypeDefault, &allocator_));
+        }
+        if (Ort::ConstValue const order = of(constants, Input::PERMUTATION)) {
+            int64_t const count = order.GetTensorTypeAndShapeInfo().GetElementCount();
+            check_permutation(order.GetTensorData<int64_t>(), count, allocator_.get());
+            permutation_is_checked_ = true;
+        }
     }
-    Kernel(Kernel const&) = delete;
-    Kernel& operator=(Kernel const&) = delete;
-    ~Kernel() { Ort::GetApi().ReleaseAllocator(allocator_); }
 
     OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
-        try {
-            compute(Ort::KernelContext(raw));
-        } catch (Ort::Exception const& error) {
-            return Ort::Status(error).release();
-        } catch (std::exception const& error) {
-            return Ort::Status(error.what(), ORT_FAIL).release();
-        }
-        return nullptr;
+        return status_of([&] { compute(Ort::KernelContext(raw)); });
     }
 
 private:
-    static Ort::ConstValue input(Ort::KernelContext const& context, Input which) {
-        return context.GetInput(static_cast<size_t>(which));
+    static Ort::ConstValue of(Values const& values, Input which) { return values[static_cast<size_t>(which)]; }
+
+    bool has(Input which) const { return has_[static_cast<size_t>(which)]; }
+
+    void expect(Input which, bool wanted, std::string const& where) const {
+        if (has(which) != wanted)
+            refuse(std::string(name_of(which)) + " must be there where " + where + ", and nowhere else, got " +
+                   (wanted ? "none" : "one") + ".");
     }
 
-    // The numbers of an input, or null where the node has none; `shape` is what they must be.
-    template <class T>
-    static T const* given(Ort::KernelContext const& context, Input which, std::vector<int64_t> const& shape) {
-        Ort::ConstValue const value = input(context, which);
+    // The numbers of an input, or null where there are none; `shape` is what they must be.
+    template <class T = float>
+    static T const* given(Values const& values, Input which, Shape const& shape) {
+        Ort::ConstValue const value = of(values, which);
         if (!value) return nullptr;
-        if (value.GetTensorTypeAndShapeInfo().GetShape() != shape) {
-            std::string text;
-            for (int64_t const size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
-            refuse(std::string(INPUT_NAMES[static_cast<int>(which)]) + " must be of shape [" + text + "].");
-        }
+        if (Shape const found = shape_of(value); found != shape)
+            refuse(std::string(name_of(which)) + " must be of shape " + text(shape) + ", got " + text(found) + ".");
         return value.GetTensorData<T>();
     }
 
-    void compute(Ort::KernelContext const& context) {
-        Ort::ConstValue const x = input(context, Input::X), w = input(context, Input::W);
-        std::vector<int64_t> shape = x.GetTensorTypeAndShapeInfo().GetShape();
-        std::vector<int64_t> const of_w = w.GetTensorTypeAndShapeInfo().GetShape();
-        if (shape.empty() || of_w.size() != 2 || shape.back() != of_w[0]) refuse("X must be [..., K] and W [K, N].");
+    // The layer that the inputs but X make. When the session is made, those are there that are constant, W among them.
+    Layer described(Values const& values) const {
+        Ort::ConstValue const w = of(values, Input::W), thin = of(values, Input::RESIDUAL_IN);
+        Shape const of_w = shape_of(w);
+        if (of_w.size() != 2) refuse("W must be of shape [K, N], got " + text(of_w) + ".");
         Layer layer{};
         layer.k = of_w[0], layer.n = of_w[1];
-        if (layer.k == 0 || layer.k % group_ != 0)
+        if (layer.k < 1 || layer.k > MOST_CHANNELS)
+            refuse("K must be from 1 to " + std::to_string(MOST_CHANNELS) + ", got " + std::to_string(layer.k) + ".");
+        if (layer.k % group_ != 0)
             refuse("K must be a multiple of group, got " + std::to_string(layer.k) + " and " + std::to_string(group_) +
                    ".");
-        shape.pop_back();
-        layer.tokens = 1;
-        for (int64_t const size : shape) layer.tokens *= size;
-        shape.push_back(layer.n);
         layer.keep = keep_, layer.group = group_, layer.shift_mode = shift_mode_, layer.variance = variance_;
-        layer.x = x.GetTensorData<float>();
-        layer.w = weight(context, w, layer.k, layer.n);
-        layer.bias = given<float>(context, Input::BIAS, {layer.n});
-        layer.channel_scale = given<float>(context, Input::CHANNEL_SCALE, {layer.k});
-        layer.shift = given<float>(context, Input::SHIFT, {layer.k});
-        layer.row_sum = given<float>(context, Input::ROW_SUM, {layer.n});
-        layer.permutation = given<int64_t>(context, Input::PERMUTATION, {layer.k});
-        if (Ort::ConstValue const thin = input(context, Input::RESIDUAL_IN)) {
-            std::vector<int64_t> const of_thin = thin.GetTensorTypeAndShapeInfo().GetShape();
-            layer.rank = of_thin.size() == 2 ? of_thin[1] : 0;
-            layer.residual_in = given<float>(context, Input::RESIDUAL_IN, {layer.k, layer.rank});
-            layer.residual_out = given<float>(context, Input::RESIDUAL_OUT, {layer.rank, layer.n});
-            if (layer.residual_out == nullptr) refuse("residual_out must be there with residual_in.");
+        layer.w = weight(values, layer.k, layer.n);
+        layer.bias = given(values, Input::BIAS, {layer.n});
+        layer.channel_scale = given(values, Input::CHANNEL_SCALE, {layer.k});
+        layer.shift = given(values, Input::SHIFT, {layer.k});
+        layer.row_sum = given(values, Input::ROW_SUM, {layer.n});
+        layer.permutation = given<int64_t>(values, Input::PERMUTATION, {layer.k});
+        if (!thin) return layer;
+        Shape const of_thin = shape_of(thin);
+        layer.rank = of_thin.size() == 2 ? of_thin[1] : 0;
+        if (layer.rank > MOST_CHANNELS)
+            refuse("r must be at most " + std::to_string(MOST_CHANNELS) + ", got " + std::to_string(layer.rank) + ".");
+        layer.residual_in = given(values, Input::RESIDUAL_IN, {layer.k, layer.rank});
+        layer.residual_out = given(values, Input::RESIDUAL_OUT, {layer.rank, layer.n});
+        return layer;
+    }
+
+    void compute(Ort::KernelContext const& context) {
+        Values values{};
+        for (size_t i = 0; i < values.size(); ++i) {
+            if (has_[i]) values[i] = context.GetInput(i);
+            if (has_[i] && !values[i]) refuse(std::string(INPUT_NAMES[i]) + " must be there, got none.");
         }
-        if ((shift_mode_ == ShiftMode::STATIC) != (layer.shift != nullptr))
-            refuse("shift must be there where shift_mode is static, and nowhere else.");
-        bool const* const sparse = given<bool>(context, Input::SPARSE, {});
-        layer.sparse = sparse == nullptr || *sparse;
+        Layer layer = described(values);
+        Ort::ConstValue const x = of(values, Input::X);
+        Shape shape = shape_of(x);
+        if (shape.empty() || shape.back() != layer.k)
+            refuse("X must be of shape [..., " + std::to_string(layer.k) + "], got " + text(shape) + ".");
+        if (layer.permutation != nullptr && !permutation_is_checked_)
+            check_permutation(layer.permutation, layer.k, allocator_.get());
+        layer.tokens = static_cast<int64_t>(x.GetTensorTypeAndShapeInfo().GetElementCount()) / layer.k;
+        layer.x = x.GetTensorData<float>();
+        // A byte, because a bool that is neither 0 nor 1 is none.
+        auto const* const sparse = given<uint8_t>(values, Input::SPARSE, {});
+        layer.sparse = sparse == nullptr || *sparse != 0;
+        shape.back() = layer.n;
         layer.y = context.GetOutput(0, shape).GetTensorMutableData<float>();
         if (layer.tokens == 0 || layer.n == 0) return;
         if (!layer.sparse) layer.rank = 0;
@@ -162,21 +279,20 @@ private:
             case ONNX_TENSOR_ELEMENT_DATA_TYPE_BFLOAT16: return cpu::Kind::BFLOAT16;
             case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT8: return cpu::Kind::INT8;
             case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT4: return cpu::Kind::INT4;
-            default: refuse("W must be of float32, float16, bfloat16, int8 or int4.");
+            default: refuse("W must be of float32, float16, bfloat16, int8 or int4, got another type.");
         }
     }
 
-    cpu::Weight weight(Ort::KernelContext const& context, Ort::ConstValue const& w, int64_t k, int64_t n) const {
+    cpu::Weight weight(Values const& values, int64_t k, int64_t n) const {
+        Ort::ConstValue const w = of(values, Input::W), scale = of(values, Input::WEIGHT_SCALE);
         cpu::Weight found{kind(w), w_ == nullptr ? w.GetTensorRawData() : w_.get(), n, nullptr, k};
-        Ort::ConstValue const scale = input(context, Input::WEIGHT_SCALE);
-        bool const integers = found.kind == cpu::Kind::INT8 || found.kind == cpu::Kind::INT4;
-        if (integers != static_cast<bool>(scale))
-            refuse("weight_scale must be there where W is of integers, and nowhere else.");
+        expect(Input::WEIGHT_SCALE, found.kind == cpu::Kind::INT8 || found.kind == cpu::Kind::INT4, "W is of integers");
         if (found.kind == cpu::Kind::INT4 && n % 2 != 0) refuse("W of int4 must have an even N, got " + std::to_string(n) + ".");
         if (!scale) return found;
-        std::vector<int64_t> const shape = scale.GetTensorTypeAndShapeInfo().GetShape();
+        Shape const shape = shape_of(scale);
         if (shape.size() != 2 || shape[0] < 1 || shape[1] != n || k % shape[0] != 0)
-            refuse("weight_scale must be of shape [B, N], with B a divisor of K.");
+            refuse("weight_scale must be of shape [B, " + std::to_string(n) + "], with B a divisor of " + std::to_string(k) +
+                   ", got " + text(shape) + ".");
         found.scale = scale.GetTensorData<float>(), found.rows = k / shape[0];
         if (found.rows != k && found.rows % 16 != 0)
             refuse("K / B must be K or a multiple of 16, got " + std::to_string(found.rows) + ".");
@@ -187,7 +303,7 @@ private:
         int64_t const k = layer.k, n = layer.n, rank = layer.rank;
         // As many tokens in each chunk.
         int64_t const most = ceil_div(layer.tokens, ceil_div(layer.tokens, cpu::CHUNK));
-        Memory memory(allocator_);
+        Memory memory(allocator_.get());
         auto const lists = [&](int64_t rows, int64_t block, bool listed) {
             int64_t const capacity = cpu::round_up(rows, cpu::STEP);
             Lists found{rows, capacity, block, nullptr, memory.of<float>(most * capacity), nullptr};
@@ -253,23 +369,22 @@ private:
             thin.ends[t * thin.blocks() + b] = static_cast<int32_t>(std::min((b + 1) * thin.block, rank));
     }
 
+    struct Release {
+        void operator()(OrtAllocator* allocator) const { Ort::GetApi().ReleaseAllocator(allocator); }
+    };
+
     int64_t keep_, group_;
     ShiftMode shift_mode_;
     bool variance_;
-    OrtAllocator* allocator_ = nullptr;
+    std::array<bool, static_cast<size_t>(Input::COUNT)> has_{};  // whether the node has an input
+    bool permutation_is_checked_ = false;                        // when the session was made
+    std::unique_ptr<OrtAllocator, Release> allocator_;
     std::shared_ptr<void const> w_;  // null where W is read from where it is
 };
 
 struct Op : Ort::CustomOpBase<Op, Kernel, true> {
-    OrtStatusPtr CreateKernelV2(OrtApi const& api, OrtKernelInfo const* info, void** kernel) const {
-        try {
-            *kernel = new Kernel(api, info);
-        } catch (Ort::Exception const& error) {
-            return Ort::Status(error).release();
-        } catch (std::exception const& error) {
-            return Ort::Status(error.what(), ORT_FAIL).release();
-        }
-        return nullptr;
+    OrtStatusPtr CreateKernelV2(OrtApi const&, OrtKernelInfo const* info, void** kernel) const {
+        return status_of([&] { *kernel = new Kernel(info); });
     }
 
     char const* GetName() const { return OP_NAME; }
@@ -300,7 +415,7 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
     }
     Ort::InitApi(api);
     static nmsparse::Op const op;
-    try {
+    return nmsparse::status_of([&] {
         // The options keep the domain, and who made them frees it no earlier.
         static Ort::CustomOpDomain const domain = [] {
             Ort::CustomOpDomain made(nmsparse::DOMAIN_NAME);
@@ -308,8 +423,5 @@ extern "C" __attribute__((visibility("default"))) OrtStatus* RegisterCustomOps(O
             return made;
         }();
         Ort::UnownedSessionOptions(options).Add(domain);
-    } catch (Ort::Exception const& error) {
-        return Ort::Status(error).release();
-    }
-    return nullptr;
+    });
 }
