@@ -13,6 +13,7 @@
 #include <algorithm>
 #include <array>
 #include <cstdio>
+#include <cstring>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -61,6 +62,7 @@ OrtStatusPtr status_of(Body const& body) noexcept {
 char const* name_of(Input which) { return INPUT_NAMES[static_cast<size_t>(which)]; }
 
 Shape shape_of(Ort::ConstValue const& value) { return value.GetTensorTypeAndShapeInfo().GetShape(); }
+int64_t count_of(Ort::ConstValue const& value) { return value.GetTensorTypeAndShapeInfo().GetElementCount(); }
 
 std::string text(Shape const& shape) {
     std::string found;
@@ -88,7 +90,7 @@ T attribute(Ort::ConstKernelInfo const& info, char const* name, char const* type
     }
 }
 
-// Memory of one call, from the allocator of the session.
+// Memory of one call or one node, from the allocator of the session.
 class Memory {
 public:
     explicit Memory(OrtAllocator* allocator) : allocator_(allocator) {}
@@ -153,7 +155,7 @@ void check_permutation(int64_t const* entries, int64_t count, OrtAllocator* allo
 
 class Kernel {
 public:
-    explicit Kernel(OrtKernelInfo const* raw) {
+    explicit Kernel(OrtKernelInfo const* raw) : allocator_(allocator_of(raw)), copies_(allocator_.get()) {
         Ort::ConstKernelInfo const info(raw);
         keep_ = attribute<int64_t>(info, "keep", "an integer");
         group_ = attribute<int64_t>(info, "group", "an integer");
@@ -167,30 +169,25 @@ public:
         if (found == end)
             refuse("shift_mode must be none, static, token_mean or token_median, got " + text(mode) + ".");
         shift_mode_ = static_cast<ShiftMode>(found - SHIFT_MODE_NAMES);
-        OrtAllocator* allocator = nullptr;
-        Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(raw, OrtMemTypeDefault, &allocator));
-        allocator_.reset(allocator);
-
         Values constants{};
         for (size_t i = 0; i < std::min(info.GetInputCount(), has_.size()); ++i) {
             has_[i] = !info.GetInputName(i).empty();
             int constant = 0;
             Ort::ConstValue const value = has_[i] ? info.GetTensorConstantInput(i, &constant) : Ort::ConstValue{};
             if (constant) constants[i] = value;
+            if (constant && i != static_cast<size_t>(Input::W)) kept_[i] = placed(static_cast<Input>(i), value, copies_);
         }
         expect(Input::SHIFT, shift_mode_ == ShiftMode::STATIC, "shift_mode is static");
         expect(Input::ROW_SUM, shift_mode_ == ShiftMode::TOKEN_MEAN || shift_mode_ == ShiftMode::TOKEN_MEDIAN,
                "shift_mode is token_mean or token_median");
         expect(Input::RESIDUAL_OUT, has(Input::RESIDUAL_IN), "residual_in is");
         if (Ort::ConstValue const w = of(constants, Input::W)) {
-            described(constants);
-            w_ = in_huge_pages(w.GetTensorRawData(), cpu::bytes(kind(w), w.GetTensorTypeAndShapeInfo().GetElementCount()));
+            described(constants, copies_);
+            w_ = in_huge_pages(w.GetTensorRawData(), cpu::bytes(kind(w), count_of(w)));
+            kept_[static_cast<size_t>(Input::W)] = w_ == nullptr ? placed(Input::W, w, copies_) : w_.get();
         }
-        if (Ort::ConstValue const order = of(constants, Input::PERMUTATION)) {
-            int64_t const count = order.GetTensorTypeAndShapeInfo().GetElementCount();
-            check_permutation(order.GetTensorData<int64_t>(), count, allocator_.get());
-            permutation_is_checked_ = true;
-        }
+        if (Ort::ConstValue const order = of(constants, Input::PERMUTATION))
+            check_permutation(numbers_of<int64_t>(constants, Input::PERMUTATION, copies_), count_of(order), allocator_.get());
     }
 
     OrtStatusPtr ComputeV2(OrtKernelContext* raw) {
@@ -208,18 +205,38 @@ private:
                    (wanted ? "none" : "one") + ".");
     }
 
+    // Where the numbers of an input are: in a copy where they do not lie as their type must, which no file sees to.
+    static void const* placed(Input which, Ort::ConstValue const& value, Memory& memory) {
+        void const* const data = value.GetTensorRawData();
+        int64_t const count = count_of(value);
+        size_t const width = which == Input::PERMUTATION ? sizeof(int64_t)
+                             : which == Input::SPARSE    ? 1
+                             : which == Input::W         ? std::max<size_t>(cpu::bytes(kind(value), 1), 1)
+                                                         : sizeof(float);
+        if (reinterpret_cast<uintptr_t>(data) % width == 0) return data;
+        void* const copy = memory.of<char>(width * count);
+        return std::memcpy(copy, data, width * count);
+    }
+
+    template <class T>
+    T const* numbers_of(Values const& values, Input which, Memory& memory) const {
+        void const* const kept = kept_[static_cast<size_t>(which)];
+        return static_cast<T const*>(kept == nullptr ? placed(which, of(values, which), memory) : kept);
+    }
+
     // The numbers of an input, or null where there are none; `shape` is what they must be.
     template <class T = float>
-    static T const* given(Values const& values, Input which, Shape const& shape) {
+    T const* given(Values const& values, Input which, Shape const& shape, Memory& memory) const {
         Ort::ConstValue const value = of(values, which);
         if (!value) return nullptr;
         if (Shape const found = shape_of(value); found != shape)
             refuse(std::string(name_of(which)) + " must be of shape " + text(shape) + ", got " + text(found) + ".");
-        return value.GetTensorData<T>();
+        return numbers_of<T>(values, which, memory);
     }
 
-    // The layer that the inputs but X make. When the session is made, those are there that are constant, W among them.
-    Layer described(Values const& values) const {
+    // The layer that the inputs but X make, without W's numbers. When the session is made, those are there that are
+    // constant, W among them.
+    Layer described(Values const& values, Memory& memory) const {
         Ort::ConstValue const w = of(values, Input::W), thin = of(values, Input::RESIDUAL_IN);
         Shape const of_w = shape_of(w);
         if (of_w.size() != 2) refuse("W must be of shape [K, N], got " + text(of_w) + ".");
@@ -231,19 +248,19 @@ private:
             refuse("K must be a multiple of group, got " + std::to_string(layer.k) + " and " + std::to_string(group_) +
                    ".");
         layer.keep = keep_, layer.group = group_, layer.shift_mode = shift_mode_, layer.variance = variance_;
-        layer.w = weight(values, layer.k, layer.n);
-        layer.bias = given(values, Input::BIAS, {layer.n});
-        layer.channel_scale = given(values, Input::CHANNEL_SCALE, {layer.k});
-        layer.shift = given(values, Input::SHIFT, {layer.k});
-        layer.row_sum = given(values, Input::ROW_SUM, {layer.n});
-        layer.permutation = given<int64_t>(values, Input::PERMUTATION, {layer.k});
+        layer.w = weight(values, layer.k, layer.n, memory);
+        layer.bias = given(values, Input::BIAS, {layer.n}, memory);
+        layer.channel_scale = given(values, Input::CHANNEL_SCALE, {layer.k}, memory);
+        layer.shift = given(values, Input::SHIFT, {layer.k}, memory);
+        layer.row_sum = given(values, Input::ROW_SUM, {layer.n}, memory);
+        layer.permutation = given<int64_t>(values, Input::PERMUTATION, {layer.k}, memory);
         if (!thin) return layer;
         Shape const of_thin = shape_of(thin);
         layer.rank = of_thin.size() == 2 ? of_thin[1] : 0;
         if (layer.rank > MOST_CHANNELS)
             refuse("r must be at most " + std::to_string(MOST_CHANNELS) + ", got " + std::to_string(layer.rank) + ".");
-        layer.residual_in = given(values, Input::RESIDUAL_IN, {layer.k, layer.rank});
-        layer.residual_out = given(values, Input::RESIDUAL_OUT, {layer.rank, layer.n});
+        layer.residual_in = given(values, Input::RESIDUAL_IN, {layer.k, layer.rank}, memory);
+        layer.residual_out = given(values, Input::RESIDUAL_OUT, {layer.rank, layer.n}, memory);
         return layer;
     }
 
@@ -253,17 +270,19 @@ private:
             if (has_[i]) values[i] = context.GetInput(i);
             if (has_[i] && !values[i]) refuse(std::string(INPUT_NAMES[i]) + " must be there, got none.");
         }
-        Layer layer = described(values);
+        Memory memory(allocator_.get());
+        Layer layer = described(values, memory);
+        layer.w.data = numbers_of<void>(values, Input::W, memory);
         Ort::ConstValue const x = of(values, Input::X);
         Shape shape = shape_of(x);
         if (shape.empty() || shape.back() != layer.k)
             refuse("X must be of shape [..., " + std::to_string(layer.k) + "], got " + text(shape) + ".");
-        if (layer.permutation != nullptr && !permutation_is_checked_)
+        if (layer.permutation != nullptr && kept_[static_cast<size_t>(Input::PERMUTATION)] == nullptr)
             check_permutation(layer.permutation, layer.k, allocator_.get());
-        layer.tokens = static_cast<int64_t>(x.GetTensorTypeAndShapeInfo().GetElementCount()) / layer.k;
-        layer.x = x.GetTensorData<float>();
+        layer.tokens = count_of(x) / layer.k;
+        layer.x = numbers_of<float>(values, Input::X, memory);
         // A byte, because a bool that is neither 0 nor 1 is none.
-        auto const* const sparse = given<uint8_t>(values, Input::SPARSE, {});
+        auto const* const sparse = given<uint8_t>(values, Input::SPARSE, {}, memory);
         layer.sparse = sparse == nullptr || *sparse != 0;
         shape.back() = layer.n;
         layer.y = context.GetOutput(0, shape).GetTensorMutableData<float>();
@@ -283,9 +302,9 @@ private:
         }
     }
 
-    cpu::Weight weight(Values const& values, int64_t k, int64_t n) const {
+    cpu::Weight weight(Values const& values, int64_t k, int64_t n, Memory& memory) const {
         Ort::ConstValue const w = of(values, Input::W), scale = of(values, Input::WEIGHT_SCALE);
-        cpu::Weight found{kind(w), w_ == nullptr ? w.GetTensorRawData() : w_.get(), n, nullptr, k};
+        cpu::Weight found{kind(w), nullptr, n, nullptr, k};
         expect(Input::WEIGHT_SCALE, found.kind == cpu::Kind::INT8 || found.kind == cpu::Kind::INT4, "W is of integers");
         if (found.kind == cpu::Kind::INT4 && n % 2 != 0) refuse("W of int4 must have an even N, got " + std::to_string(n) + ".");
         if (!scale) return found;
@@ -293,7 +312,7 @@ private:
         if (shape.size() != 2 || shape[0] < 1 || shape[1] != n || k % shape[0] != 0)
             refuse("weight_scale must be of shape [B, " + std::to_string(n) + "], with B a divisor of " + std::to_string(k) +
                    ", got " + text(shape) + ".");
-        found.scale = scale.GetTensorData<float>(), found.rows = k / shape[0];
+        found.scale = numbers_of<float>(values, Input::WEIGHT_SCALE, memory), found.rows = k / shape[0];
         if (found.rows != k && found.rows % 16 != 0)
             refuse("K / B must be K or a multiple of 16, got " + std::to_string(found.rows) + ".");
         return found;
@@ -373,13 +392,20 @@ private:
         void operator()(OrtAllocator* allocator) const { Ort::GetApi().ReleaseAllocator(allocator); }
     };
 
+    static OrtAllocator* allocator_of(OrtKernelInfo const* info) {
+        OrtAllocator* found = nullptr;
+        Ort::ThrowOnError(Ort::GetApi().KernelInfoGetAllocator(info, OrtMemTypeDefault, &found));
+        return found;
+    }
+
     int64_t keep_, group_;
     ShiftMode shift_mode_;
     bool variance_;
-    std::array<bool, static_cast<size_t>(Input::COUNT)> has_{};  // whether the node has an input
-    bool permutation_is_checked_ = false;                        // when the session was made
+    std::array<bool, static_cast<size_t>(Input::COUNT)> has_{};          // whether the node has an input
+    std::array<void const*, static_cast<size_t>(Input::COUNT)> kept_{};  // its numbers where it is constant; then checked
     std::unique_ptr<OrtAllocator, Release> allocator_;
-    std::shared_ptr<void const> w_;  // null where W is read from where it is
+    Memory copies_;
+    std::shared_ptr<void const> w_;  // in huge pages; null where W is read from where it is
 };
 
 struct Op : Ort::CustomOpBase<Op, Kernel, true> {
