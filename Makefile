@@ -38,7 +38,7 @@ FETCH := /usr/lib/apt/apt-helper -qq -o APT::Sandbox::User=root download-file
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test test-gpu check style plugins cpu-op chromium bench bench-models accuracy encoders tasks clean
+.PHONY: demo test test-gpu fuzz check style plugins cpu-op chromium bench bench-models accuracy encoders tasks clean
 
 demo: cpu-op $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -125,6 +125,12 @@ test-gpu: plugins $(GGUF)
 	env NMSPARSE_TEST_DEVICE=cuda NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS) NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) \
 	$(BIN)/python -m pytest tests/test_kernels.py tests/test_tensorrt.py tests/test_device.py
 	$(BIN)/python benchmarks/gpu.py $(PLUGINS)/libnmsparse_tensorrt.so --json build/gpu.json
+
+# Nodes of the op by chance, valid ones and invalid ones, for so many minutes; each time others, of the seed it prints.
+MINUTES := 10
+fuzz: CPU_LIBRARIES := all
+fuzz: cpu-op
+	$(BIN)/python tests/fuzz_op.py --library $(CPU_OP) --seconds $$((60 * $(MINUTES)))
 
 bench: $(GGUF) $(VENV)/installed $(CLIENTS)/installed $(BUILDER)/installed
 	$(BIN)/python benchmarks/convert.py $(GGUF) --optimum $(CLIENTS)/bin/optimum-cli --builder $(BUILDER)/bin/python --exporter

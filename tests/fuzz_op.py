@@ -1,14 +1,16 @@
 """Nodes of the op by chance, valid ones and invalid ones: each call gives the right value, or is refused.
 
-    python tests/fuzz_op.py --library build/plugins-cpu/libnmsparse_onnxruntime.so --seconds 60 --seed 1
+    python tests/fuzz_op.py --library build/plugins-cpu --seconds 60 --seed 1
 
-A case is made of the seed and its number alone: `--seed 1 --first 17 --cases 1` runs one again. The number is on stderr
-before the case runs, so a library that ends the process leaves it there.
+A folder stands for its library with sanitizers, or for the usual one where the compiler has none. A case is made of the
+seed and its number alone: `--seed 1 --first 17 --cases 1` runs one again. The number is on stderr before the case runs,
+so a library that ends the process leaves it there.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import secrets
 import sys
 import time
@@ -22,7 +24,7 @@ import numpy as np
 import onnx
 import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
-from test_cpu_op import PATTERNS, TOKENS, exact, opened, stored_weight
+from test_cpu_op import PATTERNS, TOKENS, exact, opened, sanitizers, stored_weight
 
 from converter.graph.op import INPUTS
 from converter.sparsity.linear import SHIFT_MODES, Baked, Params, bake
@@ -477,8 +479,11 @@ def main() -> None:
     parser.add_argument("--cases", type=int, default=2**62)
     parser.add_argument("--seconds", type=float, default=float("inf"))
     given = parser.parse_args()
+    if given.library.is_dir():
+        library, needed = sanitizers(given.library) or (given.library / "libnmsparse_onnxruntime.so", {})
+        os.execve(sys.executable, [sys.executable, *sys.argv, "--library", str(library)], {**os.environ, **needed})
     torch.set_num_threads(1)  # its threads are many times slower than one where a processor is busy
-    print(f"seed {given.seed}", flush=True)
+    print(f"{given.library.name}, seed {given.seed}", flush=True)
     try:
         ended = run_cases(given.library, given.seed, range(given.first, given.first + given.cases), given.seconds)
     except WrongError as wrong:

@@ -401,18 +401,28 @@ def test_the_copies_for_other_processors(cpu_op: Path, copy: str) -> None:
     every_path(cpu_op / f"libnmsparse_{copy}.so")
 
 
+def sanitizers(cpu_op: Path) -> tuple[Path, dict[str, str]] | None:
+    """Return the library with sanitizers, and what a process that loads it needs in its environment; None without."""
+    library = cpu_op / "libnmsparse_sanitized.so"
+    if not library.exists():
+        return None
+    # When it starts, the sanitizer asks the C++ library what throws.
+    names = [f"-print-file-name={name}" for name in ("libasan.so", "libstdc++.so.6")]
+    found = [subprocess.run(["c++", name], capture_output=True, text=True, check=True).stdout.strip() for name in names]
+    # Python leaks.
+    return library, {"LD_PRELOAD": ":".join(found), "ASAN_OPTIONS": "detect_leaks=0"}
+
+
 @pytest.mark.parametrize("in_file", [True, False])
 def test_sanitizers_find_nothing(cpu_op: Path, in_file: bool) -> None:
-    sanitized = cpu_op / "libnmsparse_sanitized.so"
-    named = subprocess.run(["c++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
-    runtime = Path(named.stdout.strip())
-    if not sanitized.exists() or not runtime.is_absolute():
+    found = sanitizers(cpu_op)
+    if found is None:
         pytest.skip("the compiler has no sanitizers")
+    library, needed = found
     done = subprocess.run(
-        [sys.executable, "-c", f"import test_cpu_op as t; t.every_path(t.Path({str(sanitized)!r}), {in_file})"],
+        [sys.executable, "-c", f"import test_cpu_op as t; t.every_path(t.Path({str(library)!r}), {in_file})"],
         cwd=Path(__file__).parent,
-        # Python leaks.
-        env={**os.environ, "LD_PRELOAD": str(runtime), "ASAN_OPTIONS": "detect_leaks=0"},
+        env={**os.environ, **needed},
         capture_output=True,
         text=True,
     )
