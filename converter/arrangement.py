@@ -6,6 +6,7 @@ It leaves the model's function as it is: what writes a channel and what reads it
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,7 +15,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from converter import tensor_file
-from converter.errors import CalibrationError
+from converter.calibration.file import AGAIN, table
+from converter.errors import CalibrationError, shortened
+from converter.sparsity.permutation import stray
 
 NAME = "arrangement.safetensors"
 FORMAT = "nmsparse-arrangement-1"
@@ -29,13 +32,28 @@ class Arrangement:
     layers: tuple[str, ...] = ()
 
     def of(self, name: str, tensor: Tensor) -> Tensor:
-        """Return the parameter `name` reordered; the tensor itself where it has no order."""
+        """Return the parameter `name` reordered; the tensor itself where it has no order.
+
+        Raises:
+            CalibrationError: when the order is one of another size.
+        """
         for dim, order in self.orders.get(name, {}).items():
+            if dim >= tensor.ndim or tensor.shape[dim] != len(order):
+                raise CalibrationError(
+                    f"{NAME}: {name} must have {len(order)} places in dimension {dim}, got shape "
+                    f"{list(tensor.shape)}. {AGAIN}"
+                )
             tensor = tensor.index_select(dim, order.to(tensor.device))
         return tensor
 
     def apply(self, model: nn.Module) -> None:
-        """Reorder the parameters of `model` in place, one at a time; tied ones go by the first of their names."""
+        """Reorder the parameters of `model` in place, one at a time; tied ones go by the first of their names.
+
+        Raises:
+            CalibrationError: when there is an order for what is no parameter of the model: half of it is no function.
+        """
+        if unknown := sorted(set(self.orders) - {name for name, _ in model.named_parameters()}):
+            raise CalibrationError(f"{NAME}: orders must be of the model's parameters, got {unknown[0]}. {AGAIN}")
         for name, parameter in model.named_parameters():
             parameter.data = self.of(name, parameter.data)
 
@@ -62,14 +80,27 @@ def read(path: Path) -> Arrangement:
     """Return what `Arrangement.write` wrote.
 
     Raises:
-        CalibrationError: when the file is not an arrangement, or one of its orders leaves a place out.
+        CalibrationError: when the file is not an arrangement, or its parts do not agree.
     """
     tensors, metadata = tensor_file.read(path, FORMAT, "an arrangement")
     for name, order in tensors.items():
-        if not torch.equal(order.sort().values, torch.arange(len(order))):
-            raise CalibrationError(f"{path}: {name} must hold every place once. Run nmsparse calibrate.")
-    orders = {
-        name: {int(dim): tensors[f"order.{number}"] for dim, number in dims.items()}
-        for name, dims in json.loads(metadata["orders"]).items()
-    }
-    return Arrangement(orders, tuple(json.loads(metadata["layers"])))
+        if order.dtype != torch.int64 or order.ndim != 1:
+            raise CalibrationError(
+                f"{path}: {name} must be a vector of torch.int64, got {list(order.shape)} of {order.dtype}. {AGAIN}"
+            )
+        if found := stray(order):
+            raise CalibrationError(f"{path}: {name} must hold every place once, got {found}. {AGAIN}")
+    orders: Orders = {}
+    for name, dims in table(path, metadata, "orders", dict).items():
+        if not isinstance(dims, dict):
+            raise CalibrationError(f"{path}: orders of {name} must be an object, got {shortened(repr(dims))}. {AGAIN}")
+        for dim, number in dims.items():
+            if not re.fullmatch("[0-9]", dim):
+                raise CalibrationError(f"{path}: a dimension of {name} must be from 0 to 9, got {dim!r}. {AGAIN}")
+            if type(number) is not int or f"order.{number}" not in tensors:
+                raise CalibrationError(f"{path}: {name} must have an order of the file, got {number!r}. {AGAIN}")
+            orders.setdefault(name, {})[int(dim)] = tensors[f"order.{number}"]
+    layers = table(path, metadata, "layers", list)
+    if not all(isinstance(name, str) for name in layers):
+        raise CalibrationError(f"{path}: layers must be names, got {shortened(repr(layers))}. {AGAIN}")
+    return Arrangement(orders, tuple(layers))

@@ -9,11 +9,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
 import pytest
 from conftest import WITH_RTX
 from resources import TABLE, TOOLS, Row, rows
 
-from converter.graph.op import DOMAIN, INPUTS, OP, VERSION
+from converter.errors import BuildError
+from converter.graph import dispatch
+from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION, Form, function
+from converter.graph.plugin import to_plugin
 from converter.sparsity.linear import SHIFT_MODES, VARIANCE_FLOOR
 
 SPEC = (TABLE.parent / "op_spec.h").read_text()
@@ -152,3 +157,23 @@ def test_tensorrt_rtx_loads_the_library(library: Path) -> None:
     assert found["listed"] == 1
     assert found["fields"] == ["keep", "group", "shift_mode", "variance", "inputs", "gemv_tokens", "sparse_tokens"]
     assert (found["good"], found["bad keep"], found["bad field"]) == (True, False, False)
+
+
+@pytest.mark.parametrize(("entry", "said"), [(16, "16 at place 3"), (-1, "-1 at place 3"), (4, "4 2 times")])
+def test_a_permutation_that_is_none_makes_no_plugin_node(entry: int, said: str) -> None:
+    """What is wrong in the graph is known before there is an engine, where it would be NaN."""
+
+    def stored(name: str, array: np.ndarray) -> ir.Value:
+        return ir.Value(name=name, const_value=ir.tensor(array, name=name))
+
+    order = np.arange(16)
+    order[3] = entry
+    x, w = ir.Value(name="X"), stored("model.a.weight", np.ones((16, 8), np.float16))
+    inputs = [x, w, *[None] * 4, stored("model.a.permutation", order)]
+    attributes = {"keep": 2, "group": 4, "shift_mode": "none", "variance": 0}
+    node = ir.node(OP, inputs, attributes, domain=DOMAIN)
+    graph = ir.Graph([x], node.outputs, nodes=[node], opset_imports={"": OPSET, DOMAIN: VERSION})
+    body = function(Form("float16", "none", False, False, False, permutation=True))
+    model = ir.Model(graph, ir_version=10, functions=[body])
+    with pytest.raises(BuildError, match=f"model.a: permutation must hold every channel once, got {said}"):
+        to_plugin(model, dispatch.read(None), dispatch.ANY)

@@ -6,11 +6,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from converter.errors import BuildError
 from converter.graph.dispatch import Row, choose, described
 from converter.graph.op import DOMAIN, INPUTS, OP, VERSION, WIDENED
 from converter.sparsity.linear import SHIFT_MODES
+from converter.sparsity.permutation import stray
 
 LARGEST_GROUP = 1024
 UNKNOWN = {
@@ -98,6 +100,9 @@ def _arrange(weight: ir.Value, permutation: ir.Value) -> None:
     assert permutation.const_value is not None
     assert len(weight.uses()) == len(permutation.uses()) == 1, "W and permutation are a layer's own"
     order = permutation.const_value.numpy()
+    if found := stray(torch.from_numpy(order.copy())):
+        where = (weight.name or "").removesuffix(".weight")
+        raise BuildError(f"{where}: permutation must hold every channel once, got {found}. Convert the model again.")
     weight.const_value = ir.tensor(weight.const_value.numpy()[order], name=weight.name)
     permutation.const_value = ir.tensor(order.astype(np.int32), name=permutation.name)
     permutation.dtype = ir.DataType.INT32

@@ -28,3 +28,13 @@ def decorrelate(together: Tensor, group: int) -> Tensor:
         room[best] -= 1
         load[best] += moments[channel]
     return torch.tensor([channel for chosen in members for channel in sorted(chosen)], device=together.device)
+
+
+def stray(order: Tensor) -> str:
+    """Return what keeps `order`, a vector of integers, from holding each of its places once; nothing where it does."""
+    outside = ((order < 0) | (order >= len(order))).nonzero()
+    if len(outside):
+        place = int(outside[0])
+        return f"{int(order[place])} at place {place}"
+    counts = torch.bincount(order, minlength=1)
+    return f"{int(counts.argmax())} {int(counts.max())} times" if counts.max() > 1 else ""
