@@ -289,6 +289,21 @@ def test_validate_finds_a_loop_that_is_not_the_familys(
         _parity(out("phi3")).check()
 
 
+def test_a_loop_that_gives_what_the_graph_does_not_serve_fails(
+    out: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, graph = _pair(out("mistral"))
+    prepare = graph.prepare_inputs_for_generation
+    monkeypatch.setattr(
+        graph, "prepare_inputs_for_generation", lambda *args, **more: prepare(*args, **more) | {"tone": 1}
+    )
+    assert (
+        generated(model, graph, IDS, LIMITS["float32"])
+        .failures[0]
+        .startswith("sliding_window 16: the graph must write on, got tone: must be left out, got 1.")
+    )
+
+
 def test_validate_finds_another_window(out: Callable[[str], Path]) -> None:
     model = open_checkpoint(str(out("mistral").parent / "model")).model()
     model.config.sliding_window = 18

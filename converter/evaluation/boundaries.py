@@ -20,7 +20,8 @@ WINDOWS = ("sliding_window", "attention_chunk_size")
 SWITCH = "original_max_position_embeddings"
 BEFORE, AFTER = 4, 8  # tokens that are written before the boundary and after it
 PADDING = 3  # of the second row, on the left
-MOST = 8192  # tokens: a text of so many takes as long as some calibrations
+# Tokens. 4096 took 73 s with 135 million parameters on one core: as much as calibration with so much text.
+MOST = 8192
 # A longer text is one row, and is read in pieces, so that attention's scores for all of it are not in memory at once.
 PIECE = 1024
 
@@ -70,8 +71,13 @@ def generated(model: PreTrainedModel, graph: PreTrainedModel, ids: Tensor, limit
             found.not_tried[label] = f"it takes too long for more than {MOST} tokens"
             continue
         rows, mask = _prompts(ids, at)
-        reference, tested = (_written(one, rows, mask, at) for one in (model, graph))
+        reference = _written(model, rows, mask, at)
         found.tokens[label] = 0
+        try:
+            tested = _written(graph, rows, mask, at)
+        except ValueError as error:  # the family's own loop gives what the graph does not serve
+            found.failures.append(f"{label}: the graph must write on, got {error}")
+            continue
         for row in range(len(rows)):
             _compare(found, label, row, reference, tested, rows.shape[1], limits)
     return found
