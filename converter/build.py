@@ -15,7 +15,7 @@ from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint
 from converter.delivery.bundle import ENGINES, check_files, context_length, manifest, staged, write_manifest
 from converter.doctor import gpu
-from converter.errors import BuildError, DeviceError, listing
+from converter.errors import BuildError, DeviceError, UsageError, listing
 from converter.graph import dispatch as dispatch_table
 from converter.graph.export import DATA, MODEL
 from converter.graph.op import DOMAIN, OP
@@ -91,16 +91,22 @@ def build_tensorrt(
 
 
 def validate_engine(
-    folder: Path, runtime: str, target: str | None, plugin: Path | None, stages: Stages
+    folder: Path, runtime: str, target: str | None, plugin: Path | None, stages: Stages, *, host_code: bool = False
 ) -> dict[str, Any]:
     """Return the manifest of an engine of OUT that has run on what `build` wrote, and came near ONNX Runtime on it.
 
     Raises:
         OutputError, BuildError, DeviceError: as `runnable`.
+        UsageError: without `host_code`, which polygraphy lets every engine bring.
         ValidationError: when it computes something else.
     """
     with stages.stage("check"):
         place, about = runnable(folder, runtime, target)
+    if not host_code:
+        raise UsageError(
+            "--allow-host-code: must be given, since polygraphy lets the engine run code on this CPU. "
+            "Give it for an engine that you have built yourself."
+        )
     with stages.stage("validate", "profiles") as advance:
         trial.run(place, runtime, len(about["engine"]["profiles"]), plugin, advance)
     return about
@@ -114,8 +120,8 @@ def runnable(folder: Path, runtime: str, target: str | None) -> tuple[Path, dict
         BuildError: when there is no such engine, or OUT is not what it was built of.
         DeviceError: when there is no GPU to run it on; what is known of it is in the message.
     """
-    place = _built(folder, runtime, target)
     check_files(folder)
+    place = _built(folder, runtime, target)
     check_files(place)
     about = manifest(place)
     if about["model_sha256"] != manifest(folder)["files"][MODEL]["sha256"]:

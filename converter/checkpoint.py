@@ -320,12 +320,12 @@ def _from_hub(source: str, revision: str | None) -> Path:
         ) from error
 
 
-def _processor(kind: Kind, folder: Path, source: str, **where: Any) -> Any:
+def _processor(kind: Kind, folder: Path, source: str) -> Any:
     if kind.images:
         # Pillow is enough: torchvision would have to be of the very version that PyTorch is of.
         must = "come with an image processor (nmsparse[images] reads images)"
         return from_saved(AutoImageProcessor, folder, source, must, backend="pil")
-    return from_saved(AutoTokenizer, folder, source, "come with a tokenizer", **where)
+    return from_saved(AutoTokenizer, folder, source, "come with a tokenizer")
 
 
 def _unpacked(path: Path, *, gguf: bool) -> Path:
@@ -339,7 +339,7 @@ def _unpacked(path: Path, *, gguf: bool) -> Path:
     # transformers opens the file anew for each of the three, and is silent about what it lacks.
     must = "hold a model that transformers can read"
     kind = DECODER if gguf else kind_of(_config(path, str(path)), str(path))
-    processor = _processor(kind, home, str(path), **where)
+    processor = from_saved(AutoTokenizer, home, str(path), must, **where) if gguf else _processor(kind, path, str(path))
     options: dict[str, Any] = {"dtype": torch.float32} if gguf else {"dtype": "auto", "use_safetensors": True}
     loaded: Any = from_saved(kind.auto, home, str(path), must, output_loading_info=True, **options, **where)
     model, info = without_pooler(loaded[0]), loaded[1]

@@ -175,6 +175,7 @@ def validate(
     runtime: Literal["onnxruntime", "tensorrt-rtx", "tensorrt"] = "onnxruntime",
     target: str | None = None,
     plugin: Path | None = None,
+    allow_host_code: AllowHostCode = False,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
     """Compare OUT in ONNX Runtime with its checkpoint in PyTorch, or an engine of it with ONNX Runtime.
@@ -195,13 +196,14 @@ def validate(
         With tensorrt: the plugin's library.
     """
     ours = {"--text": text, "--model": model}
-    theirs = {"--target": target} if runtime == "tensorrt-rtx" else {"--plugin": plugin}
-    every = {**ours, "--target": target, "--plugin": plugin}
+    host = {"--allow-host-code": allow_host_code or None}
+    theirs = host | ({"--target": target} if runtime == "tensorrt-rtx" else {"--plugin": plugin})
+    every = {**ours, **host, "--target": target, "--plugin": plugin}
     _refuse_others(f"with --runtime {runtime}", every, ours if runtime == "onnxruntime" else theirs)
     if runtime != "onnxruntime":
         from converter.build import validate_engine
 
-        about = validate_engine(out, runtime, target, plugin, Stages())
+        about = validate_engine(out, runtime, target, plugin, Stages(), host_code=allow_host_code)
         print(json.dumps(about, indent=2) if json_output else f"{runtime} agrees with ONNX Runtime")
         return
     from converter.pipeline import validate as stage
@@ -573,6 +575,7 @@ def evaluate(
     runtime: Literal["onnxruntime", "pytorch", "tensorrt-rtx", "tensorrt"] = "onnxruntime",
     target: str | None = None,
     plugin: Path | None = None,
+    allow_host_code: AllowHostCode = False,
     against: str | None = None,
     data_dir: Path | None = None,
     limit: PositiveInt | None = None,
@@ -629,8 +632,10 @@ def evaluate(
     out
         Where to write each example's results and the comparison; by default OUT/evaluation, of a checkpoint nowhere.
     """
-    theirs = {"tensorrt-rtx": ["--target"], "tensorrt": ["--plugin"]}.get(runtime, [])
-    _refuse_others(f"with --runtime {runtime}", {"--target": target, "--plugin": plugin}, theirs)
+    host = "--allow-host-code"
+    theirs = {"tensorrt-rtx": ["--target", host], "tensorrt": ["--plugin", host]}.get(runtime, [])
+    every = {"--target": target, "--plugin": plugin, host: allow_host_code or None}
+    _refuse_others(f"with --runtime {runtime}", every, theirs)
     try:
         from converter import evaluate as stage
         from converter.evaluation.tasks import TASKS, Setting
@@ -642,7 +647,18 @@ def evaluate(
     names = tuple(name for name in tasks.split(",") if name)
     setting = Setting(names, limit, shots, chat, seed, prompts, text, images, runtime)
     found = stage.evaluate(
-        model, against, setting, data_dir, out, context, batch, min_recovery, Stages(), target, plugin
+        model,
+        against,
+        setting,
+        data_dir,
+        out,
+        context,
+        batch,
+        min_recovery,
+        Stages(),
+        target,
+        plugin,
+        allow_host_code,
     )
     if json_output:
         about = {"recovery": found.recovery, "f1": found.f1, "compared": [asdict(one) for one in found.compared]}

@@ -29,7 +29,7 @@ from converter.delivery.bundle import (
     write_json,
 )
 from converter.doctor import gpu
-from converter.errors import CheckpointError, EvaluationError, OutputError, RecoveryError
+from converter.errors import CheckpointError, EvaluationError, OutputError, RecoveryError, UsageError
 from converter.evaluation.answers import Answers
 from converter.evaluation.classify import classify, labelled
 from converter.evaluation.greedy import PROMPT, compared, write_on
@@ -38,7 +38,7 @@ from converter.evaluation.statistics import Paired, compare, f1, recovery
 from converter.evaluation.tasks import Setting, ask, load_tasks
 from converter.kinds import CLASSIFIER
 from converter.pipeline import load_with_processor, reference, require_decoder
-from converter.place import replacing
+from converter.place import private, replacing
 from converter.runtimes.engine import ENGINE
 from converter.runtimes.engine_model import load_engine
 from converter.runtimes.onnxruntime import library
@@ -71,10 +71,11 @@ def evaluate(
     stages: Stages,
     target: str | None = None,
     plugin: Path | None = None,
+    host_code: bool = False,
 ) -> Evaluation:
     """Return how OUT does beside its dense checkpoint, or how a checkpoint does alone, and write it to a folder.
 
-    `target` and `plugin` are of the engine, where the setting's runtime has one.
+    `target`, `plugin` and `host_code` are of the engine, where the setting's runtime has one.
 
     Raises:
         BuildError, DeviceError: when there is no engine of that runtime, or no GPU that can run it.
@@ -90,7 +91,7 @@ def evaluate(
     if not sparse:
         for option, value in (("--min-recovery", min_recovery), ("--against", against), ("--prompts", setting.prompts)):
             if value:
-                raise EvaluationError(f"{option}: must be given with an OUT of nmsparse, got {model}. Leave it out.")
+                raise UsageError(f"{option}: must be given with an OUT of nmsparse, got {model}. Leave it out.")
     checkpoint = _dense(folder, against) if sparse else open_checkpoint(model)
     _check_setting(checkpoint, setting)
     if sparse:
@@ -105,12 +106,12 @@ def evaluate(
         prompts = windows(setting.text, checkpoint.tokenizer(), setting.prompts, PROMPT) if setting.prompts else None
     sides = {"dense": _dense_side(checkpoint)}
     if sparse:
-        sides["sparse"] = _sparse_side(folder, checkpoint, setting, against, target, plugin, context)
+        sides["sparse"] = _sparse_side(folder, checkpoint, setting, against, target, plugin, context, host_code)
     found: dict[str, pd.DataFrame] = {}
     wrote: list[list[int]] = []  # the dense model, after the prompts
     for name, (load, key) in sides.items():
         loaded, frames = load(), []
-        with Answers(_key(key, context)) as answers:
+        with Answers(_kept(key, context)) as answers:
             if shown is not None:
                 with stages.stage(name, "images") as advance:
                     frames.append(classify(loaded[0], loaded[1], *shown, batch, answers, advance))
@@ -149,6 +150,7 @@ def _sparse_side(
     target: str | None,
     plugin: Path | None,
     context: int,
+    host_code: bool,
 ) -> Side:
     """Return what loads OUT in the setting's runtime, and what tells it and what runs it from all others."""
     if setting.runtime == "pytorch":
@@ -160,7 +162,8 @@ def _sparse_side(
     place, about = runnable(folder, setting.runtime, target)
     _check_context(place, about, checkpoint, context)
     runs = f"{gpu().found} {about['files'][ENGINE]['sha256']} {sha256(plugin) if plugin else ''}"
-    return lambda: (load_engine(folder, place, about, plugin), checkpoint.processor()), _fingerprint(folder, runs)
+    key = _fingerprint(folder, runs)
+    return lambda: (load_engine(folder, place, about, plugin, host_code=host_code), checkpoint.processor()), key
 
 
 def _check_context(place: Path, about: dict[str, Any], checkpoint: Checkpoint, context: int) -> None:
@@ -180,12 +183,12 @@ def _check_setting(checkpoint: Checkpoint, setting: Setting) -> None:
     if checkpoint.kind is not CLASSIFIER:
         require_decoder(checkpoint, "evaluate")
         if setting.images:
-            raise EvaluationError(f"--images: must be given with a {CLASSIFIER.name}, got a {checkpoint.kind.name}.")
+            raise UsageError(f"--images: must be given with a {CLASSIFIER.name}, got a {checkpoint.kind.name}.")
         if not setting.tasks and not setting.prompts:
             raise EvaluationError("--tasks: must name a task of lm-eval, got none. Name one, or give --prompts.")
         return
     if setting.tasks or setting.prompts:
-        raise EvaluationError(f"--tasks, --prompts: must not be given with an {CLASSIFIER.name}. Give --images alone.")
+        raise UsageError(f"--tasks, --prompts: must not be given with an {CLASSIFIER.name}. Give --images alone.")
     if not setting.images:
         raise EvaluationError(f"--images: must be given with an {CLASSIFIER.name}, got none: {SOURCES}.")
 
@@ -213,10 +216,11 @@ def _fingerprint(folder: Path, runs: str) -> str:
     return f"sparse {hashlib.sha256(files.encode()).hexdigest()} {runs}"
 
 
-def _key(key: str, context: int) -> str:
-    """Return what the answers of a model depend on: its context and the packages that run it, too."""
+def _kept(key: str, context: int) -> Path:
+    """Return the file for the answers of a model, which depend on its context and on the packages that run it, too."""
     packages = [f"{package} {version(package)}" for package in ("lm-eval", "torch", "transformers", "onnxruntime")]
-    return "\n".join([key, str(context), *packages])
+    digest = hashlib.sha256("\n".join([key, str(context), *packages]).encode()).hexdigest()
+    return private("evaluation") / f"{digest}.sqlite"
 
 
 def _write(out: Path, result: Evaluation, setting: Setting, context: int, model: str, dense: str) -> None:

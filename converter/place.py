@@ -33,7 +33,7 @@ EXCHANGE = 2  # Linux: RENAME_EXCHANGE; macOS: RENAME_SWAP
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` write beside `path`, and put that in its place once it is whole; a link there is replaced."""
     clear_stale(path.parent)
-    handle, name = tempfile.mkstemp(prefix=HIDDEN, dir=path.parent)
+    handle, name = tempfile.mkstemp(path.suffix, HIDDEN, path.parent)  # torch wants a name of two parts
     beside = Path(name)
     try:
         _lock(handle)
@@ -195,14 +195,14 @@ def _held(where: Path) -> tuple[Path, int]:
         folder = where / f"{HIDDEN}{uuid4().hex}"
         try:
             folder.mkdir(0o700)
-            handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            try:
+                handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+            except FileNotFoundError:
+                continue
             _lock(handle)
             if folder.exists():  # else another run took it for a stale one before it was locked
                 return folder, handle
             os.close(handle)
-        except FileNotFoundError:
-            if not where.exists():
-                raise
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
             raise

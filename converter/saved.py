@@ -182,15 +182,17 @@ def refuse_wrapped(model: nn.Module, names: Iterable[str], source: str) -> None:
             f"{source}: must be a whole model, got a LoRA adapter's {lora[0]}. Merge it with peft's merge_and_unload."
         )
     for wrapper, who in WRAPPERS.items():
-        if wrapper in parts and not wanted & there:
+        bare = {".".join(part for part in name.split(".") if part != wrapper) for name in there}
+        if wrapper in parts and len(wanted & bare) > len(wanted & there):
             raise CheckpointError(
                 f"{source}: weights must have the model's own names, got {wrapper!r} in them, as {who} puts it there. "
                 "Save the model that it wraps, or take these words out of the names."
             )
-    ends = {name[: -len(want)] for want in wanted for name in there if name.endswith(f".{want}")}
-    base = getattr(model, "base_model_prefix", "")
-    if len(ends) == 1 and not wanted & there and (prefix := ends.pop()) != f"{base}.":
-        raise CheckpointError(
-            f"{source}: weights must have the model's own names, got each with {prefix!r} before it. "
-            "Save the model without what wraps it, or take this off the names."
-        )
+    before = {name[: -len(want)] for want in wanted for name in there if name.endswith(f".{want}")}
+    ours = f"{getattr(model, 'base_model_prefix', '')}."
+    for prefix in sorted(before - {ours}):
+        if len(wanted & {name.removeprefix(prefix) for name in there}) > len(wanted & there):
+            raise CheckpointError(
+                f"{source}: weights must have the model's own names, got {prefix!r} before them. "
+                "Save the model without what wraps it, or take this off the names."
+            )

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import platform
+import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +18,8 @@ from native import Native
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
+from converter import cli
+from converter.delivery.bundle import write_manifest
 from converter.recipe import Recipe
 
 TINY = {
@@ -87,21 +91,32 @@ def make_tiny(folder: Path, family: str = "llama", seed: int = 0, **changes: obj
     return folder
 
 
+def relisted(folder: Path) -> None:
+    """Make the manifest say that the files are what they are now."""
+    about = json.loads((folder / "manifest.json").read_text())
+    del about["files"], about["format"]
+    write_manifest(folder, about)
+
+
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_tiny(tmp_path_factory.mktemp("tiny"))
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for `--data-dir`."""
-    folder = tmp_path_factory.mktemp("data")
+def write_data(folder: Path) -> Path:
+    """Write a few rows of each task into a folder for `--data-dir`."""
     for name, rows in ROWS.items():
-        (folder / name).parent.mkdir()
+        (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "wikitext2").mkdir()
     (folder / "wikitext2" / "wiki.test.raw").write_text(WIKITEXT)
     return folder
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for `--data-dir`."""
+    return write_data(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture
@@ -111,6 +126,25 @@ def nmsparse() -> Callable[..., subprocess.CompletedProcess[str]]:
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "converter", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
+
+    return run
+
+
+@pytest.fixture
+def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Run the command line in this process; return its exit code and what it said on stderr."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["nmsparse", *map(str, arguments)])
+        code = 0
+        with warnings.catch_warnings():
+            try:
+                cli.main()
+            except SystemExit as end:
+                code = int(end.code or 0)
+            finally:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        return code, capsys.readouterr().err
 
     return run
 

@@ -19,13 +19,13 @@ from converter.calibration.walk import calibrate
 from converter.checkpoint import beside, open_checkpoint
 from converter.errors import CalibrationError, RecipeError
 from converter.pipeline import calibration_text, convert
+from converter.place import write_whole
 from converter.plan import plan
 from converter.recipe import Training
 from converter.sparsity.linear import Params, SparseLinear, install
 from converter.sparsity.mitigations import Layer
 from converter.sparsity.statistics import LayerStats
 from converter.stages import Stages
-from converter.place import write_whole
 
 
 def test_statistics_do_not_depend_on_the_batches() -> None:

@@ -21,6 +21,7 @@ from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
 from converter.calibration.texts import windows
+from converter.evaluation.answers import Answers
 from converter.evaluation.greedy import compared, write_on
 from converter.evaluation.harness import HarnessLM
 from converter.evaluation.statistics import anova, paired, recovery
@@ -211,7 +212,7 @@ def test_both_models_write_on_from_the_same_prompts(
     assert theirs["same_next"]["dense"] == 1
     # What each wrote is what transformers writes, and what is kept is not written again.
     prompts = windows("python", tiny_tokenizer(), 3, 64)
-    model, cache = load_onnx(out), tmp_path / "kept"
+    model, cache = load_onnx(out), Answers(tmp_path / "kept")
     written = write_on(model, tiny_tokenizer(), prompts, cache, lambda done, total: None)
     for prompt, text in zip(prompts[:, None], written, strict=True):
         wanted = model.generate(input_ids=prompt, attention_mask=prompt >= 0, max_new_tokens=64, do_sample=False)
@@ -236,12 +237,14 @@ def test_an_interrupted_evaluation_goes_on(data: Path, out: Path, tmp_path: Path
     setting = Setting(("piqa", "boolq"))
     model = load_onnx(out)
     whole = Counting(model, tiny_tokenizer(), 128, 2)
-    expected = ask(whole, load_tasks(setting, data), setting, tmp_path / "whole")
-    first = Counting(model, tiny_tokenizer(), 128, 2, interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        ask(first, load_tasks(setting, data), setting, tmp_path / "cache")
-    second = Counting(model, tiny_tokenizer(), 128, 2)
-    pd.testing.assert_frame_equal(ask(second, load_tasks(setting, data), setting, tmp_path / "cache"), expected)
+    expected = ask(whole, load_tasks(setting, data), setting)
+    with Answers(tmp_path / "kept") as answers:
+        first = Counting(model, tiny_tokenizer(), 128, 2, interrupt, answers)
+        with pytest.raises(KeyboardInterrupt):
+            ask(first, load_tasks(setting, data), setting)
+    with Answers(tmp_path / "kept") as answers:
+        second = Counting(model, tiny_tokenizer(), 128, 2, answers=answers)
+        pd.testing.assert_frame_equal(ask(second, load_tasks(setting, data), setting), expected)
     assert 0 < second.runs < whole.runs
     assert first.runs + second.runs == whole.runs
 

@@ -135,7 +135,7 @@ def test_all_other_criteria_are_exported() -> None:
             Recipe().replace({"criterion": name}).require_exportable()
 
 
-@pytest.mark.parametrize(("text", "message"), [("[1]", "must be a table"), ("a: [", "must be a YAML recipe")])
+@pytest.mark.parametrize(("text", "message"), [("[1]", "must be a table"), ("a: [", "must be YAML")])
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "r.yaml").write_text(text)
     with pytest.raises(RecipeError, match=message):

@@ -80,8 +80,8 @@ def made_from(folder: Path) -> dict[str, Any]:
 
 
 def is_bundle(folder: Path) -> bool:
-    """Return whether the folder is one of ours, or passes itself off as one."""
-    return (folder / MANIFEST).is_file() and any((folder / name).exists() for name in (MODEL, RECIPE))
+    """Return whether the folder is one of ours, passes itself off as one, or is what is left of one."""
+    return sum((folder / name).exists() for name in (MANIFEST, MODEL, RECIPE)) > 1
 
 
 def exported(folder: Path) -> onnx.ModelProto:

@@ -9,18 +9,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from converter.place import private
-
 
 class Answers:
     """Answers by question, both of them JSON: what is read from the file can be wrong, but it cannot run code."""
 
-    def __init__(self, key: str) -> None:
-        """Open, in a folder that its user alone can read, the file for the model and the setting that `key` names.
-
-        One that is damaged is begun anew.
-        """
-        path = private("evaluation") / f"{hashlib.sha256(key.encode()).hexdigest()}.sqlite"
+    def __init__(self, path: Path) -> None:
+        """Open the file; one that is damaged is begun anew."""
         try:
             self.database = _opened(path)
         except sqlite3.DatabaseError:

@@ -25,8 +25,16 @@ class Engine:
 
     device = "cuda"
 
-    def __init__(self, trt: Any, place: Path, inputs: dict[str, torch.dtype], outputs: dict[str, torch.dtype]) -> None:
-        """Load the engine in the folder `place`.
+    def __init__(
+        self,
+        trt: Any,
+        place: Path,
+        inputs: dict[str, torch.dtype],
+        outputs: dict[str, torch.dtype],
+        *,
+        host_code: bool = False,
+    ) -> None:
+        """Load the engine in the folder `place`; with `host_code` it may bring code for this CPU.
 
         Raises:
             DeviceError: when this GPU, or this version of TensorRT, cannot run it.
@@ -34,7 +42,7 @@ class Engine:
         self.place, self.inputs, self.outputs, self.profile = place, inputs, outputs, -1
         self.log = log(trt)
         self.runtime = trt.Runtime(self.log)
-        self.runtime.engine_host_code_allowed = True  # of our own engine: see tensorrt.build
+        self.runtime.engine_host_code_allowed = host_code
         self.engine = self.runtime.deserialize_cuda_engine((place / ENGINE).read_bytes())
         if self.engine is None:
             raise DeviceError(
@@ -72,8 +80,12 @@ class Engine:
             raise ExportError(f"{self.place / ENGINE}: TensorRT cannot run it: {'; '.join(self.log.errors[-3:])}")
 
 
-def load_engine(folder: Path, place: Path, about: dict[str, Any], plugin: Path | None) -> GraphCausalLM:
+def load_engine(
+    folder: Path, place: Path, about: dict[str, Any], plugin: Path | None, *, host_code: bool = False
+) -> GraphCausalLM:
     """Return the engine of OUT in the folder `place`, whose manifest is `about`, ready to run.
+
+    With `host_code` it may bring code for this CPU, as one that is version-compatible or has the plugin in it does.
 
     Raises:
         BuildError: when TensorRT or the plugin's library is missing.
@@ -86,7 +98,7 @@ def load_engine(folder: Path, place: Path, about: dict[str, Any], plugin: Path |
     elif not rtx and not engine["embed_plugin"]:
         raise BuildError(f"--plugin: must be given for {place}, whose engine has not embedded it, got none.")
     inputs, outputs = ({t["name"]: DTYPES[t["dtype"]] for t in engine[side]} for side in ("inputs", "outputs"))
-    loaded = Engine(trt, place, inputs, outputs)
+    loaded = Engine(trt, place, inputs, outputs, host_code=host_code)
     caches = [
         CacheInput(t["name"], t["shape"][1], t["shape"][3], inputs[t["name"]])
         for t in engine["inputs"]

@@ -9,6 +9,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,12 +65,16 @@ def write(folder: Path, profiles: Sequence[Profile], text: Callable[[int, int], 
             results.save(str(place / f"outputs-{number}.json"))
 
 
-def commands(profiles: int) -> list[list[str]]:
-    """Return polygraphy's command lines that compare an engine with what `write` left beside it, one for a profile."""
+def commands(profiles: int, place: str = "") -> list[list[str]]:
+    """Return polygraphy's command lines that compare an engine with what `write` left beside it, one for a profile.
+
+    The files are named as they are in the folder, or after its path `place`, which ends in a slash.
+    """
     return [
         [
-            *("polygraphy", "run", ENGINE, "--trt", "--model-type", "engine", "--optimization-profile", str(number)),
-            *("--load-inputs", f"inputs-{number}.json", "--load-outputs", f"outputs-{number}.json"),
+            *("polygraphy", "run", f"{place}{ENGINE}", "--trt", "--model-type", "engine"),
+            *("--optimization-profile", str(number)),
+            *("--load-inputs", f"{place}inputs-{number}.json", "--load-outputs", f"{place}outputs-{number}.json"),
             *("--compare", "cosine_similarity", "--cosine-similarity-threshold"),
             *(f"{name}:{least}" if name else str(least) for name, least in COSINES.items()),
         ]
@@ -78,26 +83,24 @@ def commands(profiles: int) -> list[list[str]]:
 
 
 def run(place: Path, runtime: str, profiles: int, plugin: Path | None, advance: Callable[[int, int], None]) -> None:
-    """Run the `commands` in the folder of an engine.
+    """Run the `commands` on the folder of an engine, from an empty one: no module is imported from either.
 
     Raises:
         ValidationError: with what polygraphy says of the first that fails.
     """
     rtx = {"POLYGRAPHY_USE_TENSORRT_RTX": "1"} if runtime == "tensorrt-rtx" else {}
     last = ["--plugins", str(plugin.resolve())] if plugin is not None else []
-    for number, (_, *command) in enumerate(commands(profiles)):
-        tool = [
-            sys.executable,
-            "-c",
-            "import sys; from polygraphy.tools import main; sys.exit(main())",
-            *command,
-            *last,
-        ]
-        done = subprocess.run(tool, cwd=place, env=os.environ | rtx, capture_output=True, text=True, check=False)
-        if done.returncode:
-            said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
-            raise ValidationError(f"{place}, profile {number}: the engine must agree with ONNX Runtime, got:\n{said}")
-        advance(number + 1, profiles)
+    main = "import sys; from polygraphy.tools import main; sys.exit(main())"
+    with tempfile.TemporaryDirectory(prefix="nmsparse-") as nowhere:
+        for number, (_, *command) in enumerate(commands(profiles, f"{place.resolve()}/")):
+            tool = [sys.executable, "-P", "-c", main, *command, *last]
+            done = subprocess.run(tool, cwd=nowhere, env=os.environ | rtx, capture_output=True, text=True, check=False)
+            if done.returncode:
+                said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
+                raise ValidationError(
+                    f"{place}, profile {number}: the engine must agree with ONNX Runtime, got:\n{said}"
+                )
+            advance(number + 1, profiles)
 
 
 def script(runtime: str, profiles: int) -> str:
@@ -107,6 +110,7 @@ def script(runtime: str, profiles: int) -> str:
         "#!/bin/sh",
         "# Compares the engine with ONNX Runtime, where a GPU is: sh validate.sh"
         + (" path/to/libnmsparse_tensorrt.so" if plugin else ""),
+        "# Polygraphy lets an engine run code of its own on this CPU: run it on one that you trust.",
         "set -eu",
         'plugin=$(realpath "$1")' if plugin else "export POLYGRAPHY_USE_TENSORRT_RTX=1",
         'cd "$(dirname "$0")"',
