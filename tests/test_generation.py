@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from functools import cache
+from functools import cache, wraps
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from conftest import PLAIN, make_tiny
+from conftest import PLAIN, make_tiny, tiny_tokenizer
 from transformers import (
     AutoConfig,
     BertConfig,
@@ -120,6 +120,12 @@ def test_ways_of_generating(out: Callable[[str], Path], options: dict[str, Any])
             model.generate(rows, attention_mask=SEEN[: len(rows), :20], **plain | options).tolist()  # type: ignore[operator]
         )
     assert written[0] == written[1]
+
+
+def test_a_tokenizer_for_the_loop_is_no_argument_of_the_graph(out: Callable[[str], Path]) -> None:
+    model, graph = _pair(out("mistral"))
+    expected = model.generate(IDS[:1], **GREEDY)
+    assert graph.generate(IDS[:1], tokenizer=tiny_tokenizer(), **GREEDY).tolist() == expected.tolist()
 
 
 def test_an_assistant_and_a_cache_to_go_on_from(out: Callable[[str], Path]) -> None:
@@ -294,14 +300,10 @@ def test_a_loop_that_gives_what_the_graph_does_not_serve_fails(
 ) -> None:
     model, graph = _pair(out("mistral"))
     prepare = graph.prepare_inputs_for_generation
-    monkeypatch.setattr(
-        graph, "prepare_inputs_for_generation", lambda *args, **more: prepare(*args, **more) | {"tone": 1}
-    )
-    assert (
-        generated(model, graph, IDS, LIMITS["float32"])
-        .failures[0]
-        .startswith("sliding_window 16: the graph must write on, got tone: must be left out, got 1.")
-    )
+    more = wraps(prepare)(lambda *args, **options: prepare(*args, **options) | {"tone": 1})
+    monkeypatch.setattr(graph, "prepare_inputs_for_generation", more)
+    (found,) = generated(model, graph, IDS, LIMITS["float32"]).failures
+    assert found.startswith("sliding_window 16: the graph must write on, got tone: must be left out, got 1.")
 
 
 def test_validate_finds_another_window(out: Callable[[str], Path]) -> None:

@@ -22,6 +22,7 @@ from converter.runtimes import arguments
 
 PAST = "past_key_values."
 SERVED = ("input_ids", "attention_mask", "position_ids", "past_key_values", "labels", "logits_to_keep")
+LOOPS = {"tokenizer", "assistant_tokenizer"}  # for stop strings and the like: transformers' loop hands them on
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class GraphCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: when an argument is given that the graph does not serve, or that does not fit.
         """
-        arguments.refuse(others, SERVED)
+        arguments.refuse({name: value for name, value in others.items() if name not in LOOPS}, SERVED)
         config = self.config.get_text_config()
         ids = arguments.whole("input_ids", input_ids, (None, None), getattr(config, "vocab_size", None))
         batch, sequence = shape = (ids.shape[0], ids.shape[1])
