@@ -38,7 +38,7 @@ FETCH := /usr/lib/apt/apt-helper -qq -o APT::Sandbox::User=root download-file
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test test-gpu fuzz check style plugins cpu-op chromium bench bench-models accuracy encoders tasks clean
+.PHONY: demo test test-gpu fuzz check style plugins cpu-op chromium kills bench bench-models accuracy encoders tasks clean
 
 demo: cpu-op $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -65,6 +65,11 @@ chromium:
 	@command -v chromium >/dev/null || { test "$$(id -u)" = 0 && apt-get -qq update && \
 	  DEBIAN_FRONTEND=noninteractive apt-get -qq install --yes --no-install-recommends chromium >/dev/null; } || \
 	  echo "There is no chromium here, and it cannot be installed. Its tests are skipped."
+
+# Kills convert, export, build and evaluate so many times at random moments; `make test` does it twelve times.
+COUNT ?= 80
+kills: $(VENV)/installed
+	$(BIN)/python tests/kills.py --count $(COUNT)
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -202,6 +202,8 @@ class Checkpoint:
             found.append("images and all else but text: OUT is the text model alone")
         if any("pooler." in name for name in self.files):
             found.append("the pooling layer: OUT gives the states of every token")
+        if self.kind.cached and (cache := self.generation_config().cache_implementation) not in {None, "dynamic"}:
+            found.append(f"cache_implementation {cache} of generation_config.json: the graph keeps every position")
         if rest := left_over(self.skeleton(), self.files):
             found.append(f"{_some(rest)}, which the {self.kind.name} of config.json has no place for")
         if others := sorted({path.name for path in self.folder.glob("*.safetensors")} - _names(self.files.values())):

@@ -28,6 +28,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars: the progress is ou
 
 from converter import json_rows
 from converter.errors import ConverterError, EvaluationError, OutputError, UsageError, said, shortened
+from converter.place import encodable, is_utf8
 from converter.recipe import Recipe, from_yaml, parse_set
 from converter.sparsity.linear import Phases
 from converter.sparsity.quantize import Weights
@@ -677,7 +678,7 @@ def _refuse_others(use: str, options: dict[str, Any], own: Iterable[str]) -> Non
 def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bool) -> None:
     from converter.pipeline import begun
 
-    checkpoint, recipe, found = begun(model, recipe, revision, "cpu", Stages())
+    checkpoint, recipe, found = begun(model, recipe, revision, "cpu", Stages(), dry=True)
     layers, left_out = found.layers, checkpoint.left_out()
     if json_output:
         about = {"recipe": recipe.model_dump(mode="json"), "layers": [asdict(layer) for layer in layers]}
@@ -764,6 +765,10 @@ def _show_parity(summary: dict[str, Any]) -> None:
     table.add_row(f"value, {summary['layers']} layers", f"{summary['largest_layer_error']:.2g}", f"{limits['layer']:g}")
     for phase, error in summary["dense_error"].items():
         table.add_row(f"whole graph run dense, {phase}", f"{error:.2g}", f"{limits['model']:g}")
+    for boundary, tokens in summary["generated"].items():
+        table.add_row(f"written across {boundary}", f"{tokens} tokens equal", "all")
+    for boundary, why in summary["not_tried"].items():
+        table.add_row(f"written across {boundary}", "not tried", why)
     for name, value in summary["sparse_not_judged"].items():
         table.add_row(f"whole graph, {name.replace('_', ' ')}", f"{value:.3g}", "not judged")
     Console().print(table)
@@ -781,6 +786,9 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="surrogateescape")  # the name of a folder need not be UTF-8
     arguments = sys.argv[1:]
+    for number, text in enumerate(arguments):
+        if not is_utf8(text) and os.path.exists(text):
+            arguments[number] = str(encodable(Path(text)))
     debug = DEBUG in arguments
     if debug:
         arguments.remove(DEBUG)

@@ -30,7 +30,7 @@ from converter.calibration.resume import resumable
 from converter.calibration.texts import check_ids, sampled, windows
 from converter.calibration.train import Curve
 from converter.calibration.walk import calibrate as walk
-from converter.checkpoint import Checkpoint, open_checkpoint
+from converter.checkpoint import Checkpoint, image_shape, open_checkpoint
 from converter.delivery.bundle import (
     RECIPE,
     REPORT,
@@ -56,6 +56,7 @@ from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
 from converter.graph.lower import form_of
 from converter.graph.supported import check_supported
+from converter.graph.trace import check_traceable
 from converter.kinds import DECODER, completed
 from converter.place import encodable, write_whole
 from converter.plan import Plan, plan
@@ -243,30 +244,30 @@ def inspect(folder: Path, table: Path | None = None, target: str | None = None) 
 
 
 def begun(
-    model: str, recipe: Recipe, revision: str | None, device: str, stages: Stages
+    model: str, recipe: Recipe, revision: str | None, device: str, stages: Stages, *, dry: bool = False
 ) -> tuple[Checkpoint, Recipe, Plan]:
-    """Return the checkpoint, the recipe for it and its plan; what OUT will not have is said."""
-    recipe.require_exportable()
-    with stages.stage("checkpoint"):
-        checkpoint = open_checkpoint(model, revision).on(device)
-        recipe, layers = planned(checkpoint, recipe)
-    for what in checkpoint.left_out():
-        stages.console.print(f"left out: {what}", markup=False, highlight=False)
-    return checkpoint, recipe, layers
+    """Return the checkpoint, the recipe for it and its plan; what cannot be converted is refused here.
 
-
-def planned(checkpoint: Checkpoint, recipe: Recipe) -> tuple[Recipe, Plan]:
-    """Return the recipe for this kind of model, and its plan; what cannot be converted is refused here.
+    What OUT will not have is said. Where the trace is far off, or with `dry` never comes, it is tried.
 
     Raises:
         ConverterError: a subclass says what stands in the way.
     """
-    recipe, skeleton = completed(recipe, checkpoint.kind, checkpoint.config), checkpoint.skeleton()
-    check_supported(skeleton)
-    layers = plan(skeleton, recipe)
-    checkpoint.processor()
-    checkpoint.generation_config()
-    return recipe, layers
+    recipe.require_exportable()
+    with stages.stage("checkpoint"):
+        checkpoint = open_checkpoint(model, revision).on(device)
+        recipe, skeleton = completed(recipe, checkpoint.kind, checkpoint.config), checkpoint.skeleton()
+        check_supported(skeleton)
+        layers = plan(skeleton, recipe)
+        processor = checkpoint.processor()
+        if dry or layers.open or recipe.walks() or recipe.distils():
+            check_traceable(skeleton, image_shape(processor) if checkpoint.kind.images else ())
+            if recipe.dtype == "float16" and not dry:
+                given = _validation(checkpoint, recipe, None)
+                check_range(checkpoint.model(), {}, recipe.storage(), recipe.phases, given)
+    for what in checkpoint.left_out():
+        stages.console.print(f"left out: {what}", markup=False, highlight=False)
+    return checkpoint, recipe, layers
 
 
 def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> Fitted:

@@ -6,6 +6,7 @@ process has left behind is told from what a living one is writing, and the next 
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import errno
 import fcntl
@@ -146,18 +147,23 @@ def free_bytes(place: Path) -> int:
     return shutil.disk_usage(found).free
 
 
-def encodable(folder: Path) -> Path:
-    """Return a name of the folder that is UTF-8, which some libraries want: its own, or that of a link to it."""
+def is_utf8(text: str) -> bool:
+    """Return whether the text, such as the name of a file, can be written as UTF-8, which some libraries want."""
     try:
-        str(folder).encode()
+        text.encode()
     except UnicodeEncodeError:
-        import atexit
+        return False
+    return True
 
-        beside = Path(tempfile.mkdtemp(prefix="nmsparse-"))
-        atexit.register(shutil.rmtree, beside, ignore_errors=True)
-        (beside / "folder").symlink_to(os.path.abspath(folder))
-        return beside / "folder"
-    return folder
+
+def encodable(folder: Path) -> Path:
+    """Return a name of the folder that is UTF-8: its own, or that of a link to it, which goes with the process."""
+    if is_utf8(str(folder)):
+        return folder
+    beside = Path(tempfile.mkdtemp(prefix="nmsparse-"))
+    atexit.register(shutil.rmtree, beside, ignore_errors=True)
+    (beside / "folder").symlink_to(os.path.abspath(folder))
+    return beside / "folder"
 
 
 def _settle(folder: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 from conftest import PLAIN, make_tiny
 
 from converter import convert, pipeline
-from converter.errors import BuildError, OutputError
+from converter.errors import BuildError, OutputError, UsageError
 from converter.graph.dense import dense
 from converter.graph.export import MODEL
 from converter.runtimes.onnxruntime import VARIABLE, call_feed, session
@@ -96,9 +96,9 @@ def test_what_cannot_be_measured(nmsparse: Command, tiny: Path, out: Path, tmp_p
         assert said in " ".join(found.stderr.split())
 
     refused(BuildError.exit_code, "--prefill: must be at most 256, the context of", out, "--prefill", "257")
-    refused(BuildError.exit_code, "--plugin: must not be given without --tune, got p.so", out, "--plugin", "p.so")
+    refused(UsageError.exit_code, "--plugin: must not be given without --tune, got p.so", out, "--plugin", "p.so")
     tune = ["--tune", tmp_path / "t.csv"]
-    refused(BuildError.exit_code, "--threads: must not be given with --tune, got [1]", out, *tune, "--threads", "1")
+    refused(UsageError.exit_code, "--threads: must not be given with --tune, got [1]", out, *tune, "--threads", "1")
     refused(BuildError.exit_code, "dtype must be float16 or bfloat16, as of the TensorRT plugin's kernels", out, *tune)
     refused(2, "Must be > 0", out, "--threads", "0")
     pipeline.calibrate(str(tiny), tmp_path / "fitted", PLAIN, None, "cpu", Stages())

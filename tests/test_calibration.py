@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from converter.calibration.distill import distill
 from converter.calibration.texts import sampled, texts, windows
 from converter.calibration.train import train
 from converter.calibration.walk import calibrate
-from converter.checkpoint import beside, open_checkpoint
+from converter.checkpoint import open_checkpoint
 from converter.errors import CalibrationError, RecipeError
 from converter.pipeline import calibration_text, convert
 from converter.place import write_whole
@@ -113,28 +112,6 @@ def test_a_broken_file_never_stands_in_the_place_of_a_whole_one(tmp_path: Path) 
     with pytest.raises(CutError):
         write_whole(path, cut)
     assert path.read_text() == "whole"
-
-
-@pytest.mark.parametrize(("call", "number", "left"), [("mkdir", 1, "old"), ("rename", 1, "old"), ("rename", 2, "new")])
-def test_an_interruption_between_two_steps_leaves_one_whole_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str, number: int, left: str
-) -> None:
-    target, calls, real = tmp_path / "out", 0, getattr(os, call)
-    target.mkdir()
-    (target / "old").touch()
-
-    def interrupted(*args: Any, **options: Any) -> None:
-        nonlocal calls
-        real(*args, **options)
-        calls += 1
-        if calls == number:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(os, call, interrupted)
-    with pytest.raises(KeyboardInterrupt), beside(target) as folder:
-        (folder / "new").touch()
-    assert list(tmp_path.iterdir()) == [target]
-    assert list(target.iterdir()) == [target / left]
 
 
 SHORT = {
@@ -245,7 +222,7 @@ def test_distillation_that_cannot_work(tiny: Path, windows_: int, rate: float, m
         distill(checkpoint.model(), start, ids, recipe)
 
 
-class CutError(Exception):
+class CutError(BaseException):
     pass
 
 

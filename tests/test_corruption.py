@@ -17,6 +17,8 @@ from converter.delivery import bundle
 from converter.delivery.bundle import check_files
 from converter.errors import OutputError
 
+FILES = ("calibration.safetensors", "config.json", "genai_config.json", "generation_config.json", "manifest.json")
+FILES += ("model.onnx", "model.onnx.data", "recipe.yaml", "report.json", "tokenizer.json", "tokenizer_config.json")
 Main = Callable[..., tuple[int, str]]
 READERS = {
     "generate": lambda out, _: ["generate", out, "a"],
@@ -54,10 +56,9 @@ def damages(file: Path) -> Iterator[tuple[str, Callable[[], object]]]:
 def test_every_file_damaged_in_every_way(reader: str, out: Path, tmp_path: Path, main: Main) -> None:
     place = tmp_path / "out"
     shutil.copytree(out, place)
-    names = sorted(path.name for path in out.iterdir())
-    assert {"manifest.json", "model.onnx", "model.onnx.data", "config.json", "tokenizer.json"} <= set(names)
+    assert sorted(path.name for path in out.iterdir()) == sorted(FILES)
     command, tries = READERS[reader](place, tmp_path), 0
-    for name in names:
+    for name in FILES:
         for how, damage in damages(place / name):
             damage()
             before = sorted(os.listdir(tmp_path))
@@ -68,7 +69,7 @@ def test_every_file_damaged_in_every_way(reader: str, out: Path, tmp_path: Path,
             assert sorted(os.listdir(tmp_path)) == before
             (place / name).write_bytes((out / name).read_bytes())
             tries += 1
-    assert tries == 4 * len(names)
+    assert tries == 4 * len(FILES)
 
 
 def test_python_refuses_it_too(out: Path, tmp_path: Path) -> None:

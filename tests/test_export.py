@@ -15,7 +15,7 @@ import torch
 from conftest import PLAIN, make_tiny
 from safetensors.torch import load_file, save_file
 
-from converter import convert, load
+from converter import convert, genai_overlay, load
 from converter.calibration import file as calibration_file
 from converter.checkpoint import open_checkpoint
 from converter.errors import ExportError, RecipeError, ValidationError
@@ -190,22 +190,28 @@ def test_metadata_and_manifest(converted: Callable[..., Path]) -> None:
         assert needed in manifest["files"]
 
 
-@pytest.mark.parametrize(
-    ("dtype", "named", "there"), [("float32", True, True), ("float32", False, False), ("float16", True, False)]
-)
-def test_the_kernel_lies_in_out_where_it_knows_the_numbers(
-    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, named: bool, there: bool
+def test_the_kernel_lies_in_out_where_it_is_asked_for(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = tmp_path / "libany.so"
     library.write_bytes(b"any")
+    monkeypatch.setenv(VARIABLE, str(library))
     out = convert(str(tiny), tmp_path / "out", PLAIN)
-    monkeypatch.setenv(VARIABLE, str(library) if named else "")
-    again = tmp_path / "again"
-    export(out, again, {"dtype": dtype}, Stages())
-    options = json.loads((again / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
-    assert options.get("custom_ops_library") == (library.name if there else None)
-    assert (again / library.name).is_file() == there
-    assert (library.name in json.loads((again / "manifest.json").read_text())["files"]) == there
+    assert not list(out.glob("*.so"))
+    for again, embed in ((tmp_path / "without", False), (tmp_path / "with", True)):
+        export(out, again, {}, Stages(), embed_kernel=embed)
+        options = json.loads((again / "genai_config.json").read_text())["model"]["decoder"]["session_options"]
+        assert options.get("custom_ops_library") == (library.name if embed else None)
+        assert (again / library.name).is_file() == embed
+        assert (library.name in json.loads((again / "manifest.json").read_text())["files"]) == embed
+    overlaid = json.loads(genai_overlay())["model"]["decoder"]["session_options"]
+    assert overlaid == {"custom_ops_library": str(library)}
+    with pytest.raises(ExportError, match="--embed-kernel: dtype must be float32"):
+        export(out, tmp_path / "half", {"dtype": "float16"}, Stages(), embed_kernel=True)
+    monkeypatch.setenv(VARIABLE, "")
+    with pytest.raises(ExportError, match="--embed-kernel: the op's library must be built"):
+        export(out, tmp_path / "none", {}, Stages(), embed_kernel=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["libany.so", "out", "with", "without"]
 
 
 def test_left_padded_batch_gives_the_tokens_of_single_runs(converted: Callable[..., Path]) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from test_cpu_op import cpu_op  # noqa: F401 # a fixture
 
+CASES = 300
+
 
 def fuzz(library: Path, cases: int) -> subprocess.CompletedProcess[str]:
     """Run the program, for a call that goes wrong may end its process."""
@@ -26,12 +28,12 @@ def assert_right_or_refused(done: subprocess.CompletedProcess[str], cases: int) 
 
 
 def test_every_call_is_right_or_refused(cpu_op: Path) -> None:  # noqa: F811
-    assert_right_or_refused(fuzz(cpu_op / "libnmsparse_onnxruntime.so", 300), 300)
+    assert_right_or_refused(fuzz(cpu_op / "libnmsparse_onnxruntime.so", CASES), CASES)
 
 
 def test_sanitizers_find_nothing_in_any_node(cpu_op: Path) -> None:  # noqa: F811
     """The folder stands for the library with sanitizers; where the compiler has none, the usual one runs again."""
-    assert_right_or_refused(fuzz(cpu_op, 300), 300)
+    assert_right_or_refused(fuzz(cpu_op, CASES), CASES)
 
 
 def test_a_wrong_library_is_noticed(cpu_op: Path) -> None:  # noqa: F811

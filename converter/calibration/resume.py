@@ -36,10 +36,10 @@ def resumable(checkpoint: Checkpoint, recipe: Recipe, say: Callable[[str], None]
                 path.unlink()
         try:
             yield folder
-        except OSError:  # such as a full disk: what is there is good
-            raise
-        except Exception:  # whatever it was, the next run is not to meet it again
-            shutil.rmtree(folder)
+        except Exception as error:
+            # Of a full disk or memory what is there is good; of anything else the next run is not to meet it again.
+            if not isinstance(error, (OSError, MemoryError)) and "memory" not in str(error):
+                shutil.rmtree(folder)
             raise
         shutil.rmtree(folder)
 

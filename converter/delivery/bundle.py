@@ -23,7 +23,7 @@ from converter.checkpoint import WANTED, Checkpoint
 from converter.errors import BuildError, OutputError
 from converter.graph.export import MODEL
 from converter.kinds import causal_class
-from converter.place import HIDDEN, LEFT_ALONE, clear_stale, free_bytes, private, replacing, write_whole
+from converter.place import HIDDEN, LEFT_ALONE, clear_stale, free_bytes, is_utf8, private, replacing, write_whole
 
 MANIFEST, REPORT, RECIPE, GENAI = "manifest.json", "report.json", "recipe.yaml", "genai_config.json"
 ENGINES = "engines"  # what nmsparse build leaves
@@ -158,6 +158,7 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str, kernel:
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
     if checkpoint.kind.cached:
         generation = checkpoint.generation_config()
+        generation.cache_implementation = None  # the graph keeps every position
         generation.save_pretrained(folder)
         about = genai_config(config, generation, processor)
         if kernel is not None:
@@ -223,9 +224,7 @@ def context_length(folder: Path) -> int:
 def write_json(path: Path, data: Any) -> None:
     """Write `data` as readable JSON."""
     text = json.dumps(data, indent=2, ensure_ascii=False)
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # the name of a folder
+    if not is_utf8(text):  # the name of a folder
         text = json.dumps(data, indent=2)
     path.write_text(text + "\n", "utf-8")
 

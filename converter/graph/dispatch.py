@@ -12,6 +12,7 @@ from converter.errors import BuildError
 from converter.place import write_whole
 
 ANY = "*"
+MOST_ROWS = 65535  # tokens of a call that reads only the weights they use: a grid has no more rows
 
 
 class Row(NamedTuple):
@@ -54,10 +55,12 @@ def read(path: Path | None) -> list[Row]:
 
 
 def _row(line: Mapping[str, str], where: str) -> Row:
-    for name in ("gemv_tokens", "sparse_tokens"):
+    for name, most in (("gemv_tokens", MOST_ROWS), ("sparse_tokens", 2**31 - 1)):
         text = line[name]
         if text is None or not (text.isascii() and text.isdigit()):
             raise BuildError(f"{where}: {name} must be 0 or more tokens, got {text!r}.")
+        if int(text[:10]) > most:
+            raise BuildError(f"{where}: {name} must be at most {most} tokens, got {text[:10]}.")
     sm, dtype, pattern, k, n = (line[key] for key in KEYS)
     return Row(sm, dtype, pattern, k, n, int(line["gemv_tokens"]), int(line["sparse_tokens"]), line["source"] or "")
 

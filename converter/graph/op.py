@@ -155,7 +155,9 @@ def _back(form: Form) -> Sequence[str]:
         f"width_1d = Shape <start = -1> ({_z(form)})",
         "end = Squeeze (width_1d, scalar_axis)",
         "places = Range (first, end, step)",
-        "inverse = ScatterElements <axis = 0> (permutation, permutation, places)",
+        # A place that no channel of the permutation takes has no index: then Gather refuses it.
+        "nowhere = ConstantOfShape <value = int64[1] {2147483647}> (width_1d)",
+        "inverse = ScatterElements <axis = 0> (nowhere, permutation, places)",
         "pruned = Gather <axis = -1> (pruned_arranged, inverse)",
     ]
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from converter.errors import ExportError
+from converter.errors import ConverterError, ExportError, said
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION, Form
 from converter.kinds import kind, output, takes_segments
 from converter.plan import find_blocks
@@ -258,15 +260,60 @@ def trace(
     A model of images takes those of the shape `image [C, H, W]`.
 
     Raises:
-        ExportError: when the model does not have the shape of a decoder with a key/value cache, or of an encoder.
+        ExportError: when the model does not have the shape of a decoder with a key/value cache, or of an encoder, or
+            cannot be traced.
     """
-    blocks_name, blocks = find_blocks(model)
-    cached, images, names = kind(model).cached, kind(model).images, input_names(model)
+    blocks_name, _ = find_blocks(model)
     check_blocks(model)
     for layer, node in nodes.items():
         linear = model.get_submodule(layer)
         assert isinstance(linear, nn.Linear)
         model.set_submodule(layer, TracedLinear(linear, node, form, dtype))
+    with _told(model):
+        program, own = _captured(model, dtype, image)
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not there
+        onnx_program = torch.onnx.export(program, opset_version=OPSET, optimize=False, verbose=False)
+        assert onnx_program is not None
+        traced_model = onnx_program.model
+        _name(traced_model, own if kind(model).cached else [], input_names(model), kind(model).output)
+        _forget_weights(traced_model, model, blocks_name)
+        # It warns of every weight without content.
+        logging.getLogger("onnx_ir.passes.common.initializer_deduplication").setLevel(logging.ERROR)
+        optimize_ir(traced_model)
+        for rules in (rms_normalization_ruleset, rotary_embedding_rules, partial_embedding_rules):
+            RewritePass(rules)(traced_model)
+    return traced_model
+
+
+def check_traceable(model: PreTrainedModel, image: tuple[int, ...] = ()) -> None:
+    """Refuse a skeleton that cannot be traced; it is used up. This takes a second, and spares a calibration.
+
+    Raises:
+        ExportError: saying what torch.export says.
+    """
+    with _told(model):
+        _captured(model, torch.float32, image)
+
+
+@contextmanager
+def _told(model: PreTrainedModel) -> Iterator[None]:
+    """Turn what goes wrong when a model is traced into an error of ours."""
+    try:
+        yield
+    except ConverterError:
+        raise
+    except Exception as error:  # torch.export and torch.onnx have no class of their own for what they cannot do
+        raise ExportError(
+            f"{type(model).__name__}: must be a model that torch can trace, got {said(error)} "
+            "Such models cannot be converted yet."
+        ) from error
+
+
+def _captured(
+    model: PreTrainedModel, dtype: torch.dtype, image: tuple[int, ...]
+) -> tuple[torch.export.ExportedProgram, list[int]]:
+    """Return what torch.export makes of the skeleton, and the blocks in it, like one of which is every other."""
+    _, blocks = find_blocks(model)
     _fill(model, dtype)
     kinds = [signature(block) for block in blocks]
     likes = [kinds.index(kind) for kind in kinds]
@@ -277,28 +324,16 @@ def trace(
             traced.append(TracedBlock(bare[index], index, None if like == index else traced[like]))
             blocks[index] = traced[index]
         own = [index for index, like in enumerate(likes) if like == index]
-        if cached:
+        if kind(model).cached:
             program = _program(model, len(blocks), own, dtype)
-        elif images:
+        elif kind(model).images:
             program = _image_program(model, image, dtype)
         else:
-            program = _encoder_program(model, names, dtype)
+            program = _encoder_program(model, input_names(model), dtype)
         differing = [block.index for block in traced if block.differs()]
         if not differing:
-            break
+            return program, own
         likes[differing[0]] = differing[0]
-    logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not there
-    onnx_program = torch.onnx.export(program, opset_version=OPSET, optimize=False, verbose=False)
-    assert onnx_program is not None
-    traced_model = onnx_program.model
-    _name(traced_model, own if cached else [], names, kind(model).output)
-    _forget_weights(traced_model, model, blocks_name)
-    # It warns of every weight without content.
-    logging.getLogger("onnx_ir.passes.common.initializer_deduplication").setLevel(logging.ERROR)
-    optimize_ir(traced_model)
-    for rules in (rms_normalization_ruleset, rotary_embedding_rules, partial_embedding_rules):
-        RewritePass(rules)(traced_model)
-    return traced_model
 
 
 def _forget_weights(traced: ir.Model, model: PreTrainedModel, blocks: str) -> None:

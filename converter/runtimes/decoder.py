@@ -18,6 +18,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
+from converter.checkpoint import Checkpoint
 from converter.runtimes import arguments
 
 PAST = "past_key_values."
@@ -217,7 +218,7 @@ def _graph_class(family: type[PreTrainedModel]) -> Any:
 
 def generation_config(folder: Path) -> GenerationConfig:
     """Return how the model in `folder` wants to be sampled; a cache that no graph can fill is dropped with a word."""
-    found = GenerationConfig.from_pretrained(folder)
+    found = Checkpoint(str(folder), None, folder).generation_config()
     if found.cache_implementation not in {None, "dynamic"}:
         logging.getLogger(__name__).warning(
             "%s: cache_implementation %s is left out: the graph keeps every position.",

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig
 
+from converter.checkpoint import Checkpoint
 from converter.errors import BuildError, DeviceError, ExportError
 from converter.runtimes import tensorrt, tensorrt_rtx
 from converter.runtimes.decoder import PAST, CacheInput, GraphCausalLM, generation_config, graph_model
@@ -105,7 +105,7 @@ def load_engine(
         if t["name"].startswith(PAST)
     ]
     run = by_profile(loaded.run, [Profile.parse(text) for text in engine["profiles"]])
-    model = graph_model(AutoConfig.from_pretrained(folder), caches, run, loaded.device)
+    model = graph_model(Checkpoint(str(folder), None, folder).config, caches, run, loaded.device)
     model.generation_config = generation_config(folder)
     return model
 

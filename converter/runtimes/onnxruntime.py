@@ -13,9 +13,10 @@ import onnx
 import onnxruntime
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput, MaskedLMOutput
 
+from converter.checkpoint import Checkpoint
 from converter.errors import ExportError
 from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, OP, widens
@@ -72,7 +73,7 @@ def session(
     options.log_severity_level = 3
     options.intra_op_num_threads = threads
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    options.add_session_config_entry(INITIALIZERS, str(folder.resolve()))
+    options.add_session_config_entry(INITIALIZERS, os.path.abspath(folder))
     options.add_session_config_entry(ACCURACY, "4")
     if not prepack:
         options.add_session_config_entry("session.disable_prepacking", "1")
@@ -208,7 +209,7 @@ class OnnxVision(PreTrainedModel):
 
 def load_onnx(folder: Path) -> GraphCausalLM | OnnxEncoder | OnnxVision:
     """Return the model in OUT, ready to run."""
-    config = AutoConfig.from_pretrained(folder)
+    config = Checkpoint(str(folder), None, folder).config
     run = session(onnx.load(folder / MODEL, load_external_data=False), folder)
     kind = kind_of(config, str(folder))
     if not kind.cached:
