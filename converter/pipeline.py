@@ -369,10 +369,11 @@ def _export(
     stages: Stages,
     embed_kernel: bool,
 ) -> None:
+    name = about["source"]["name"].encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
     metadata = {
         "nmsparse.version": about["versions"]["nmsparse"],
         "nmsparse.recipe_sha256": about["recipe_sha256"],
-        "nmsparse.source": about["source"]["name"],
+        "nmsparse.source": name,
         "nmsparse.source_revision": about["source"]["revision"] or about["source"]["weights_sha256"],
     }
     with stages.stage("export", "tensors") as advance:

@@ -444,6 +444,21 @@ def arguments(p: Place) -> list[Try]:
     return found
 
 
+def overflows(p: Place) -> list[Try]:
+    """Models whose numbers end in infinity."""
+    found = []
+    text = p.here / "text.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog " * 60)
+    for name, size in (("model.norm.weight", 1e38), ("lm_head.weight", 1e38), ("model.norm.weight", 1e30)):
+        folder = p.model(f"{name} {size}")
+        weights = load_file(folder / "model.safetensors")
+        weights[name] = torch.full_like(weights[name], size)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        command = ["perplexity", folder, "--text", text, "--context", 32, "--tokens", 64]
+        found.append(Try(f"perplexity, {name} {size}", command, 18, "perplexity: must be finite"))
+    return found
+
+
 def texts(p: Place) -> list[Try]:
     """Texts that are none."""
     found = []
@@ -498,6 +513,7 @@ ATTACKS = (
     Attack("recipe that blows up", "refused in a line, 10", recipes),
     Attack("manifest, links and files that were added to OUT", "refused by every command, 15", manifests),
     Attack("arguments that mean nothing", "refused, 2; ids of another tokenizer, 11", arguments),
+    Attack("model whose numbers end in infinity", "its perplexity is no number, 18", overflows),
     Attack("text that is none", "refused, 12", texts),
     Attack("OUT that is somebody else's", "refused, left as it was, 15", places),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import platform
@@ -10,6 +11,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -52,6 +54,8 @@ ROWS = {
     "winogrande/dev.jsonl": [{"sentence": "A hit B so _ cried.", "option1": "A", "option2": "B", "answer": "2"}],
 }
 WIKITEXT = " = One = \n Some words . \n = = Part = = \n More words . \n = Two = \n Other words . \n"
+HUB = ("HF_HOME", "HF_HUB_OFFLINE")
+HUB_AT_IMPORT = [os.environ.get(name) for name in HUB]
 DATASETS = Path(__file__).parents[2] / "shared" / "datasets"
 
 
@@ -119,11 +123,34 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_data(tmp_path_factory.mktemp("data"))
 
 
+def in_process(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """Run the command line here, without the seconds that the imports take: its exit code and what it wrote."""
+    streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
+    given, terminated, code = sys.argv, signal.getsignal(signal.SIGTERM), 0
+    sys.argv = ["nmsparse", *map(str, arguments)]
+    try:
+        with warnings.catch_warnings(), redirect_stdout(streams[0]), redirect_stderr(streams[1]):
+            cli.main()
+    except SystemExit as end:
+        code = int(end.code or 0)
+    finally:
+        sys.argv = given
+        signal.signal(signal.SIGTERM, terminated)
+    texts = [stream.buffer.getvalue().decode("utf-8", "surrogateescape") for stream in streams]  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(sys.argv, code, *texts)
+
+
 @pytest.fixture
-def nmsparse() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line as a user does, in a process of its own."""
+def nmsparse(request: pytest.FixtureRequest) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line: in a process of its own where the model is real, or the process is not to be as this one.
+
+    What the Hub's packages read from the environment they read when they are imported.
+    """
+    real = request.node.get_closest_marker("slow") is not None
 
     def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
+        if not (real or options or [os.environ.get(name) for name in HUB] != HUB_AT_IMPORT):
+            return in_process(*arguments)
         command = [sys.executable, "-m", "converter", *map(str, arguments)]
         return subprocess.run(command, capture_output=True, text=True, check=False, **options)  # type: ignore[call-overload,no-any-return]
 
@@ -131,20 +158,12 @@ def nmsparse() -> Callable[..., subprocess.CompletedProcess[str]]:
 
 
 @pytest.fixture
-def main(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+def main() -> Callable[..., tuple[int, str]]:
     """Run the command line in this process; return its exit code and what it said on stderr."""
 
     def run(*arguments: object) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["nmsparse", *map(str, arguments)])
-        code = 0
-        with warnings.catch_warnings():
-            try:
-                cli.main()
-            except SystemExit as end:
-                code = int(end.code or 0)
-            finally:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        return code, capsys.readouterr().err
+        done = in_process(*arguments)
+        return done.returncode, done.stderr
 
     return run
 

@@ -174,6 +174,17 @@ def test_bad_output(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
     assert "must be a folder that nmsparse wrote" in refused(nmsparse, tmp_path, 15, "validate", tmp_path / "taken")
 
 
+def test_names_that_are_not_utf_8(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
+    model, out = (Path(os.fsdecode(os.fsencode(tmp_path) + name)) for name in (b"/model\xff", b"/out\xfe"))
+    shutil.copytree(tiny, model)
+    out.mkdir()
+    for command in (["convert", model, out, *QUICK], ["generate", out, "the fox", "--max-new-tokens", "2"]):
+        found = nmsparse(*command, errors="surrogateescape")
+        assert found.returncode == 0, found.stderr
+    assert sorted(os.listdir(os.fsencode(tmp_path))) == [b"model\xff", b"out\xfe"]
+    assert json.loads((out / "manifest.json").read_text())["source"]["name"] == str(model)
+
+
 def test_a_full_disk_leaves_nothing(nmsparse: Command, tiny: Path, tmp_path: Path) -> None:
     """A limit on the size of a file fails the same writes as a full disk, at the same place."""
 

@@ -112,3 +112,15 @@ def test_huge_pages_are_what_the_system_says(monkeypatch: pytest.MonkeyPatch, tm
         found = next(f for f in examine(Path("none")) if f.part == "huge pages")
         assert (found.works, found.found.split()[0]) == (works, said)
         assert "faster" in found.advice
+
+
+def test_what_killed_runs_have_left_is_found_and_cleared(nmsparse: Command, tmp_path: Path) -> None:
+    environment = os.environ | {"HF_HOME": str(tmp_path / "home")}
+    (tmp_path / ".nmsparse-folder").mkdir()
+    (tmp_path / ".nmsparse-folder" / "model.onnx").touch()
+    (tmp_path / ".nmsparse-file").touch()
+    (tmp_path / "mine").touch()
+    found = by_part(nmsparse("doctor", tmp_path, "--json", env=environment))["left by killed runs"]
+    assert {".nmsparse-folder", ".nmsparse-file"} == {Path(name).name for name in found["found"][14:].split(", ")}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["home", "mine"]
+    assert by_part(nmsparse("doctor", tmp_path, "--json", env=environment))["left by killed runs"]["found"] == "nothing"

@@ -253,7 +253,6 @@ def test_evaluate_writes_resumes_and_judges(
     nmsparse: Command, out: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = ["evaluate", out, "--data-dir", data, "--tasks", "piqa,boolq,wikitext", "--context", "128"]
     found = nmsparse(*command, "--json", "--out", tmp_path / "first")
     assert found.returncode == 0, found.stderr
@@ -273,7 +272,6 @@ def test_evaluate_writes_resumes_and_judges(
 def test_what_cannot_be_evaluated_is_said(
     nmsparse: Command, out: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     command = ["evaluate", out, "--out", tmp_path / "results", "--data-dir"]
     text = refused(nmsparse, tmp_path, 18, *command, data, "--tasks", "piqaa")
     assert "must be a task of lm-eval, got 'piqaa'. Nearest: piqa" in text
