@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -32,16 +32,19 @@ from transformers import (
 
 from converter.arrangement import Arrangement
 from converter.errors import CheckpointError, DeviceError, OutputError, said
-from converter.kinds import DECODER, Kind, kind_of, without_pooler
+from converter.kinds import DECODER, Kind, kind_of, without_head, without_pooler
 from converter.place import encodable, private, replacing
 from converter.saved import (
     Stored,
     check_stored,
-    dropped_blocks,
+    has_head,
     left_over,
     refuse_adapter,
+    refuse_encoded,
+    refuse_lost,
     refuse_quantised,
     refuse_wrapped,
+    some,
     stored,
     weight_names,
 )
@@ -64,6 +67,7 @@ class Checkpoint:
     folder: Path
     arrangement: Arrangement = field(default_factory=lambda: Arrangement({}))
     device: str = "cpu"
+    headless: bool = False  # the weights of the head that config.json speaks of are not stored
 
     def arranged(self, arrangement: Arrangement) -> Checkpoint:
         """Return the same checkpoint, reordered."""
@@ -87,7 +91,8 @@ class Checkpoint:
     @cached_property
     def kind(self) -> Kind:
         """The kind of model that it is."""
-        return kind_of(self.config, self.source)
+        found = kind_of(self.config, self.source)
+        return (without_head(found) if self.headless else None) or found
 
     @cached_property
     def stored(self) -> dict[str, Stored]:
@@ -196,7 +201,7 @@ class Checkpoint:
     def left_out(self) -> list[str]:
         """Return what the checkpoint has and OUT will not have, in words."""
         found: list[str] = []
-        if (self.folder / ABOUT).is_file():
+        if self.folder.parent == private() and (self.folder / ABOUT).is_file():
             found += json.loads((self.folder / ABOUT).read_text("utf-8"))["left_out"]
         if self.config.get_text_config() is not self.config:
             found.append("images and all else but text: OUT is the text model alone")
@@ -205,9 +210,11 @@ class Checkpoint:
         if self.kind.cached and (cache := self.generation_config().cache_implementation) not in {None, "dynamic"}:
             found.append(f"cache_implementation {cache} of generation_config.json: the graph keeps every position")
         if rest := left_over(self.skeleton(), self.files):
-            found.append(f"{_some(rest)}, which the {self.kind.name} of config.json has no place for")
+            found.append(f"{some(rest)}, which the {self.kind.name} of config.json has no place for")
+        if nested := sorted(str(path.relative_to(self.folder)) for path in self.folder.glob("*/*.safetensors")):
+            found.append(f"{some(nested)}, which other programs put behind the model")
         if others := sorted({path.name for path in self.folder.glob("*.safetensors")} - _names(self.files.values())):
-            found.append(f"{_some(others)}, which transformers would not read either")
+            found.append(f"{some(others)}, which transformers would not read either")
         return found
 
 
@@ -218,8 +225,13 @@ def _read(folder: Path) -> list[Path]:
 
 def image_shape(processor: Any) -> tuple[int, ...]:
     """Return `[C, H, W]` of what a processor makes of an image, whatever its size."""
-    found: tuple[int, ...] = processor(np.zeros((480, 640, 3), np.uint8), return_tensors="pt")["pixel_values"].shape[1:]
-    return tuple(found)
+    try:
+        made = processor(np.zeros((480, 640, 3), np.uint8), return_tensors="pt")["pixel_values"]
+    except Exception as error:  # its settings may be anything
+        raise CheckpointError(
+            f"preprocessor_config.json: must make pixels of an image, got {said(error)}. Fetch it again."
+        ) from error
+    return tuple(made.shape[1:])
 
 
 def _sha256(paths: list[Path]) -> str:
@@ -234,11 +246,6 @@ def _names(paths: Any) -> set[str]:
     return {path.name for path in paths}
 
 
-def _some(names: list[str]) -> str:
-    """Return the first names, and how many more there are."""
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
 def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     """Return the checkpoint that `source` names.
 
@@ -247,11 +254,11 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
             its configuration, or is of no kind that can be converted.
     """
     path = encodable(Path(source))
-    if path.is_file():
+    if _is(path.is_file):
         if path.suffix != ".gguf":
             raise CheckpointError(f"{source}: must be a folder, a .gguf file or a Hub id, got a {path.suffix} file.")
-        return Checkpoint(source, None, _unpacked(path, gguf=True))
-    if path.is_dir():
+        return Checkpoint(source, None, _unpacked(path, DECODER))
+    if _is(path.is_dir):
         folder = path
     else:
         folder = _from_hub(source, revision)
@@ -260,33 +267,42 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     ggufs = sorted(folder.glob("*.gguf"))
     if not any(folder.glob("*.safetensors")):
         if len(ggufs) == 1:
-            return Checkpoint(source, revision, _unpacked(ggufs[0], gguf=True))
+            return Checkpoint(source, revision, _unpacked(ggufs[0], DECODER))
         pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES)
         if pickles:
             raise CheckpointError(
                 f"{source}: weights must be safetensors, got {pickles[0]}. A pickle can run code when it is read: "
                 "convert it with save_pretrained(..., safe_serialization=True) where you trust it."
             )
-        raise CheckpointError(f"{source}: must hold one or more .safetensors files or one .gguf file, got neither.")
+        there = f"{len(ggufs)} .gguf files: give one of them" if ggufs else "neither"
+        raise CheckpointError(f"{source}: must hold one or more .safetensors files or one .gguf file, got {there}.")
     checkpoint = Checkpoint(source, revision, folder)
     refuse_quantised(checkpoint.config, source)
-    kind, skeleton = checkpoint.kind, checkpoint.skeleton()
+    refuse_encoded(checkpoint.stored, source)
+    blocks = getattr(checkpoint.config.get_text_config(), "num_hidden_layers", 0)
+    if isinstance(blocks, int) and blocks > len(checkpoint.stored):  # told before so many are made
+        raise CheckpointError(
+            f"{source}: config.json must have at most as many blocks as there are weights, {len(checkpoint.stored)}, "
+            f"got {blocks}. Fetch config.json of these weights."
+        )
+    skeleton = checkpoint.skeleton()
+    if without_head(checkpoint.kind) and not has_head(skeleton, checkpoint.files):
+        checkpoint = replace(checkpoint, headless=True)
+        skeleton = checkpoint.skeleton()
     if not set(weight_names(skeleton)) <= set(checkpoint.files):
         refuse_wrapped(skeleton, checkpoint.files, source)
-        return Checkpoint(source, revision, _unpacked(folder, gguf=False))
+        return Checkpoint(source, revision, _unpacked(folder, checkpoint.kind))
     check_stored(skeleton, checkpoint.stored, source)
-    rest = left_over(skeleton, checkpoint.files)
-    if blocks := dropped_blocks(skeleton, rest):
-        raise CheckpointError(
-            f"{source}: config.json must have as many blocks as the weights, got weights of further ones: "
-            f"{_some(blocks)}. Fetch config.json of these weights."
-        )
-    if rest and kind is DECODER:
-        raise CheckpointError(
-            f"{source}: must be a {kind.name} alone, got a head for another task, too: {_some(rest)}. "
-            "It would be lost: save the language model without it."
-        )
+    refuse_lost(skeleton, left_over(skeleton, checkpoint.files), source, heads=checkpoint.kind is DECODER)
     return checkpoint
+
+
+def _is(asked: Callable[[], bool]) -> bool:
+    """Return what a path says of itself; one that cannot be is nothing."""
+    try:
+        return asked()
+    except OSError:  # such as a name that is too long
+        return False
 
 
 def from_saved(auto: Any, folder: Path, source: str, must: str, **options: Any) -> Any:
@@ -330,9 +346,10 @@ def _processor(kind: Kind, folder: Path, source: str) -> Any:
     return from_saved(AutoTokenizer, folder, source, "come with a tokenizer")
 
 
-def _unpacked(path: Path, *, gguf: bool) -> Path:
+def _unpacked(path: Path, kind: Kind) -> Path:
     """Return a folder of safetensors, in the Hub cache, with the weights under the names that torch gives them."""
     # Configuration and tokenizer are unpacked with the weights.
+    gguf = path.is_file()
     digest = _sha256([path] if gguf else _read(path))
     folder = private() / digest
     if folder.exists():
@@ -340,15 +357,15 @@ def _unpacked(path: Path, *, gguf: bool) -> Path:
     home, where = (path.parent, {"gguf_file": path.name}) if gguf else (path, {})
     # transformers opens the file anew for each of the three, and is silent about what it lacks.
     must = "hold a model that transformers can read"
-    kind = DECODER if gguf else kind_of(_config(path, str(path)), str(path))
     processor = from_saved(AutoTokenizer, home, str(path), must, **where) if gguf else _processor(kind, path, str(path))
     options: dict[str, Any] = {"dtype": torch.float32} if gguf else {"dtype": "auto", "use_safetensors": True}
     loaded: Any = from_saved(kind.auto, home, str(path), must, output_loading_info=True, **options, **where)
     model, info = without_pooler(loaded[0]), loaded[1]
     missing = sorted(set(info["missing_keys"]) & set(weight_names(model)))
     if missing:
-        raise CheckpointError(f"{path}: must hold every weight of the model, got none for {_some(missing)}.")
-    lost = sorted(info["unexpected_keys"]) if not gguf else []
+        raise CheckpointError(f"{path}: must hold every weight of the model, got none for {some(missing)}.")
+    lost = [] if gguf else sorted(set(left_over(model, info["unexpected_keys"])))
+    refuse_lost(model, lost, str(path), heads=kind is DECODER)
     config = model.config
     config.architectures = [type(model).__name__]  # a GGUF file does not say; clients ask for it
     if hasattr(config, "quantization_config"):
@@ -361,7 +378,7 @@ def _unpacked(path: Path, *, gguf: bool) -> Path:
             processor.save_pretrained(staging)
             if getattr(model, "generation_config", None) is not None:
                 model.generation_config.save_pretrained(staging)
-            left_out = [f"{_some(lost)}, which transformers has no place for"] if lost else []
+            left_out = [f"{some(lost)}, which transformers has no place for"] if lost else []
             (staging / ABOUT).write_text(json.dumps({"left_out": left_out}), "utf-8")
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{folder}: cannot be written: {said(error)}. Free some space, or set HF_HOME.") from error

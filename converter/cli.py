@@ -27,7 +27,7 @@ os.environ.setdefault("TORCH_LOGS", "-all")
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars: the progress is ours
 
 from converter import json_rows
-from converter.errors import ConverterError, EvaluationError, OutputError, UsageError, said, shortened
+from converter.errors import CheckpointError, ConverterError, EvaluationError, OutputError, UsageError, said, shortened
 from converter.place import encodable, is_utf8
 from converter.recipe import Recipe, from_yaml, parse_set
 from converter.sparsity.linear import Phases
@@ -50,12 +50,14 @@ app = App(
 )
 USAGE, UNFORESEEN, INTERRUPTED, CLOSED = 2, 70, 130, 141
 DEBUG = "--debug"
+LONGEST = 4000  # characters of an error
 PLUGIN = Path("build/plugins/libnmsparse_tensorrt.so")
 Device = Annotated[
     Literal["cpu", "cuda"], Parameter(help="where to calibrate: on the CPU, or on a GPU that PyTorch can use")
 ]
 
 
+Threads = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=1024))]
 Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32))]
 EmbedKernel = Annotated[
     bool, Parameter(negative=(), help="put the CPU kernel's library into OUT: onnxruntime-genai then runs it by itself")
@@ -261,7 +263,7 @@ def build(
     theirs |= {"--hardware-compatible": hardware_compatible or None, "--embed-plugin": embed_plugin or None}
     _refuse_others(f"with --runtime {runtime}", theirs, theirs if runtime == "tensorrt" else {})
     workspace = None if workspace_mib is None else workspace_mib << 20
-    console = Console()
+    console = Console(emoji=False)
     if runtime == "tensorrt":
         from converter.build import build_tensorrt
         from converter.runtimes.tensorrt import Options
@@ -298,7 +300,7 @@ def build(
 def bench(
     out: Path,
     *,
-    threads: list[PositiveInt] | None = None,
+    threads: list[Threads] | None = None,
     prefill: list[PositiveInt] | None = None,
     seconds: PositiveFloat | None = None,
     tune: Path | None = None,
@@ -386,7 +388,7 @@ def inspect(
         table.add_row(
             name, str(len(of_row)), shape, span, used, *figures, "; ".join(sorted(paths.get((name, k, n), ())))
         )
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 @app.command
@@ -439,7 +441,7 @@ def doctor(
         table.add_row(
             finding.part, "yes" if finding.works else "no", finding.found, "" if finding.works else finding.advice
         )
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 @app.command
@@ -476,17 +478,23 @@ def generate(
     from converter.kinds import positions
     from converter.pipeline import load_decoder
 
-    if not prompt:
-        raise UsageError("PROMPT: must have text, got none. Give some.")
+    if not prompt or not is_utf8(prompt):
+        raise UsageError(f"PROMPT: must have text, got {shortened(ascii(prompt)) if prompt else 'none'}. Give some.")
     loaded, tokenizer = load_decoder(model, "generate")
-    if chat and tokenizer.chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        inputs: Any = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(prompt, return_tensors="pt")
-    length, most = inputs["input_ids"].shape[1], positions(loaded.config)
+    try:
+        if chat and tokenizer.chat_template:
+            messages = [{"role": "user", "content": prompt}]
+            inputs: Any = tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+            )
+        else:
+            inputs = tokenizer(prompt, return_tensors="pt")
+        ids = inputs["input_ids"]
+    except Exception as error:  # a template may do anything, and a tokenizer say anything to it
+        raise CheckpointError(
+            f"{model}: must make tokens of the prompt, got {said(error)}. Try --no-chat, or mend its tokenizer."
+        ) from error
+    length, most = ids.shape[1], positions(loaded.config)
     if not length:
         raise UsageError(f"PROMPT: must have tokens, got none of {shortened(repr(prompt))}. Give another.")
     if most is not None and length + max_new_tokens > most:
@@ -494,15 +502,23 @@ def generate(
             f"--max-new-tokens: must be at most {max(most - length, 0)} after a prompt of {length} tokens, got "
             f"{max_new_tokens}: the model takes {most} in all. Give less, or a shorter prompt."
         )
-    check_ids(inputs["input_ids"], loaded.config)
+    check_ids(ids, loaded.config)
     torch.manual_seed(seed)
-    loaded.generate(  # type: ignore[operator]
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        max_new_tokens=max_new_tokens,
-        do_sample=sample,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
-    )
+    try:
+        loaded.generate(  # type: ignore[operator]
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_new_tokens,
+            do_sample=sample,
+            num_beams=1,  # as text comes there is one
+            num_return_sequences=1,
+            tokenizer=tokenizer,
+            streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        )
+    except (ValueError, TypeError, AttributeError, LookupError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{model}: must write by its generation_config.json, got {said(error)}. Mend it, or leave it out."
+        ) from error
 
 
 @app.command
@@ -688,7 +704,7 @@ def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bo
     for layer in layers:
         pattern = "by budget" if layer.open else f"{layer.keep}:{layer.group}" if layer.sparse else "dense"
         table.add_row(layer.name, f"{layer.in_features} x {layer.out_features}", pattern, layer.reason)
-    Console().print(table)
+    Console(emoji=False).print(table)
     print(recipe.to_yaml())
 
 
@@ -699,7 +715,7 @@ def _show_speed(how: str, times: Sequence[Speed]) -> None:
         both = [f"{statistics.median(seconds) * 1e3:.2f}" for seconds in (time.dense, time.ours)]
         ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
         table.add_row(time.call(), str(time.threads), *both, f"{time.per_second():.1f}", ratio)
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
     console.print(f"the op ran in {how}")
 
@@ -710,7 +726,7 @@ def _show_timings(timings: Sequence[Timing]) -> None:
         shape, span = timing.shape, f"{min(timing.ratios):.2f} to {max(timing.ratios):.2f}"
         row = (f"{shape.k} x {shape.n}", f"{shape.keep}:{shape.group}", str(timing.tokens))
         table.add_row(*row, f"{timing.path} {timing.tile}", f"{timing.median():.2f} ({span})")
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 def _show_evaluation(found: Evaluation) -> None:
@@ -727,7 +743,7 @@ def _show_evaluation(found: Evaluation) -> None:
         table.add_row(
             "boolq F1 of yes", "", *(f"{found.f1[name]:.3f}" for name in ("dense", "sparse")[: len(found.f1)])
         )
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
     if found.recovery is not None:
         console.print(f"sparse / dense accuracy, mean over the tasks: {found.recovery:.3f}")
@@ -741,7 +757,7 @@ def _show_report(out: Path, report: dict[str, Any], json_output: bool) -> None:
     table = Table("stage", "seconds", "peak memory")
     for cost in report["stages"]:
         table.add_row(cost["stage"], f"{cost['seconds']:.1f}", f"{cost['peak_bytes'] / 1e9:.2f} GB")
-    console = Console()
+    console = Console(emoji=False)
     console.print(table)
     if report["parity"] is not None:
         _show_parity(report["parity"])
@@ -771,7 +787,7 @@ def _show_parity(summary: dict[str, Any]) -> None:
         table.add_row(f"written across {boundary}", "not tried", why)
     for name, value in summary["sparse_not_judged"].items():
         table.add_row(f"whole graph, {name.replace('_', ' ')}", f"{value:.3g}", "not judged")
-    Console().print(table)
+    Console(emoji=False).print(table)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
@@ -784,7 +800,9 @@ def main() -> None:
     warnings.simplefilter("ignore")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="surrogateescape")  # the name of a folder need not be UTF-8
+            plain = stream is sys.stderr or stream.encoding.lower().replace("-", "") != "utf8"
+            # The name of a folder need not be UTF-8, and a terminal not know every letter.
+            stream.reconfigure(errors="backslashreplace" if plain else "surrogateescape")
     arguments = sys.argv[1:]
     for number, text in enumerate(arguments):
         if not is_utf8(text) and os.path.exists(text):
@@ -792,11 +810,11 @@ def main() -> None:
     debug = DEBUG in arguments
     if debug:
         arguments.remove(DEBUG)
-    errors = Console(stderr=True, soft_wrap=True, highlight=False)
+    errors = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
     def fail(kind: str, what: str, code: int) -> NoReturn:
         errors.print(f"[red]error:[/] {kind}:", end=" ")
-        errors.print(what, markup=False)
+        errors.print(what if len(what) <= LONGEST else f"{what[:LONGEST]} ...", markup=False)
         sys.exit(code)
 
     try:
@@ -812,7 +830,9 @@ def main() -> None:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more at its end
         sys.exit(CLOSED)
-    except Exception as error:
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         if debug:
             raise
         if isinstance(error, OSError):

@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.models.auto import modeling_auto
 
-from converter.errors import CalibrationError, CheckpointError, RecipeError
+from converter.errors import CalibrationError, CheckpointError, RecipeError, shortened
 from converter.recipe import Recipe
 
 
@@ -73,10 +73,15 @@ def kind_of(config: PreTrainedConfig, where: str) -> Kind:
     Raises:
         CheckpointError: when it is an encoder-decoder, or has a head for another task.
     """
-    saved = (config.architectures or [""])[0]
+    classes = config.architectures or [""]
+    if not isinstance(classes, list) or not isinstance(classes[0], str):
+        raise CheckpointError(
+            f"{where}: architectures must be names, got {shortened(repr(classes))}. Mend config.json."
+        )
+    saved = classes[0]
     found = _kind(config, saved)
     if found is None:
-        what = saved or config.model_type
+        what = shortened(saved or config.model_type)
         got = f"an encoder-decoder, {what}" if config.is_encoder_decoder else f"{what}, a head for another task"
         raise CheckpointError(
             f"{where}: must be a causal or masked language model, an image classifier or an encoder, got {got}. "
@@ -99,9 +104,10 @@ def _kind(config: PreTrainedConfig, saved: str) -> Kind | None:
         (modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES, MASKED, ENCODER),
     )
     bare = saved in _names(modeling_auto.MODEL_MAPPING_NAMES, config)
+    pretrained = saved in _names(modeling_auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES, config)
     for mapping, headed, without_head in families:
         if config.model_type in mapping:
-            if saved in _names(mapping, config):
+            if not saved or saved in _names(mapping, config) or (pretrained and headed is MASKED):
                 return headed
             if bare:
                 return without_head
@@ -119,6 +125,11 @@ def positions(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a call of the model may have in all, or None where nothing bounds them."""
     found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found
+
+
+def without_head(found: Kind) -> Kind | None:
+    """Return the kind of the bare model of a kind with a head, or None where that is not one of ours."""
+    return {MASKED.name: ENCODER, CLASSIFIER.name: IMAGE_ENCODER}.get(found.name)
 
 
 def causal_class(config: PreTrainedConfig) -> str:
@@ -162,6 +173,12 @@ def completed(recipe: Recipe, found: Kind, config: PreTrainedConfig) -> Recipe:
         CalibrationError: when a window of text is longer than the model's positions, or an image model has no images.
     """
     recipe = recipe if recipe.calibration.source else recipe.replace({"calibration.source": found.source})
+    most = positions(config)
+    if not found.images and recipe.windows() and most is not None and recipe.calibration.window > most:
+        raise CalibrationError(
+            f"calibration.window: must be at most {most}, the positions of the model, got {recipe.calibration.window}. "
+            f"Give --set calibration.window={most} or less."
+        )
     if found.cached:
         return recipe
     if recipe.phases != "both":
@@ -177,11 +194,5 @@ def completed(recipe: Recipe, found: Kind, config: PreTrainedConfig) -> Recipe:
         raise RecipeError(
             "calibration.source: must be a text for an encoder, got self: it cannot write. "
             "Give --calibration FILE, or python."
-        )
-    most = positions(config)
-    if recipe.windows() and most is not None and recipe.calibration.window > most:
-        raise CalibrationError(
-            f"calibration.window: must be at most {most}, the positions of the model, got {recipe.calibration.window}. "
-            f"Give --set calibration.window={most} or less."
         )
     return recipe

@@ -44,7 +44,7 @@ from converter.delivery.bundle import (
     write_json,
     write_manifest,
 )
-from converter.errors import CalibrationError, CheckpointError
+from converter.errors import CalibrationError, CheckpointError, OutputError, shortened
 from converter.evaluation.boundaries import text_wanted
 from converter.evaluation.overflow import check_range
 from converter.evaluation.parity import Parity
@@ -211,8 +211,20 @@ def validate(folder: Path, source: str | None, text: str | None, stages: Stages)
         check_files(folder)
         recipe = from_yaml(folder / RECIPE)
         checkpoint = _source(folder, recipe, source)
+        _check_client_files(Checkpoint(str(folder), None, folder), checkpoint)
         params = calibration_file.read(folder / calibration_file.NAME)
     return _validate(folder, checkpoint, params, recipe, text, stages)
+
+
+def _check_client_files(out: Checkpoint, checkpoint: Checkpoint) -> None:
+    """Refuse an OUT whose configuration or tokenizer cannot be read, or is not the checkpoint's."""
+    if out.kind is not checkpoint.kind:
+        raise OutputError(f"{out.source}: config.json must be of a {checkpoint.kind.name}, got a {out.kind.name}.")
+    if out.kind.cached:
+        out.generation_config()
+    processor = out.processor()
+    if not out.kind.images and processor.get_vocab() != checkpoint.tokenizer().get_vocab():
+        raise OutputError(f"{out.source}: the tokenizer must be that of {checkpoint.source}, got another.")
 
 
 def reference(folder: Path, source: str | None) -> PreTrainedModel:
@@ -266,7 +278,7 @@ def begun(
                 given = _validation(checkpoint, recipe, None)
                 check_range(checkpoint.model(), {}, recipe.storage(), recipe.phases, given)
     for what in checkpoint.left_out():
-        stages.console.print(f"left out: {what}", markup=False, highlight=False)
+        stages.console.print(f"left out: {shortened(what)}", markup=False, highlight=False)
     return checkpoint, recipe, layers
 
 

@@ -33,6 +33,8 @@ EXCHANGE = 2  # Linux: RENAME_EXCHANGE; macOS: RENAME_SWAP
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Let `write` write beside `path`, and put that in its place once it is whole; a link there is replaced."""
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path}: must be a file, got something else. Give another.")
     clear_stale(path.parent)
     handle, name = tempfile.mkstemp(path.suffix, HIDDEN, path.parent)  # torch wants a name of two parts
     beside = Path(name)

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from converter.errors import CheckpointError, said
+from converter.errors import CheckpointError, said, shortened
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
@@ -29,8 +29,11 @@ WRAPPERS = {
 }
 # Buffers that older versions of transformers saved, and newer ones compute.
 COMPUTED = re.compile(
-    r"rotary_emb\.(inv_freq|cos_cached|sin_cached)$|(attn|attention)\.(masked_)?bias$|position_ids$|num_batches_tracked$"
+    r"(^|\.)(inv_freq|cos_cached|sin_cached|causal_mask|masked_bias|position_ids|num_batches_tracked)$"
+    r"|(attn|attention)\.bias$|(^|\.)decoder\.version$"
 )
+# Names of what means nothing without the rest of a quantised weight, or of an adapter.
+PARTS = re.compile(r"\.lora_|weight_scale|input_scale|scale_inv|qweight|qzeros|g_idx|absmax|quant_state")
 
 
 @dataclass(frozen=True)
@@ -63,8 +66,10 @@ def stored(folder: Path) -> dict[str, Stored]:
         raise CheckpointError(f"{folder / INDEX}: must say which file holds each tensor, got {said(error)}") from error
     found: dict[str, Stored] = {}
     for name in sorted(set(names.values())):
-        if Path(name).name != name or not (folder / name).is_file():
-            raise CheckpointError(f"{folder / INDEX}: must name files of the folder, got {name!r}. Fetch them all.")
+        if Path(name).name != name or len(name) > 255 or not (folder / name).is_file():
+            raise CheckpointError(
+                f"{folder / INDEX}: must name files of the folder, got {shortened(repr(name))}. Fetch them all."
+            )
         there_too = _tensors(folder / name)
         for tensor in (tensor for tensor, file in names.items() if file == name):
             if tensor not in there_too:
@@ -92,8 +97,29 @@ def weight_names(model: nn.Module) -> list[str]:
     return [*parameters, *(name for name in model.state_dict() if name in buffers)]
 
 
+def refuse_encoded(tensors: dict[str, Stored], source: str) -> None:
+    """Refuse tensors that are no weights as they are: of a quantised model, or of an adapter.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    for name, tensor in tensors.items():
+        if COMPUTED.search(name):
+            continue
+        if tensor.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{source}: {shortened(name)} must be of {', '.join(sorted(FLOATS))}, got {tensor.dtype}: the "
+                "checkpoint is quantised. Dequantise it first, or take the original."
+            )
+        if PARTS.search(name):
+            raise CheckpointError(
+                f"{source}: must be a whole model of plain weights, got {shortened(name)}, part of an adapter or of a "
+                "quantised weight. Merge or dequantise it first."
+            )
+
+
 def check_stored(model: nn.Module, tensors: dict[str, Stored], source: str) -> None:
-    """Refuse weights of other shapes than the model of config.json has, or of dtypes that are not numbers as they are.
+    """Refuse weights of other shapes than the model of config.json has.
 
     Raises:
         CheckpointError: naming the first.
@@ -106,11 +132,6 @@ def check_stored(model: nn.Module, tensors: dict[str, Stored], source: str) -> N
             raise CheckpointError(
                 f"{source}: {name} must have shape {list(wanted.shape)} by config.json, got {list(there.shape)}. "
                 "Fetch config.json of these weights, or save the model again."
-            )
-        if wanted.dtype.is_floating_point and there.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{source}: {name} must be of {', '.join(sorted(FLOATS))}, got {there.dtype}: the checkpoint is "
-                "quantised. Dequantise it first, or take the original."
             )
 
 
@@ -125,16 +146,40 @@ def left_over(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     )
 
 
-def dropped_blocks(model: nn.Module, names: Iterable[str]) -> list[str]:
-    """Return those of `names` that belong to blocks which the model does not have."""
+def refuse_lost(model: PreTrainedModel, rest: list[str], source: str, *, heads: bool) -> None:
+    """Refuse tensors that would be lost with what they mean: of blocks that the model does not have, or, with `heads`,
+    any at all.
+
+    Raises:
+        CheckpointError: naming the first.
+    """  # noqa: D205
     lists = {name: len(module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
-    found = []
-    for name in names:
+    base = getattr(model, "base_model_prefix", "")
+    for name in rest:
         for blocks, count in lists.items():
-            place = re.match(rf"{re.escape(blocks)}\.(\d+)\.", name)
+            bare = re.escape(blocks.removeprefix(f"{base}."))
+            place = re.match(rf"(?:.*\.)?{bare}\.(\d{{1,9}})\.", name)
             if place and int(place[1]) >= count:
-                found.append(name)
-    return found
+                raise CheckpointError(
+                    f"{source}: config.json must have as many blocks as the weights, got weights of further ones: "
+                    f"{shortened(name)}. Fetch config.json of these weights."
+                )
+    if heads and rest:
+        raise CheckpointError(
+            f"{source}: must be a causal language model alone, got a head for another task, too: {some(rest)}. "
+            "It would be lost: save the language model without it."
+        )
+
+
+def has_head(model: PreTrainedModel, names: Iterable[str]) -> bool:
+    """Return whether any weight of the model is stored that is outside its base model."""
+    base, there = f"{getattr(model, 'base_model_prefix', '')}.", set(names)
+    return any(name in there for name in weight_names(model) if not name.startswith(base))
+
+
+def some(names: list[str]) -> str:
+    """Return the first names, and how many more there are."""
+    return shortened(", ".join(names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def refuse_adapter(folder: Path, source: str) -> None:
@@ -162,7 +207,7 @@ def refuse_quantised(config: PreTrainedConfig, source: str) -> None:
             about: Any = getattr(part, name, None)
             if about:
                 get = about.get if isinstance(about, dict) else lambda key, about=about: getattr(about, key, None)
-                method = get("quant_method") or "an unnamed method"
+                method = shortened(str(get("quant_method") or "an unnamed method"))
                 raise CheckpointError(
                     f"{source}: weights must be numbers of 16 or 32 bits, got a quantised checkpoint ({method}). "
                     "Dequantise it first, or take the original."

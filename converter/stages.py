@@ -39,7 +39,7 @@ class StageCost:
 class Stages:
     """The stages of one run, in order; progress goes to stderr, so that stdout stays for results."""
 
-    console: Console = field(default_factory=lambda: Console(stderr=True))
+    console: Console = field(default_factory=lambda: Console(stderr=True, emoji=False))
     costs: list[StageCost] = field(default_factory=list)
 
     @contextmanager

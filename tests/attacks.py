@@ -6,6 +6,7 @@ spite of what lies there.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -112,6 +113,21 @@ def heads(p: Place) -> list[Try]:
         lying = Path(shutil.copytree(folder, p.here / f"{name}-lying"))
         edit(lying / "config.json", architectures=[f"{name.capitalize()}ForCausalLM"])
         found.append(Try(f"{name}, its config lying", p.dry(lying), 11, "score.weight"))
+    bare = renamed(p.model("bare"), lambda key: key.removeprefix("model."))
+    edit(bare / "config.json", tie_word_embeddings=True)
+    weights = load_file(bare / "model.safetensors")
+    weights["score.weight"] = torch.ones(3, 64)
+    save_file(weights, bare / "model.safetensors", metadata={"format": "pt"})
+    found.append(Try("a bare model's names", p.dry(bare), 11, "score.weight"))
+    for name, odd in (
+        ("a number", [3]),
+        ("a table", {"a": 1}),
+        ("a word", "LlamaForCausalLM"),
+        ("long", ["X" * 99999]),
+    ):
+        folder = p.model(f"architectures {name}")
+        edit(folder / "config.json", architectures=odd)
+        found.append(Try(f"architectures of {name}", p.dry(folder), 11))
     for saved_as in ("LlamaForTokenClassification", "LlamaForQuestionAnswering", "LlamaRewardModel"):
         folder = p.model(saved_as)
         edit(folder / "config.json", architectures=[saved_as])
@@ -146,6 +162,7 @@ def shapes(p: Place) -> list[Try]:
         ("num_key_value_heads", 4),
         ("num_hidden_layers", 1),
         ("num_hidden_layers", 9),
+        ("num_hidden_layers", 20000),
         ("head_dim", 32),
         ("hidden_size", 0),
         ("hidden_size", "many"),
@@ -183,6 +200,22 @@ def damaged(p: Place) -> list[Try]:
     folder = p.model("generation")
     (folder / "generation_config.json").write_text("{")
     found.append(Try("generation_config.json cut", p.dry(folder), 11, "generation_config.json"))
+    for how, text in {
+        "cut": "{% for",
+        "asks for more": "{{ messages[9].x.y }}",
+        "raises": "{{ raise_exception('no') }}",
+        "leaves its box": "{{ messages.__class__.__mro__ }}",
+    }.items():
+        folder = p.model(f"template {how}")
+        (folder / "chat_template.jinja").write_text(text)
+        found.append(Try(f"chat template {how}", ["generate", folder, "a", "--max-new-tokens", 1], 11, "--no-chat"))
+    for key, value in (("temperature", "x"), ("top_k", -1), ("eos_token_id", "x"), ("constraints", 3)):
+        folder = p.model(f"generation {key}")
+        (folder / "generation_config.json").write_text(json.dumps({key: value}))
+        found.append(Try(f"generation_config {key}", ["generate", folder, "a", "--sample", "--max-new-tokens", 1], 11))
+    folder = p.model("words")
+    (folder / "nmsparse.json").write_text('{"left_out": ["' + "x" * 99999 + '"]}')
+    found.append(Try("words put into our mouth", p.dry(folder), 0))
     folder = p.model("nan")
     weights = load_file(folder / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][0, 0] = torch.nan
@@ -236,6 +269,14 @@ def quantised(p: Place) -> list[Try]:
         weights[name] = weights[name].to(dtype)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         found.append(Try(f"{dtype}, its config silent", p.dry(folder), 11, f"{name} must be of"))
+        bare = renamed(Path(shutil.copytree(folder, p.here / f"bare-{dtype}")), lambda key: key.removeprefix("model."))
+        found.append(Try(f"{dtype}, under a bare model's names", p.dry(bare), 11, "must be of"))
+    for part in ("weight_scale_inv", "qweight", "lora_A.weight"):
+        folder = p.model(f"part-{part}")
+        weights = load_file(folder / "model.safetensors")
+        weights[f"model.layers.0.mlp.up_proj.{part}"] = torch.ones(2, 2)
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        found.append(Try(f"{part} left over", p.dry(folder), 11, "part of an adapter or of a quantised weight"))
     return found
 
 
@@ -393,6 +434,22 @@ def manifests(p: Place) -> list[Try]:
         (out / name).parent.mkdir(exist_ok=True)
         (out / name).write_text("{}")
         found.append(Try(f"added, {name}", ["generate", out, "a"], 15, "a file that it does not name"))
+    for name, data in {
+        "model.onnx": b"\xff" * 100,
+        "report.json": b"[]",
+        "genai_config.json": b"3",
+        "tokenizer.json": b"{}",
+        "config.json": b"[]",
+        "generation_config.json": b"3",
+    }.items():
+        out = p.bundle(f"lies {name}")
+        (out / name).write_bytes(data)
+        about = json.loads((out / "manifest.json").read_text())
+        about["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        (out / "manifest.json").write_text(json.dumps(about))
+        use = {"model.onnx": "inspect", "report.json": "report", "genai_config.json": "bench"}.get(name, "validate")
+        code = {"tokenizer.json": 11, "config.json": 11, "generation_config.json": 11}.get(name, 15)
+        found.append(Try(f"{name} of other contents", [use, out], code))
     for name, source in (("no source", None), ("a source of numbers", {"name": 1})):
         out = p.bundle(name)
         edit(out / "manifest.json", source=source)
@@ -469,6 +526,8 @@ def texts(p: Place) -> list[Try]:
         ("cut.jsonl", b'{"text": "a', "perplexity"),
         ("deep.jsonl", b"[" * 100_000, "perplexity"),
         ("rows.jsonl", b"[1]\n", "perplexity"),
+        ("surrogate.jsonl", b'{"text": "\\ud800 abc"}\n', "perplexity"),
+        ("keys.jsonl", b'{"' + b"x" * 99999 + b'": "a"}\n', "perplexity"),
         ("cut.parquet", b"PAR1", "perplexity"),
         ("folder", b"folder", "perplexity"),
     ):

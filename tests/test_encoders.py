@@ -250,3 +250,26 @@ def test_minilm(tmp_path: Path) -> None:
     cosines = torch.cosine_similarity(embedded(source), embedded(out))
     assert 0.8 < cosines.mean() < 0.99
     assert json.loads((out / "report.json").read_text())["parity"]["largest_layer_error"] < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("auto", "architectures", "kind"),
+    [
+        (AutoModelForMaskedLM, None, "masked language model"),
+        (AutoModelForMaskedLM, ["BertForPreTraining"], "masked language model"),
+        (AutoModel, None, "encoder"),
+        (AutoModel, ["BertForMaskedLM"], "encoder"),  # as some encoders of sentences are published
+    ],
+)
+def test_what_was_saved_decides_where_the_configuration_does_not(
+    tmp_path: Path, auto: type, architectures: list[str] | None, kind: str
+) -> None:
+    sizes = {"vocab_size": 256, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+    model = auto.from_config(AutoConfig.for_model("bert", num_attention_heads=4, **sizes))  # type: ignore[attr-defined]
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": architectures}))
+    assert open_checkpoint(str(tmp_path)).kind.name == kind
+    out = convert(str(tmp_path), tmp_path / "out", PLAIN)
+    assert type(load(out)).__name__ == "OnnxEncoder"

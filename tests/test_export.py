@@ -195,8 +195,8 @@ def test_the_kernel_lies_in_out_where_it_is_asked_for(
 ) -> None:
     library = tmp_path / "libany.so"
     library.write_bytes(b"any")
-    monkeypatch.setenv(VARIABLE, str(library))
     out = convert(str(tiny), tmp_path / "out", PLAIN)
+    monkeypatch.setenv(VARIABLE, str(library))
     assert not list(out.glob("*.so"))
     for again, embed in ((tmp_path / "without", False), (tmp_path / "with", True)):
         export(out, again, {}, Stages(), embed_kernel=embed)

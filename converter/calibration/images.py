@@ -10,7 +10,7 @@ from torch import Tensor
 
 from converter.calibration.texts import hub_name
 from converter.checkpoint import image_shape
-from converter.errors import CalibrationError
+from converter.errors import CalibrationError, said
 
 SOURCES = "a folder of images, in one folder for each class where they have classes, or hub:NAME[:CONFIG[:SPLIT]]"
 
@@ -79,7 +79,10 @@ def pixels(row: Any, source: str, processor: Any, shape: tuple[int, ...]) -> Ten
     Raises:
         CalibrationError: when they are not of the `shape [C, H, W]`.
     """
-    made: Tensor = processor(row["image"].convert("RGB"), return_tensors="pt")["pixel_values"].float()
+    try:
+        made: Tensor = processor(row["image"].convert("RGB"), return_tensors="pt")["pixel_values"].float()
+    except Exception as error:  # of Pillow and of the processor
+        raise CalibrationError(f"{source}: must hold images that can be read, got {said(error)}.") from error
     if tuple(made.shape[1:]) != shape:
         raise CalibrationError(
             f"{source}: images must be made {list(shape)} by the checkpoint's processor, got {list(made.shape[1:])}. "

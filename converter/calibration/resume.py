@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from converter.checkpoint import Checkpoint
-from converter.place import private, taken
+from converter.place import clear_stale, private, taken
 from converter.recipe import Recipe
 
 
@@ -30,10 +30,11 @@ def resumable(checkpoint: Checkpoint, recipe: Recipe, say: Callable[[str], None]
             with tempfile.TemporaryDirectory(prefix="nmsparse-") as own:
                 yield Path(own)
             return
+        clear_stale(folder)  # what was being written when it was killed
         if not all(_is_whole(path) for path in folder.iterdir()):
             say(f"the calibration that was interrupted is damaged, in {folder}: it begins anew")
             for path in folder.iterdir():
-                path.unlink()
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
         try:
             yield folder
         except Exception as error:

@@ -19,7 +19,7 @@ from transformers import (
 
 from converter.calibration.products import bfloat16_products
 from converter.checkpoint import quiet
-from converter.errors import CalibrationError, CheckpointError, said
+from converter.errors import CalibrationError, CheckpointError, said, shortened
 
 SOURCES = (
     "a file (.jsonl, .parquet, or any other as plain text), hub:NAME[:CONFIG[:SPLIT]], "
@@ -41,8 +41,12 @@ def texts(source: str, field: str = "text") -> Iterator[str]:
         yield from _rows(_hub(source), source, field)
     else:
         path = Path(source)
-        if not path.is_file():
-            raise CalibrationError(f"text: must be {SOURCES}; there is no file {source!r}.")
+        try:
+            there = path.is_file()
+        except OSError:  # such as a name that is too long
+            there = False
+        if not there:
+            raise CalibrationError(f"text: must be {SOURCES}; there is no file {shortened(repr(source))}.")
         if path.suffix == ".jsonl":
             yield from _rows(_json_lines(path), source, field)
         elif path.suffix == ".parquet":
@@ -57,10 +61,11 @@ def texts(source: str, field: str = "text") -> Iterator[str]:
 def _json_lines(path: Path) -> Iterator[Any]:
     line = 0
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open(encoding="utf-8-sig") as file:
             for text in file:
                 line += 1
-                yield json.loads(text)
+                if text.strip():
+                    yield json.loads(text)
     except (OSError, ValueError, RecursionError) as error:
         raise CalibrationError(f"{path}, line {line}: must be JSON, got {said(error)}.") from error
 
@@ -102,7 +107,8 @@ def _rows(rows: Iterator[Any], source: str, field: str) -> Iterator[str]:
         if not isinstance(row, dict) or not isinstance(row.get(field), str):
             have = sorted(row) if isinstance(row, dict) else type(row).__name__
             raise CalibrationError(
-                f"{source}: each row must have text in {field!r}, got {have}. Choose with --set calibration.field=NAME."
+                f"{source}: each row must have text in {shortened(repr(field))}, got {shortened(str(have))}. "
+                "Choose with --set calibration.field=NAME."
             )
         yield row[field]
 
@@ -132,7 +138,10 @@ def windows(
     ids: list[int] = []
     first = True
     for text in texts(source, field):
-        ids += tokenizer.encode(text if first else "\n\n" + text, add_special_tokens=False, verbose=False)
+        try:
+            ids += tokenizer.encode(text if first else "\n\n" + text, add_special_tokens=False, verbose=False)
+        except Exception as error:  # whatever a tokenizer says to a text that is none
+            raise CalibrationError(f"{source}: must be a text that can be divided, got {said(error)}.") from error
         first = False
         if count and len(ids) >= count * window:
             break
@@ -198,6 +207,12 @@ def sampled(
     known = min(len(tokenizer), model.config.get_text_config().vocab_size)
     plain = torch.tensor([number for number in range(known) if number not in special])
     begin = torch.tensor(tokenizer("").input_ids, dtype=torch.int64).expand(count, -1)
+    check_ids(begin, model.config)
+    if not len(plain) or begin.shape[1] + 1 >= window:
+        raise CalibrationError(
+            f"calibration.source: the model must have room to write, got {len(plain)} tokens to begin with and windows "
+            f"of {window} after the {begin.shape[1]} that begin a text. Give a text, or longer windows."
+        )
     # Quiet: transformers warns of an end token that no token can be.
     cuda = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(cuda), bfloat16_products(), quiet():

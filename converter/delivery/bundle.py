@@ -20,7 +20,7 @@ import onnx
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from converter.checkpoint import WANTED, Checkpoint
-from converter.errors import BuildError, OutputError
+from converter.errors import BuildError, OutputError, said, shortened
 from converter.graph.export import MODEL
 from converter.kinds import causal_class
 from converter.place import HIDDEN, LEFT_ALONE, clear_stale, free_bytes, is_utf8, private, replacing, write_whole
@@ -58,8 +58,10 @@ def manifest(folder: Path) -> dict[str, Any]:
     for name, entry in files.items():
         plain = PurePosixPath(name)
         inside = plain.as_posix() == name and not plain.is_absolute() and ".." not in plain.parts and "\0" not in name
-        if not inside or name in {".", MANIFEST}:
-            raise OutputError(f"{folder}: {MANIFEST} must name files of the folder, got {name!r}. Do not use it.")
+        if not inside or name in {".", MANIFEST} or not is_utf8(name) or len(name) > 255:
+            raise OutputError(
+                f"{folder}: {MANIFEST} must name files of the folder, got {shortened(ascii(name))}. Do not use it."
+            )
         listed = isinstance(entry, dict) and isinstance(entry.get("bytes"), int)
         if not listed or re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))) is None:
             raise OutputError(f"{folder}: {MANIFEST} must have bytes and SHA-256 of {name}. Convert the model again.")
@@ -92,7 +94,13 @@ def exported(folder: Path) -> onnx.ModelProto:
     """
     if MODEL not in check_files(folder)["files"]:
         raise OutputError(f"{folder}: must hold {MODEL}, got none. Run nmsparse export on it.")
-    return onnx.load(folder / MODEL, load_external_data=False)
+    try:
+        graph = onnx.load(folder / MODEL, load_external_data=False)
+    except Exception as error:  # protobuf's own
+        raise OutputError(f"{folder / MODEL}: must be a graph, got {said(error)}. Convert the model again.") from error
+    if not graph.graph.node:
+        raise OutputError(f"{folder / MODEL}: must be a graph, got one without nodes. Convert the model again.")
+    return graph
 
 
 @contextmanager
@@ -138,6 +146,9 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str, kernel:
     if config.get_text_config() is not config:
         config = copy.deepcopy(config.get_text_config())
         config.architectures = [causal_class(config)]
+    else:
+        config = copy.deepcopy(config)
+        config.architectures = [type(checkpoint.skeleton()).__name__]  # the checkpoint need not say
     config.dtype = dtype
     for part in (config, getattr(processor, "init_kwargs", {})):  # Python of the checkpoint, which never ran here
         (part if isinstance(part, dict) else vars(part)).pop("auto_map", None)
@@ -217,8 +228,10 @@ def context_length(folder: Path) -> int:
     """
     if not (folder / GENAI).is_file():
         raise BuildError(f"{folder}: must be a decoder, got a model without a cache. Run it by ONNX Runtime.")
-    found: int = json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"]
-    return found
+    try:
+        return int(json.loads((folder / GENAI).read_text("utf-8"))["model"]["context_length"])
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise OutputError(f"{folder / GENAI}: must say context_length, got {said(error)}. Convert it again.") from error
 
 
 def write_json(path: Path, data: Any) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 from converter.delivery import accuracy
 from converter.delivery.bundle import MANIFEST, RECIPE, REPORT, exported, manifest
 from converter.delivery.page import Chart, Line, Section, bars, heat, intervals, line, page
-from converter.errors import OutputError
+from converter.errors import OutputError, said
 from converter.graph.costs import LayerCost, layer_costs
 
 BLOCK = re.compile(r"\.(\d+)\.")
@@ -64,8 +65,29 @@ def read(folder: Path) -> Out:
     return Out(folder, manifest(folder), report, recipe, costs, accuracy.evaluated(folder))
 
 
+@contextmanager
+def _of(outs: Sequence[Out]) -> Iterator[None]:
+    """Turn what a report of another form ends in into an error of ours."""
+    try:
+        yield
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        names = ", ".join(str(out.folder) for out in outs)
+        raise OutputError(
+            f"{names}: {REPORT} must be as nmsparse wrote it, got {said(error)}. Convert again."
+        ) from error
+
+
 def report(out: Out, bench: Sequence[dict[str, Any]]) -> str:
-    """Return the page of one OUT; `bench` are the rows that `nmsparse bench --json` wrote, or none."""
+    """Return the page of one OUT; `bench` are the rows that `nmsparse bench --json` wrote, or none.
+
+    Raises:
+        OutputError: when its report or manifest has another form.
+    """
+    with _of([out]):
+        return _report(out, bench)
+
+
+def _report(out: Out, bench: Sequence[dict[str, Any]]) -> str:
     verdict = [
         Line(f"A token uses {out.used():.0%} of the weights of {len(out.costs)} layers ({out.patterns()})."),
         _parity_line(out),
@@ -84,7 +106,16 @@ def report(out: Out, bench: Sequence[dict[str, Any]]) -> str:
 
 
 def compare(outs: Sequence[Out]) -> str:
-    """Return the page that shows several OUTs side by side."""
+    """Return the page that shows several OUTs side by side.
+
+    Raises:
+        OutputError: when a report or manifest has another form.
+    """
+    with _of(outs):
+        return _compared(outs)
+
+
+def _compared(outs: Sequence[Out]) -> str:
     names = [out.folder.resolve().name for out in outs]
     if len(set(names)) < len(names):
         names = [str(out.folder) for out in outs]

@@ -145,4 +145,6 @@ def bindings() -> Any:
         raise BuildError(
             f"tensorrt: must be installed, got {error}. Install TensorRT 10.7 or newer, or leave out --plugin."
         ) from error
+    if not hasattr(tensorrt, "Builder"):
+        raise BuildError(f"tensorrt: must be installed, got a folder of that name: {list(tensorrt.__path__)}.")
     return tensorrt
