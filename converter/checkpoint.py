@@ -263,6 +263,9 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
     else:
         folder = _from_hub(source, revision)
         revision = folder.name
+    for entry in _read(folder):
+        if entry.exists() and not entry.is_file() and not entry.is_dir():  # a pipe would be waited for
+            raise CheckpointError(f"{source}: {entry.name} must be a file, got something else. Fetch it again.")
     refuse_adapter(folder, source)
     ggufs = sorted(folder.glob("*.gguf"))
     if not any(folder.glob("*.safetensors")):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -213,6 +214,10 @@ def damaged(p: Place) -> list[Try]:
         folder = p.model(f"generation {key}")
         (folder / "generation_config.json").write_text(json.dumps({key: value}))
         found.append(Try(f"generation_config {key}", ["generate", folder, "a", "--sample", "--max-new-tokens", 1], 11))
+    folder = p.model("pipe")
+    (folder / "config.json").unlink()
+    os.mkfifo(folder / "config.json")
+    found.append(Try("a pipe", p.dry(folder), 11, "config.json must be a file"))
     folder = p.model("words")
     (folder / "nmsparse.json").write_text('{"left_out": ["' + "x" * 99999 + '"]}')
     found.append(Try("words put into our mouth", p.dry(folder), 0))
@@ -454,6 +459,10 @@ def manifests(p: Place) -> list[Try]:
         out = p.bundle(name)
         edit(out / "manifest.json", source=source)
         found.append(Try(name, ["validate", out], 15, "what it was made from"))
+    out = p.bundle("pipe")
+    (out / "manifest.json").unlink()
+    os.mkfifo(out / "manifest.json")
+    found.append(Try("a pipe", ["inspect", out], 15))
     for name, text in (("deep", "[" * 100_000), ("a list", "[]"), ("another format", '{"format": "other"}')):
         out = p.bundle(f"text {name}")
         (out / "manifest.json").write_text(text)

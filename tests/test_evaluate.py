@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
 from converter.calibration.texts import windows
+from converter.errors import OutputError
 from converter.evaluation.answers import Answers
 from converter.evaluation.greedy import compared, write_on
 from converter.evaluation.harness import HarnessLM
@@ -247,6 +249,29 @@ def test_an_interrupted_evaluation_goes_on(data: Path, out: Path, tmp_path: Path
         pd.testing.assert_frame_equal(ask(second, load_tasks(setting, data), setting), expected)
     assert 0 < second.runs < whole.runs
     assert first.runs + second.runs == whole.runs
+
+
+def test_answers_are_json_and_a_damaged_file_begins_anew(tmp_path: Path) -> None:
+    path = tmp_path / "answers.sqlite"
+    with Answers(path) as answers:
+        answers[["loglikelihood", "a", "b"]] = (-1.5, True)
+        answers["far"] = float("-inf")
+    with Answers(path) as answers:
+        assert answers[["loglikelihood", "a", "b"]] == [-1.5, True]
+        assert answers["far"] == float("-inf")
+        assert "near" not in answers
+        other = sqlite3.connect(path, isolation_level=None)
+        other.execute("BEGIN EXCLUSIVE")
+        answers.database.execute("PRAGMA busy_timeout = 1")
+        with pytest.raises(OutputError, match=r"answers\.sqlite: must be a file that can be written, got .*locked"):
+            answers["near"] = 1
+        other.close()
+    assert all(
+        type(json.loads(row[0])) in {list, float} for row in sqlite3.connect(path).execute("SELECT answer FROM answers")
+    )
+    path.write_bytes(b"no database at all" * 100)
+    with Answers(path) as answers:
+        assert "far" not in answers
 
 
 def test_evaluate_writes_resumes_and_judges(

@@ -47,6 +47,8 @@ def manifest(folder: Path) -> dict[str, Any]:
         OutputError: when the folder is not one of ours, or lists what cannot be files of it.
     """
     try:
+        if not (folder / MANIFEST).is_file():  # a pipe would be waited for
+            raise FileNotFoundError(MANIFEST)
         data = json.loads((folder / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise OutputError(f"{folder}: must be a folder that nmsparse wrote, got no readable {MANIFEST}.") from error
