@@ -21,8 +21,9 @@ from pathlib import Path
 from uuid import uuid4
 
 from huggingface_hub import constants
+from safetensors import SafetensorError
 
-from converter.errors import OutputError
+from converter.errors import OutputError, said
 
 HIDDEN = ".nmsparse-"
 # What is being swapped in several steps: the new entries, complete; the old ones, some or all of them.
@@ -32,7 +33,12 @@ EXCHANGE = 2  # Linux: RENAME_EXCHANGE; macOS: RENAME_SWAP
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` write beside `path`, and put that in its place once it is whole; a link there is replaced."""
+    """Let `write` write beside `path`, and put that in its place once it is whole; a link there is replaced.
+
+    Raises:
+        OSError: when it cannot be written.
+        OutputError: when there is something else than a file.
+    """
     if path.exists() and not path.is_file():
         raise OutputError(f"{path}: must be a file, got something else. Give another.")
     clear_stale(path.parent)
@@ -40,7 +46,10 @@ def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     beside = Path(name)
     try:
         _lock(handle)
-        write(beside)
+        try:
+            write(beside)
+        except (RuntimeError, SafetensorError) as error:  # what torch and safetensors make of a full disk
+            raise OSError(errno.EIO, said(error), str(path)) from error
         beside.chmod(0o666 & ~_umask())
         _sync(beside)
         os.replace(beside, path)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from converter import place
+from converter.errors import OutputError
 from converter.place import HIDDEN, clear_stale, private, replacing, write_whole
 
 
@@ -193,8 +194,10 @@ def test_a_file_follows_no_link_and_has_no_name_that_can_be_foreseen(tmp_path: P
         write_whole(link, lambda beside: (names.append(beside.name), beside.write_text("page")))
     assert len(set(names)) == 2
     assert (victim.read_text(), link.read_text(), link.is_symlink()) == ("mine", "page", False)
-    with pytest.raises(RuntimeError):
-        write_whole(link, lambda beside: (_ for _ in ()).throw(RuntimeError))
+    with pytest.raises(OSError, match="RuntimeError: the disk is full"):
+        write_whole(link, lambda beside: (_ for _ in ()).throw(RuntimeError("the disk is full")))
+    with pytest.raises(OutputError, match="must be a file"):
+        write_whole(tmp_path, lambda beside: beside.touch())
     assert not hidden(tmp_path)
     assert link.stat().st_mode & 0o777 == 0o666 & ~umask()
 
@@ -214,8 +217,6 @@ def test_files_have_the_permissions_of_new_ones(tmp_path: Path) -> None:
 
 
 def test_the_cache_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from converter.errors import OutputError
-
     monkeypatch.setattr(place.constants, "HF_HOME", str(tmp_path / "home"))
     (tmp_path / "home" / "nmsparse").mkdir(parents=True)
     (tmp_path / "home" / "nmsparse").chmod(0o755)

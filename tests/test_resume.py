@@ -116,6 +116,19 @@ def test_what_is_wrong_with_the_input_leaves_no_state_and_a_full_disk_leaves_it(
         shutil.rmtree(state, ignore_errors=True)
 
 
+def test_a_full_disk_is_one_line_and_leaves_the_state(
+    tiny: Path, tmp_path: Path, home: Path, main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 864128 vs 864016")
+
+    monkeypatch.setattr(torch, "save", full)
+    code, said = main("calibrate", tiny, tmp_path / "out", *TRAINED)
+    assert code == 15, said
+    assert "Free some space there" in " ".join(said.split())
+    assert [path.name for path in home.rglob("*") if path.is_file()] == ["text.safetensors"]
+
+
 def test_a_cache_that_cannot_be_written_is_one_line(
     tiny: Path, tmp_path: Path, main: Callable[..., tuple[int, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,7 +131,9 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
         with replacing(out) as staging:
             yield staging
     except OSError as error:
-        raise OutputError(f"{out}: cannot be written: {error}.") from error
+        raise OutputError(
+            f"{out}: cannot be written: {error}. Free some space there, or give another place."
+        ) from error
 
 
 def _is_nothing(path: Path) -> bool:
