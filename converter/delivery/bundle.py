@@ -132,7 +132,7 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
             yield staging
     except OSError as error:
         raise OutputError(
-            f"{out}: cannot be written: {error}. Free some space there, or give another place."
+            f"{out}: cannot be written: {error}. Free some space there, or give another."
         ) from error
 
 
