@@ -131,9 +131,7 @@ def staged(out: Path, needed: int) -> Iterator[Path]:
         with replacing(out) as staging:
             yield staging
     except OSError as error:
-        raise OutputError(
-            f"{out}: cannot be written: {error}. Free some space there, or give another."
-        ) from error
+        raise OutputError(f"{out}: cannot be written: {error}. Free some space there, or give another.") from error
 
 
 def _is_nothing(path: Path) -> bool:
