@@ -100,6 +100,6 @@ def test_what_cannot_be_measured(nmsparse: Command, tiny: Path, out: Path, tmp_p
     tune = ["--tune", tmp_path / "t.csv"]
     refused(UsageError.exit_code, "--threads: must not be given with --tune, got [1]", out, *tune, "--threads", "1")
     refused(BuildError.exit_code, "dtype must be float16 or bfloat16, as of the TensorRT plugin's kernels", out, *tune)
-    refused(2, "Must be > 0", out, "--threads", "0")
+    refused(2, "Must be >= 1", out, "--threads", "0")
     pipeline.calibrate(str(tiny), tmp_path / "fitted", PLAIN, None, "cpu", Stages())
     refused(OutputError.exit_code, "must hold model.onnx, got none", tmp_path / "fitted")

@@ -163,7 +163,7 @@ def test_what_an_engine_cannot_be_asked(
         evaluated(converted_again, data, "tensorrt-rtx", 64)
     place, about = runnable(out, "tensorrt-rtx", None)
     about = {**about, "runtime": "tensorrt", "engine": {**about["engine"], "embed_plugin": False}}
-    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(Builder=None))
     with pytest.raises(BuildError, match=r"--plugin: must be given for .*, whose engine has not embedded it"):
         load_engine(out, place, about, None)
     monkeypatch.setitem(sys.modules, "tensorrt", None)

@@ -146,5 +146,7 @@ def bindings() -> Any:
             f"tensorrt: must be installed, got {error}. Install TensorRT 10.7 or newer, or leave out --plugin."
         ) from error
     if not hasattr(tensorrt, "Builder"):
-        raise BuildError(f"tensorrt: must be installed, got a folder of that name: {list(tensorrt.__path__)}.")
+        raise BuildError(
+            "tensorrt: must be installed, got a folder of that name. Run elsewhere, or leave out --plugin."
+        )
     return tensorrt
