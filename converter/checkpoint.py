@@ -37,11 +37,13 @@ from converter.place import encodable, private, replacing
 from converter.saved import (
     Stored,
     check_stored,
+    check_tied,
     has_head,
     left_over,
     refuse_adapter,
     refuse_encoded,
     refuse_lost,
+    refuse_meaningless,
     refuse_quantised,
     refuse_wrapped,
     some,
@@ -198,8 +200,9 @@ class Checkpoint:
         """Return the SHA-256 of everything else that is read: configuration, tokenizer or image processor."""
         return _sha256([path for path in _read(self.folder) if path.suffix != ".safetensors"])
 
+    @cached_property
     def left_out(self) -> list[str]:
-        """Return what the checkpoint has and OUT will not have, in words."""
+        """What the checkpoint has and OUT will not have, in words."""
         found: list[str] = []
         if self.folder.parent == private() and (self.folder / ABOUT).is_file():
             found += json.loads((self.folder / ABOUT).read_text("utf-8"))["left_out"]
@@ -226,11 +229,13 @@ def _read(folder: Path) -> list[Path]:
 def image_shape(processor: Any) -> tuple[int, ...]:
     """Return `[C, H, W]` of what a processor makes of an image, whatever its size."""
     try:
-        made = processor(np.zeros((480, 640, 3), np.uint8), return_tensors="pt")["pixel_values"]
+        made = processor(np.zeros((480, 640, 3), np.uint8), return_tensors="pt")["pixel_values"].numpy()
     except Exception as error:  # its settings may be anything
         raise CheckpointError(
             f"preprocessor_config.json: must make pixels of an image, got {said(error)}. Fetch it again."
         ) from error
+    if not np.isfinite(made).all():
+        raise CheckpointError("preprocessor_config.json: pixels must be finite, got NaN or Inf. Is image_std 0?")
     return tuple(made.shape[1:])
 
 
@@ -281,6 +286,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{source}: must hold one or more .safetensors files or one .gguf file, got {there}.")
     checkpoint = Checkpoint(source, revision, folder)
     refuse_quantised(checkpoint.config, source)
+    refuse_meaningless(checkpoint.config, source)
     refuse_encoded(checkpoint.stored, source)
     blocks = getattr(checkpoint.config.get_text_config(), "num_hidden_layers", 0)
     if isinstance(blocks, int) and blocks > len(checkpoint.stored):  # told before so many are made
@@ -296,6 +302,7 @@ def open_checkpoint(source: str, revision: str | None = None) -> Checkpoint:
         refuse_wrapped(skeleton, checkpoint.files, source)
         return Checkpoint(source, revision, _unpacked(folder, checkpoint.kind))
     check_stored(skeleton, checkpoint.stored, source)
+    check_tied(skeleton, checkpoint.stored, source)
     refuse_lost(skeleton, left_over(skeleton, checkpoint.files), source, heads=checkpoint.kind is DECODER)
     return checkpoint
 

@@ -17,7 +17,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter, validators
-from cyclopts.types import NonNegativeInt, PositiveFloat, PositiveInt
+from cyclopts.types import NonNegativeInt, PositiveInt
 from rich.console import Console
 from rich.table import Table
 
@@ -58,6 +58,8 @@ Device = Annotated[
 
 
 Threads = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=1024))]
+Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=3600))]
+Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=10))]
 Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32))]
 EmbedKernel = Annotated[
     bool, Parameter(negative=(), help="put the CPU kernel's library into OUT: onnxruntime-genai then runs it by itself")
@@ -302,7 +304,7 @@ def bench(
     *,
     threads: list[Threads] | None = None,
     prefill: list[PositiveInt] | None = None,
-    seconds: PositiveFloat | None = None,
+    seconds: Seconds | None = None,
     tune: Path | None = None,
     plugin: Path | None = None,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
@@ -603,7 +605,7 @@ def evaluate(
     context: PositiveInt = 2048,
     batch: PositiveInt = 8,
     seed: Seed = 0,
-    min_recovery: PositiveFloat | None = None,
+    min_recovery: Share | None = None,
     out: Path | None = None,
     json_output: Annotated[bool, Parameter(name="--json")] = False,
 ) -> None:
@@ -695,7 +697,7 @@ def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bo
     from converter.pipeline import begun
 
     checkpoint, recipe, found = begun(model, recipe, revision, "cpu", Stages(), dry=True)
-    layers, left_out = found.layers, checkpoint.left_out()
+    layers, left_out = found.layers, checkpoint.left_out
     if json_output:
         about = {"recipe": recipe.model_dump(mode="json"), "layers": [asdict(layer) for layer in layers]}
         print(json.dumps({**about, "left_out": left_out}))

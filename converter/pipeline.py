@@ -57,7 +57,7 @@ from converter.graph.export import export as write_graph
 from converter.graph.lower import form_of
 from converter.graph.supported import check_supported
 from converter.graph.trace import check_traceable
-from converter.kinds import DECODER, completed
+from converter.kinds import DECODER, completed, positions
 from converter.place import encodable, write_whole
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
@@ -277,7 +277,7 @@ def begun(
             if recipe.dtype == "float16" and not dry:
                 given = _validation(checkpoint, recipe, None)
                 check_range(checkpoint.model(), {}, recipe.storage(), recipe.phases, given)
-    for what in checkpoint.left_out():
+    for what in checkpoint.left_out:
         stages.console.print(f"left out: {shortened(what)}", markup=False, highlight=False)
     return checkpoint, recipe, layers
 
@@ -417,7 +417,7 @@ def _validation(checkpoint: Checkpoint, recipe: Recipe, text: str | None, wanted
     source = text or ((settings.source or "").split(",")[0] if pictures else TEXT)
     count = VALIDATION_IMAGES if pictures else 1
     # RoBERTa counts positions from after two that no token has.
-    most = getattr(checkpoint.config.get_text_config(), "max_position_embeddings", None) or VALIDATION_TOKENS + 2
+    most = positions(checkpoint.config) or VALIDATION_TOKENS + 2
     least = min(VALIDATION_TOKENS, most - 2)
     if wanted > least:
         with suppress(CalibrationError):
@@ -437,7 +437,7 @@ def _about(checkpoint: Checkpoint, recipe: Recipe, layers: Plan) -> dict[str, An
         },
         "recipe_sha256": recipe.sha256(),
         "layers": {"sparse": len(layers.sparse), "dense": len(layers.layers) - len(layers.sparse)},
-        "left_out": checkpoint.left_out(),
+        "left_out": checkpoint.left_out,
     }
 
 

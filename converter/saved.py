@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from converter.errors import CheckpointError, said, shortened
@@ -34,6 +36,11 @@ COMPUTED = re.compile(
 )
 # Names of what means nothing without the rest of a quantised weight, or of an adapter.
 PARTS = re.compile(r"\.lora_|weight_scale|input_scale|scale_inv|qweight|qzeros|g_idx|absmax|quant_state")
+
+# Settings by what must be true of them, in the text model and in its rotary frequencies.
+LENGTHS = ("max_position_embeddings", "original_max_position_embeddings", "sliding_window", "attention_chunk_size")
+BASES = ("rope_theta", "factor")
+EPSILON = re.compile(r"_eps(ilon)?$")
 
 
 @dataclass(frozen=True)
@@ -135,6 +142,31 @@ def check_stored(model: nn.Module, tensors: dict[str, Stored], source: str) -> N
             )
 
 
+def check_tied(model: nn.Module, tensors: dict[str, Stored], source: str) -> None:
+    """Refuse weights that config.json ties and that are stored apart with other values: one of them would be lost.
+
+    Raises:
+        CheckpointError: naming the two.
+    """
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        other = first.setdefault(id(parameter), name)
+        if other == name or name not in tensors or other not in tensors:
+            continue
+        one, two = (_read(tensors[which].path, which) for which in (other, name))
+        if not torch.equal(one, two):
+            raise CheckpointError(
+                f"{source}: {other} and {name} must be equal, as config.json ties them, got different weights. "
+                "Set tie_word_embeddings to false in config.json, or fetch config.json of these weights."
+            )
+
+
+def _read(path: Path, name: str) -> Tensor:
+    with safe_open(path, "pt") as file:
+        tensor: Tensor = file.get_tensor(name)
+    return tensor
+
+
 def left_over(model: PreTrainedModel, names: Iterable[str]) -> list[str]:
     """Return the tensors that the model has no place for, without what it would compute or never loads."""
     ignored = [re.compile(text) for text in getattr(model, "_keys_to_ignore_on_load_unexpected", None) or ()]
@@ -212,6 +244,37 @@ def refuse_quantised(config: PreTrainedConfig, source: str) -> None:
                     f"{source}: weights must be numbers of 16 or 32 bits, got a quantised checkpoint ({method}). "
                     "Dequantise it first, or take the original."
                 )
+
+
+def refuse_meaningless(config: PreTrainedConfig, source: str) -> None:
+    """Refuse settings that no weight's shape depends on and that mean nothing: no positions, a negative epsilon, NaN.
+
+    Raises:
+        CheckpointError: naming the setting.
+    """
+    text = config.get_text_config()
+    for name, value in _numbers(text.to_dict()):
+        key = name.rsplit(".", 1)[-1]
+        wanted = ""
+        if not math.isfinite(value):
+            wanted = "a finite number"
+        elif key in LENGTHS and (value < 1 or value != int(value)):
+            wanted = "a whole number from 1 on"
+        elif key in BASES and value <= 0:
+            wanted = "above 0"
+        elif EPSILON.search(key) and value < 0:
+            wanted = "0 or more"
+        if wanted:
+            raise CheckpointError(f"{source}: {name} must be {wanted}, got {value:g}. Mend config.json.")
+
+
+def _numbers(settings: dict[str, Any], where: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the numbers among the settings, each with the names that lead to it."""
+    for name, value in settings.items():
+        if isinstance(value, dict):
+            yield from _numbers(value, f"{where}{name}.")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{where}{name}", value
 
 
 def refuse_wrapped(model: nn.Module, names: Iterable[str], source: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -173,6 +174,30 @@ def shapes(p: Place) -> list[Try]:
         folder = p.model(f"{key}-{value}")
         edit(folder / "config.json", **{key: value})
         found.append(Try(f"{key} {value}", p.dry(folder), 11))
+    return found
+
+
+def meaningless(p: Place) -> list[Try]:
+    """Settings that no weight's shape depends on."""
+    found = []
+    for key, value in (
+        ("max_position_embeddings", 0),
+        ("max_position_embeddings", -1),
+        ("max_position_embeddings", 12.5),
+        ("sliding_window", -4),
+        ("rms_norm_eps", -1.0),
+        ("rms_norm_eps", math.nan),
+        ("rms_norm_eps", math.inf),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": 0}),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": -math.inf}),
+        ("rope_parameters", {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.0}),
+    ):
+        folder = p.model(f"setting {len(found)}")
+        edit(folder / "config.json", **{key: value})
+        found.append(Try(f"{key} {value}", p.dry(folder), 11))
+    tied = p.model("tied")
+    edit(tied / "config.json", tie_word_embeddings=True)
+    found.append(Try("tied weights that differ", p.dry(tied), 11, "ties"))
     return found
 
 
@@ -493,6 +518,9 @@ def arguments(p: Place) -> list[Try]:
             found.append(Try(f"{name}, {model.name}", command, 2))
     found.append(Try("an option of another runtime", ["validate", p.out, "--plugin", text], 2))
     found.append(Try("an option of another use", ["bench", p.out, "--plugin", text], 2))
+    for odd in ("inf", "nan", "-1", "0"):
+        found.append(Try(f"{odd} seconds", ["bench", p.out, f"--seconds={odd}"], 2))
+        found.append(Try(f"a recovery of {odd}", ["evaluate", p.out, f"--min-recovery={odd}"], 2))
     found.append(Try("an unknown command", ["compile", p.out], 2))
     found.append(Try("no argument", ["generate"], 2))
     found.append(Try("an unknown option", ["generate", p.out, "a", "--colour", "red"], 2))
@@ -570,6 +598,7 @@ ATTACKS = (
     Attack("decoder with a head for another task", "refused, 11", heads),
     Attack("encoder-decoder", "refused by its name, 11", encoder_decoders),
     Attack("config.json of other sizes than the weights, or none", "refused, 11", shapes),
+    Attack("config.json whose settings mean nothing, or are not the weights'", "refused, 11", meaningless),
     Attack("damaged file of a checkpoint", "refused, 11", damaged),
     Attack("index of shards that lies", "refused, 11", indices),
     Attack("quantised weights", "refused, 11", quantised),

@@ -214,6 +214,7 @@ def test_forward_refuses_what_it_does_not_serve(out: Callable[[str], Path], said
         ("assistant_early_exit: must be left out", {"assistant_early_exit": 1}),
         ("output_hidden_states: must be left out", {"output_hidden_states": True, "return_dict_in_generate": True}),
         ("use_cache: must be True where past_key_values", {"use_cache": False, "past_key_values": DynamicCache()}),
+        (r"attention_mask: must be a tensor \[1, \d+\]", {"attention_mask": torch.ones(1, 99)}),
         ("colour", {"colour": "red"}),
     ],
     ids=str,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +25,7 @@ from converter import convert, load
 from converter.calibration.images import drawn, images
 from converter.checkpoint import open_checkpoint
 from converter.delivery import report as pages
-from converter.errors import CalibrationError, EvaluationError
+from converter.errors import CalibrationError, CheckpointError, EvaluationError
 from converter.evaluation.classify import labelled
 from converter.pipeline import load_with_processor
 
@@ -255,6 +256,11 @@ def test_what_an_image_model_cannot_do_is_said(digits: Path, tmp_path: Path) -> 
         convert(model, tmp_path / "out", PLAIN.replace({"calibration.source": str(tmp_path / "empty")}))
     assert not (tmp_path / "out").exists()
     checkpoint = open_checkpoint(model)
+    settings = json.loads((digits / "model" / "preprocessor_config.json").read_text())
+    blind = Path(shutil.copytree(digits / "model", tmp_path / "blind"))
+    (blind / "preprocessor_config.json").write_text(json.dumps(settings | {"image_std": [0, 1, 1]}))
+    with pytest.raises(CheckpointError, match="pixels must be finite"):
+        open_checkpoint(str(blind)).blank()
     with pytest.raises(CalibrationError, match="must have at least 2000 images, got 1400"):
         images(str(digits / "train"), checkpoint.processor(), 2000, 0)
     with pytest.raises(CalibrationError, match=r"must be made \[3, 480, 640\] by .* got \[3, 16, 16\]"):

@@ -22,7 +22,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedTokenizer
 from converter.checkpoint import WANTED, Checkpoint
 from converter.errors import BuildError, OutputError, said, shortened
 from converter.graph.export import MODEL
-from converter.kinds import causal_class
+from converter.kinds import causal_class, positions
 from converter.place import HIDDEN, LEFT_ALONE, clear_stale, free_bytes, is_utf8, private, replacing, write_whole
 
 MANIFEST, REPORT, RECIPE, GENAI = "manifest.json", "report.json", "recipe.yaml", "genai_config.json"
@@ -185,7 +185,7 @@ def genai_config(
     """Return the configuration that onnxruntime-genai reads."""
     text = config.get_text_config()
     heads = text.num_attention_heads
-    context = getattr(text, "max_position_embeddings", 2048)
+    context = positions(config) or 2048
     eos = generation.eos_token_id if generation.eos_token_id is not None else tokenizer.eos_token_id
     pad = generation.pad_token_id if generation.pad_token_id is not None else tokenizer.pad_token_id
     return {

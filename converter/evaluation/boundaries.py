@@ -15,6 +15,7 @@ from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from converter.checkpoint import quiet
 from converter.evaluation.limits import Limits
+from converter.kinds import positions
 
 WINDOWS = ("sliding_window", "attention_chunk_size")
 SWITCH = "original_max_position_embeddings"
@@ -48,7 +49,7 @@ def boundaries(config: PreTrainedConfig) -> dict[str, int]:
     for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
         if rope.get("rope_type") == "longrope":
             found[SWITCH] = rope.get(SWITCH) or found[SWITCH]
-    most = getattr(text, "max_position_embeddings", None)
+    most = positions(config)
     return {name: at for name, at in found.items() if at and (most is None or at < most)}
 
 

@@ -13,6 +13,7 @@ from converter.errors import EvaluationError
 from converter.evaluation.answers import Answers
 from converter.evaluation.harness import Advance, greedy
 from converter.evaluation.tasks import COLUMNS
+from converter.kinds import positions
 
 PROMPT = LENGTH = 64  # tokens of a prompt, and the most that are written after it
 TASK = "greedy"
@@ -26,7 +27,7 @@ def write_on(
     Raises:
         EvaluationError: when the model cannot take so many tokens.
     """
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    most = positions(model.config)
     if most is not None and most < PROMPT + LENGTH:
         raise EvaluationError(f"--prompts: the model must take {PROMPT + LENGTH} tokens, got {most}. Leave it out.")
     written: list[list[int]] = []

@@ -16,6 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 
 from converter.errors import EvaluationError
 from converter.evaluation.answers import Answers
+from converter.kinds import positions
 
 Advance = Callable[[int, int], None]
 SPARED = 64  # tokens that a context run once must spare: less is made up for by a batch of many contexts
@@ -24,7 +25,7 @@ Answer = tuple[float, bool]
 
 def longest(config: PreTrainedConfig, context: int) -> int:
     """Return `context`, or what a decoder can take where that is less, in tokens."""
-    return min(context, getattr(config.get_text_config(), "max_position_embeddings", context))
+    return min(context, positions(config) or context)
 
 
 class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types

@@ -13,7 +13,8 @@ from converter.graph.trace import check_blocks
 from converter.plan import find_blocks
 
 EXPERTS = re.compile(r"^(num_(local_|routed_)?experts|n_routed_experts|moe_num_experts)$")
-ATTENTION = re.compile(r"attention$")  # of a config's layer_types; what does not end so has a state of its own
+# Of a configuration's layer_types; every other has a state of its own.
+ATTENTION = re.compile(r"^(?!linear).*attention$")
 STATEFUL = (nn.Conv1d,)
 
 
@@ -53,7 +54,7 @@ def _latent(config: Any) -> str:
 
 
 def _stateful(blocks: nn.ModuleList, config: Any) -> str:
-    other = [kind for kind in getattr(config, "layer_types", None) or () if not ATTENTION.search(str(kind))]
-    linear = [kind for kind in getattr(config, "layer_types", None) or () if str(kind).startswith("linear")]
-    kinds = [name for name, module in blocks.named_modules() if isinstance(module, STATEFUL)]
-    return next(iter([*other, *linear, *kinds]), "")
+    for kind in map(str, getattr(config, "layer_types", None) or ()):
+        if not ATTENTION.search(kind):
+            return kind
+    return next((name for name, module in blocks.named_modules() if isinstance(module, STATEFUL)), "")

@@ -63,6 +63,17 @@ class GraphCausalLM(PreTrainedModel, GenerationMixin):
         """What logits are given in, whatever the graph computes in."""
         return torch.float32
 
+    def generate(self, inputs: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Return what transformers' `generate` does, for a mask of as many tokens as the prompt has.
+
+        Raises:
+            ValueError: when the mask has another shape: transformers would cut it.
+        """
+        ids, seen = kwargs.get("input_ids", inputs), kwargs.get("attention_mask")
+        if isinstance(ids, Tensor) and ids.ndim == 2 and seen is not None:
+            arguments.mask(seen, (ids.shape[0], ids.shape[1]))
+        return super().generate(inputs, *args, **kwargs)  # type: ignore[misc] # declared for another class
+
     def init_continuous_batching(self, *_args: Any, **_kwargs: Any) -> Any:
         """Refuse what transformers batches on paged attention.
 
