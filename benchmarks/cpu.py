@@ -37,10 +37,11 @@ from rich.table import Table
 
 from converter import json_rows
 from converter.graph.dense import dense
-from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
-from converter.runtimes.onnxruntime import ACCURACY, library
-from converter.sparsity.quantize import BITS, Storage, Weights
+from converter.names import BITS, MODEL, Weights
+from converter.runtimes.kernel import library
+from converter.runtimes.onnxruntime import ACCURACY
+from converter.sparsity.quantize import Storage
 
 app = App(help_format="plaintext")
 SECONDS = 1.0  # of dense time for a shape and number of tokens, within the rounds

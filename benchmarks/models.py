@@ -37,12 +37,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from converter import json_rows
 from converter.checkpoint import open_checkpoint
-from converter.delivery.bundle import GENAI, exported
+from converter.delivery.manifest import GENAI, exported
 from converter.graph.costs import layer_costs
 from converter.graph.dense import dense
-from converter.graph.export import MODEL
-from converter.runtimes.onnxruntime import library, session
-from converter.sparsity.quantize import Weights
+from converter.names import MODEL, Weights
+from converter.runtimes.kernel import library
+from converter.runtimes.onnxruntime import session
 from converter.stages import forget_peak, peak_bytes
 
 app = App(help_format="plaintext")

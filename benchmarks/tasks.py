@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from converter import json_rows
-from converter.delivery.bundle import is_bundle
+from converter.delivery.manifest import is_bundle
 from converter.evaluate import evaluate
 from converter.evaluation.statistics import Paired
 from converter.evaluation.tasks import Setting

@@ -10,13 +10,13 @@ from typing import Any
 import onnx
 
 from converter import json_rows
-from converter.delivery.bundle import context_length, exported, versions
+from converter.delivery.manifest import context_length, exported, versions
 from converter.errors import BuildError
 from converter.graph import dispatch
 from converter.graph.costs import layer_costs
 from converter.graph.lower import form_of
+from converter.runtimes.kernel import has_kernel, library
 from converter.runtimes.layer import LayerLibrary
-from converter.runtimes.onnxruntime import has_kernel, library
 from converter.runtimes.speed import PAST, Speed
 from converter.runtimes.speed import measured as timed
 from converter.runtimes.tune import ROUNDS, TOKENS, Shape, Timing, capability, measured, require_gpu, table

@@ -13,15 +13,16 @@ from torch import Tensor
 
 from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint
-from converter.delivery.bundle import ENGINES, check_files, context_length, manifest, staged, write_manifest
-from converter.doctor import gpu
+from converter.delivery.bundle import staged, write_manifest
+from converter.delivery.manifest import ENGINES, check_files, context_length, manifest
 from converter.errors import BuildError, DeviceError, UsageError, listing
 from converter.graph import dispatch as dispatch_table
-from converter.graph.export import DATA, MODEL
 from converter.graph.op import DOMAIN, OP
 from converter.graph.plugin import to_plugin
+from converter.names import DATA, MODEL
 from converter.runtimes import tensorrt, tensorrt_rtx, trial
 from converter.runtimes.engine import ENGINE, LAYERS, Built
+from converter.runtimes.gpu import gpu
 from converter.runtimes.profile import Profile, default_profiles
 from converter.stages import Stages
 
@@ -129,7 +130,7 @@ def runnable(folder: Path, runtime: str, target: str | None) -> tuple[Path, dict
     if "engine" not in about:
         raise BuildError(f"{place}: the engine must be of nmsparse build --plugin, got another. Run validate.sh on it.")
     engine = about["engine"]
-    if not gpu().works:
+    if not gpu()[0]:
         said = ", ".join(f"{count} {kind}" for kind, count in engine["layers"].items())
         size = f"{engine['version']}, {engine['bytes'] / 1e9:.2f} GB, layers by type and output: {said}"
         raise DeviceError(f"{place}: a GPU must be here to run it, got none. Its files are as they were built: {size}.")

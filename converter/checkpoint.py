@@ -33,6 +33,7 @@ from transformers import (
 from converter.arrangement import Arrangement
 from converter.errors import CheckpointError, DeviceError, OutputError, said
 from converter.kinds import DECODER, Kind, kind_of, without_head, without_pooler
+from converter.names import WANTED
 from converter.place import encodable, private, replacing
 from converter.saved import (
     Stored,
@@ -51,7 +52,6 @@ from converter.saved import (
     weight_names,
 )
 
-WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 ABOUT = "nmsparse.json"  # in an unpacked folder: what was left out when it was unpacked
 

@@ -28,15 +28,14 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars: the progress is ou
 
 from converter import json_rows
 from converter.errors import CheckpointError, ConverterError, EvaluationError, OutputError, UsageError, said, shortened
+from converter.names import Phases, Weights
 from converter.place import encodable, is_utf8
-from converter.recipe import Recipe, from_yaml, parse_set
-from converter.sparsity.linear import Phases
-from converter.sparsity.quantize import Weights
 from converter.stages import Stages
 
 if TYPE_CHECKING:
     from converter.evaluate import Evaluation
     from converter.graph.costs import LayerCost
+    from converter.recipe import Recipe
     from converter.runtimes.speed import Speed
     from converter.runtimes.tune import Timing
 
@@ -96,6 +95,8 @@ class RecipeOptions:
 
     def effective(self) -> Recipe:
         """Return the recipe: defaults, then the file, then --set, then the other options."""
+        from converter.recipe import Recipe, from_yaml, parse_set
+
         recipe = from_yaml(self.recipe) if self.recipe else Recipe()
         given: dict[str, Any] = {
             "pattern": self.pattern,
@@ -364,7 +365,7 @@ def inspect(
     dispatch
         The table of paths that nmsparse bench --tune wrote; by default one from published figures.
     """
-    from converter.pipeline import inspect as stage
+    from converter.delivery.inspect import inspect as stage
 
     layers = stage(out, dispatch, target)
     if json_output:

@@ -6,7 +6,6 @@ import ctypes
 import platform
 import re
 import shutil
-import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distributions, version
@@ -15,10 +14,11 @@ from pathlib import Path
 import psutil
 from onnxruntime import SessionOptions
 
-from converter.delivery.bundle import versions
+from converter.delivery.manifest import versions
 from converter.errors import ConverterError
 from converter.place import clear_stale, private
-from converter.runtimes.onnxruntime import LIBRARY, library
+from converter.runtimes.gpu import gpu
+from converter.runtimes.kernel import LIBRARY, library
 from converter.runtimes.tensorrt_rtx import INSTALL, capabilities
 
 # What our libraries are compiled with, where make puts it.
@@ -56,7 +56,7 @@ def examine(library: Path, folders: Sequence[Path] = ()) -> list[Finding]:
         _plugin_sources(),
         _tensorrt_rtx(),
         _tensorrt(),
-        gpu(),
+        _gpu(),
         _plugin(library),
         _cpu_op(),
         _huge_pages(),
@@ -117,19 +117,10 @@ def _tensorrt() -> Finding:
         return Finding("TensorRT", False, "not installed", advice)
 
 
-def gpu() -> Finding:
-    """Return what nvidia-smi says of the GPUs of this machine, and the CUDA that their driver knows."""
+def _gpu() -> Finding:
+    works, found = gpu()
     advice = "None is needed to convert, validate or build for TensorRT-RTX; engines run on one."
-    try:
-        gpus = _nvidia_smi("--query-gpu=name,compute_cap,driver_version,memory.total", "--format=csv,noheader")
-        cuda = re.search(r"CUDA Version\s*: (\S+)", _nvidia_smi("-q", "-d", "COMPUTE"))
-    except (OSError, subprocess.SubprocessError) as error:
-        return Finding("GPU", False, f"none that nvidia-smi tells of ({type(error).__name__})", advice)
-    return Finding("GPU", True, "; ".join([*gpus.strip().splitlines(), f"CUDA {cuda[1] if cuda else 'unknown'}"]))
-
-
-def _nvidia_smi(*options: str) -> str:
-    return subprocess.run(["nvidia-smi", *options], capture_output=True, text=True, check=True, timeout=30).stdout
+    return Finding("GPU", works, found, advice)
 
 
 def _plugin(library: Path) -> Finding:

@@ -17,7 +17,8 @@ from converter.build import runnable
 from converter.calibration.images import SOURCES
 from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint, open_checkpoint
-from converter.delivery.bundle import (
+from converter.delivery.bundle import write_json
+from converter.delivery.manifest import (
     EVALUATION,
     EXAMPLES,
     RESULTS,
@@ -26,9 +27,7 @@ from converter.delivery.bundle import (
     made_from,
     manifest,
     sha256,
-    write_json,
 )
-from converter.doctor import gpu
 from converter.errors import CheckpointError, EvaluationError, OutputError, RecoveryError, UsageError
 from converter.evaluation.answers import Answers
 from converter.evaluation.classify import classify, labelled
@@ -41,7 +40,8 @@ from converter.pipeline import load_with_processor, reference, require_decoder
 from converter.place import private, replacing
 from converter.runtimes.engine import ENGINE
 from converter.runtimes.engine_model import load_engine
-from converter.runtimes.onnxruntime import library
+from converter.runtimes.gpu import gpu
+from converter.runtimes.kernel import library
 from converter.runtimes.profile import Profile
 from converter.stages import Stages
 
@@ -161,7 +161,7 @@ def _sparse_side(
         return lambda: load_with_processor(folder), _fingerprint(folder, runs)
     place, about = runnable(folder, setting.runtime, target)
     _check_context(place, about, checkpoint, context)
-    runs = f"{gpu().found} {about['files'][ENGINE]['sha256']} {sha256(plugin) if plugin else ''}"
+    runs = f"{gpu()[1]} {about['files'][ENGINE]['sha256']} {sha256(plugin) if plugin else ''}"
     key = _fingerprint(folder, runs)
     return lambda: (load_engine(folder, place, about, plugin, host_code=host_code), checkpoint.processor()), key
 

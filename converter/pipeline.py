@@ -31,33 +31,19 @@ from converter.calibration.texts import check_ids, sampled, windows
 from converter.calibration.train import Curve
 from converter.calibration.walk import calibrate as walk
 from converter.checkpoint import Checkpoint, image_shape, open_checkpoint
-from converter.delivery.bundle import (
-    RECIPE,
-    REPORT,
-    check_files,
-    exported,
-    is_bundle,
-    made_from,
-    staged,
-    versions,
-    write_client_files,
-    write_json,
-    write_manifest,
-)
+from converter.delivery.bundle import staged, write_client_files, write_json, write_manifest
+from converter.delivery.manifest import RECIPE, REPORT, check_files, exported, is_bundle, made_from, versions
 from converter.errors import CalibrationError, CheckpointError, OutputError, shortened
 from converter.evaluation.boundaries import text_wanted
 from converter.evaluation.overflow import check_range
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
 from converter.evaluation.reference import make_sparse
-from converter.graph import dispatch
-from converter.graph.costs import LayerCost, layer_costs
-from converter.graph.export import MODEL
 from converter.graph.export import export as write_graph
-from converter.graph.lower import form_of
 from converter.graph.supported import check_supported
 from converter.graph.trace import check_traceable
 from converter.kinds import DECODER, completed, positions
+from converter.names import MODEL
 from converter.place import encodable, write_whole
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
@@ -234,25 +220,6 @@ def reference(folder: Path, source: str | None) -> PreTrainedModel:
     model = _source(folder, recipe, source).model()
     make_sparse(model, calibration_file.read(folder / calibration_file.NAME), recipe.storage(), recipe.phases)
     return model
-
-
-def inspect(folder: Path, table: Path | None = None, target: str | None = None) -> list[tuple[LayerCost, str]]:
-    """Return what each sparse layer of OUT costs and its paths in the TensorRT plugin, in the graph's order.
-
-    The paths are those of the dispatch `table` for the compute capability `target`. The weights are not read.
-
-    Raises:
-        OutputError: when the folder holds no exported model of ours.
-        BuildError: when the table cannot be read, or has no row for a layer.
-    """
-    graph, rows = exported(folder), dispatch.read(table)
-    costs, found = layer_costs(graph), []
-    dtype = form_of(graph).dtype if costs else ""
-    for cost in costs:
-        shape = (cost.keep, cost.group, cost.in_features, cost.out_features)
-        layer = dispatch.described(target or dispatch.ANY, dtype, *shape)
-        found.append((cost, dispatch.paths(dispatch.choose(rows, layer), layer)))
-    return found
 
 
 def begun(

@@ -18,12 +18,12 @@ from ruamel.yaml.error import YAMLError
 from ruamel.yaml.events import AliasEvent, CollectionEndEvent, CollectionStartEvent
 
 from converter.errors import RecipeError, listing, said, shortened
+from converter.names import Phases, Weights
 from converter.presets import preset
 from converter.sparsity.criteria import criterion
-from converter.sparsity.linear import Phases
 from converter.sparsity.mitigations import Mitigation, mitigations
 from converter.sparsity.pattern import Pattern
-from converter.sparsity.quantize import Storage, Weights
+from converter.sparsity.quantize import Storage
 
 DENSE = "dense"
 LONGEST, DEEPEST = 100_000, 8  # characters and levels of a YAML text

@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -64,7 +64,8 @@ class Stages:
                 progress.update(task, completed=done, total=total)
 
             yield advance
-        gpu_peak = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
+        cuda = _cuda()
+        gpu_peak = cuda.max_memory_allocated() if cuda else 0
         cost = StageCost(name, time.perf_counter() - start, peak_bytes(), gpu_peak)
         self.costs.append(cost)
         on_gpu = f", {gpu_peak / 1e9:.2f} GB on the GPU" if gpu_peak else ""
@@ -82,10 +83,16 @@ def peak_bytes() -> int:
     return largest if sys.platform == "darwin" else largest * 1024
 
 
+def _cuda() -> Any:
+    """Return torch.cuda where it is in use; a stage without torch does not wait for its import."""
+    torch = sys.modules.get("torch")
+    return torch.cuda if torch is not None and torch.cuda.is_initialized() else None
+
+
 def forget_peak() -> None:
     """Let the peaks count from now on, where the system can."""
-    if torch.cuda.is_initialized():
-        torch.cuda.reset_peak_memory_stats()
+    if cuda := _cuda():
+        cuda.reset_peak_memory_stats()
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:  # not Linux, or not allowed: the peak is then that of the whole run so far

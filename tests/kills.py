@@ -103,7 +103,7 @@ def cases(checkpoint: Path, data: Path, work: Path) -> dict[str, Case]:
     import converter.evaluate
     import converter.pipeline  # noqa: F401
     from converter.checkpoint import open_checkpoint
-    from converter.delivery.bundle import check_files
+    from converter.delivery.manifest import check_files
     from converter.errors import OutputError
     from converter.evaluation.tasks import Setting, load_tasks
     from converter.graph.op import Form

@@ -16,8 +16,9 @@ from conftest import PLAIN, make_tiny
 from converter import convert, pipeline
 from converter.errors import BuildError, OutputError, UsageError
 from converter.graph.dense import dense
-from converter.graph.export import MODEL
-from converter.runtimes.onnxruntime import VARIABLE, call_feed, session
+from converter.names import MODEL
+from converter.runtimes.kernel import VARIABLE
+from converter.runtimes.onnxruntime import call_feed, session
 from converter.runtimes.speed import Speed
 from converter.stages import Stages
 

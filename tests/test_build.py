@@ -27,7 +27,8 @@ from converter.graph.op import Form
 from converter.graph.widen import widen
 from converter.runtimes import trial
 from converter.runtimes.engine import kinds
-from converter.runtimes.onnxruntime import VARIABLE, session
+from converter.runtimes.kernel import VARIABLE
+from converter.runtimes.onnxruntime import session
 from converter.runtimes.profile import Profile, default_profiles
 from converter.stages import Stages
 

@@ -14,7 +14,7 @@ from conftest import PLAIN, relisted
 
 from converter import convert, load
 from converter.delivery import bundle
-from converter.delivery.bundle import check_files
+from converter.delivery.manifest import check_files
 from converter.errors import OutputError
 
 FILES = ("calibration.safetensors", "config.json", "genai_config.json", "generation_config.json", "manifest.json")

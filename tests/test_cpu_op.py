@@ -29,12 +29,13 @@ from torch import Tensor
 
 from converter.doctor import examine
 from converter.errors import ExportError
-from converter.graph.export import MODEL
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
-from converter.runtimes.onnxruntime import VARIABLE, session
+from converter.names import BITS, MODEL, Weights
+from converter.runtimes.kernel import VARIABLE
+from converter.runtimes.onnxruntime import session
 from converter.runtimes.polygraphy import kernel_session
 from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake, prune, token_scale
-from converter.sparsity.quantize import BITS, Storage, Weights
+from converter.sparsity.quantize import Storage
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (8, 16), (16, 32), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
 # On both sides of every threshold: streamed or held (2; 3 and 4 at 1:4), held or packed (18 and 19 at 1:4, 31 and 32 at

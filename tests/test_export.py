@@ -22,10 +22,11 @@ from converter.errors import ExportError, RecipeError, ValidationError
 from converter.evaluation.parity import Parity, validate
 from converter.graph.op import INPUTS
 from converter.graph.trace import signature
+from converter.names import Phases
 from converter.pipeline import export
 from converter.plan import find_blocks
-from converter.runtimes.onnxruntime import VARIABLE
-from converter.sparsity.linear import Params, Phases, install
+from converter.runtimes.kernel import VARIABLE
+from converter.sparsity.linear import Params, install
 from converter.sparsity.quantize import Storage
 from converter.stages import Stages
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 
 from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION, Form, function
-from converter.sparsity.linear import SHIFT_MODES, Baked, Params, Phases, SparseLinear, bake
+from converter.names import Phases
+from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake
 
 FORMS = list(itertools.product(["float32", "float16"], SHIFT_MODES, [False, True], [False, True], [False, True]))
 NUMPY = {"float32": np.float32, "float16": np.float16}

@@ -18,8 +18,10 @@ from converter.errors import BuildError, RecipeError
 from converter.graph.costs import layer_costs
 from converter.graph.dense import dense
 from converter.graph.lower import form_of, lower
-from converter.runtimes.onnxruntime import has_kernel, session
-from converter.sparsity.quantize import Storage, Weights
+from converter.names import Weights
+from converter.runtimes.kernel import has_kernel
+from converter.runtimes.onnxruntime import session
+from converter.sparsity.quantize import Storage
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
 

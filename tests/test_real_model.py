@@ -24,7 +24,8 @@ from converter.delivery import report as pages
 from converter.pipeline import export
 from converter.plan import plan
 from converter.recipe import from_yaml
-from converter.runtimes.onnxruntime import VARIABLE, decoder, session
+from converter.runtimes.kernel import VARIABLE
+from converter.runtimes.onnxruntime import decoder, session
 from converter.stages import Stages
 
 pytestmark = pytest.mark.slow

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from converter.delivery.bundle import EVALUATION, EXAMPLES, RESULTS
+from converter.delivery.manifest import EVALUATION, EXAMPLES, RESULTS
 from converter.delivery.page import Line, Section, bars, intervals
 from converter.errors import OutputError
 

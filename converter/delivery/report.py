@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from converter.delivery import accuracy
-from converter.delivery.bundle import MANIFEST, RECIPE, REPORT, exported, manifest
+from converter.delivery.manifest import MANIFEST, RECIPE, REPORT, exported, manifest
 from converter.delivery.page import Chart, Line, Section, bars, heat, intervals, line, page
 from converter.errors import OutputError, said
 from converter.graph.costs import LayerCost, layer_costs

@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from converter.errors import ExportError
 from converter.evaluation.reference import make_sparse
 from converter.kinds import output
-from converter.sparsity.linear import Params, Phases
+from converter.names import Phases
+from converter.sparsity.linear import Params
 from converter.sparsity.quantize import Storage
 
 LARGEST = torch.finfo(torch.float16).max

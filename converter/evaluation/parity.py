@@ -42,14 +42,14 @@ from converter.evaluation.reference import (
     sparse_layer,
     use_fitted,
 )
-from converter.graph.export import MODEL
 from converter.graph.lower import DTYPES
 from converter.graph.merge import parts
 from converter.graph.op import DOMAIN, INPUTS, OP, widens
 from converter.kinds import kind as kind_of_model
+from converter.names import MODEL, Phases
 from converter.quiet import quiet
 from converter.runtimes.onnxruntime import decoder, session
-from converter.sparsity.linear import Baked, Params, Phases, install
+from converter.sparsity.linear import Baked, Params, install
 from converter.sparsity.quantize import Storage
 
 IDS, MASK = "input_ids", "attention_mask"

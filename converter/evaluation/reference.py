@@ -15,7 +15,8 @@ from converter.graph.merge import parts
 from converter.graph.trace import PIXELS, cache_names, input_names
 from converter.kinds import kind as kind_of_model
 from converter.kinds import output
-from converter.sparsity.linear import Params, Phases, SparseLinear, install
+from converter.names import Phases
+from converter.sparsity.linear import Params, SparseLinear, install
 from converter.sparsity.quantize import Storage
 
 Array = np.ndarray[Any, Any]

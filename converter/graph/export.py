@@ -18,12 +18,12 @@ from converter.graph.op import DOMAIN, OP, VERSION, Form, function
 from converter.graph.phase import give_phase
 from converter.graph.stamp import stamp
 from converter.graph.trace import LinearNode, tied_weights, trace
+from converter.names import DATA, MODEL, Phases
 from converter.plan import Plan
 from converter.recipe import DTYPES
-from converter.sparsity.linear import Baked, Params, Phases, bake
+from converter.sparsity.linear import Baked, Params, bake
 from converter.sparsity.quantize import Storage
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
 IR_VERSION = 11
 IR_DTYPES = {
     "float32": ir.DataType.FLOAT,

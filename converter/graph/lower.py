@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from converter.errors import BuildError
 from converter.graph.op import ATTRIBUTES, DOMAIN, INPUTS, OP, Form, function, widens
-from converter.sparsity.quantize import Weights
+from converter.names import Weights
 
 DTYPES = {
     onnx.TensorProto.FLOAT: "float32",

@@ -9,7 +9,7 @@ import onnx
 import onnx.parser
 import onnx_ir as ir
 
-from converter.sparsity.quantize import BITS, Weights
+from converter.names import BITS, Weights
 
 DOMAIN = "nmsparse"
 OP = "SparseLinear"

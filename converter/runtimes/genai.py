@@ -8,7 +8,7 @@ from pathlib import Path
 import onnx
 
 from converter.errors import ExportError
-from converter.runtimes.onnxruntime import VARIABLE, has_kernel, library
+from converter.runtimes.kernel import VARIABLE, has_kernel, library
 
 
 def overlay() -> str:

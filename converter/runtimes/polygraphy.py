@@ -16,7 +16,8 @@ from polygraphy.tools.args.base import BaseRunnerArgs
 from polygraphy.tools.script import Script, make_invocable
 
 from converter.errors import ConverterError, ExportError
-from converter.runtimes.onnxruntime import VARIABLE, has_kernel, library, session
+from converter.runtimes.kernel import VARIABLE, has_kernel, library
+from converter.runtimes.onnxruntime import session
 
 
 class KernelRunnerArgs(BaseRunnerArgs):  # type: ignore[misc]

@@ -17,7 +17,7 @@ from typing import Any
 import onnx
 
 from converter.errors import BuildError
-from converter.graph.export import MODEL
+from converter.names import MODEL
 from converter.runtimes.engine import ENGINE, Built
 from converter.runtimes.engine import build as build_engine
 from converter.runtimes.profile import Profile

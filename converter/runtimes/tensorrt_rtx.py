@@ -13,8 +13,8 @@ from typing import Any
 import onnx
 
 from converter.errors import BuildError, listing
-from converter.graph.export import MODEL
 from converter.graph.lower import lower
+from converter.names import MODEL
 from converter.runtimes.engine import Built
 from converter.runtimes.engine import build as build_engine
 from converter.runtimes.profile import Profile

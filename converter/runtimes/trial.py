@@ -22,8 +22,8 @@ from polygraphy.json import save_json
 from torch import Tensor
 
 from converter.errors import ValidationError
-from converter.graph.export import MODEL
 from converter.graph.widen import is_bfloat16
+from converter.names import MODEL
 from converter.quiet import quiet
 from converter.runtimes.engine import ENGINE
 from converter.runtimes.onnxruntime import call_feed, session

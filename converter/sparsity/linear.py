@@ -7,17 +7,17 @@ Shapes: T tokens (all leading axes), K input channels, N output channels. `weigh
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from converter.names import Phases
 from converter.sparsity.pattern import mask
 
 SHIFT_MODES = ("none", "static", "token_mean", "token_median")
 VARIANCE_FLOOR = 1e-9
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as a number of so many bytes
-Phases = Literal["both", "prefill", "decode"]
 
 
 @dataclass(frozen=True)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from converter.errors import RecipeError
+from converter.names import BITS, Weights
 from converter.sparsity.linear import Params
-
-Weights = Literal["dtype", "float16", "bfloat16", "int8", "int4"]
-BITS = {"int8": 8, "int4": 4}
 
 
 @dataclass(frozen=True)
