@@ -37,10 +37,10 @@ from rich.table import Table
 
 from converter import json_rows
 from converter.graph.dense import dense
-from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
 from converter.names import BITS, MODEL, Weights
 from converter.runtimes.kernel import library
 from converter.runtimes.onnxruntime import ACCURACY
+from converter.signature import DOMAIN, INPUTS, OP, OPSET, VERSION
 from converter.sparsity.quantize import Storage
 
 app = App(help_format="plaintext")

@@ -14,7 +14,7 @@ from converter.delivery.manifest import context_length, exported, versions
 from converter.errors import BuildError
 from converter.graph import dispatch
 from converter.graph.costs import layer_costs
-from converter.graph.lower import form_of
+from converter.graph.forms import form_of
 from converter.runtimes.kernel import has_kernel, library
 from converter.runtimes.layer import LayerLibrary
 from converter.runtimes.speed import PAST, Speed

@@ -17,13 +17,13 @@ from converter.delivery.bundle import staged, write_manifest
 from converter.delivery.manifest import ENGINES, check_files, context_length, manifest
 from converter.errors import BuildError, DeviceError, UsageError, listing
 from converter.graph import dispatch as dispatch_table
-from converter.graph.op import DOMAIN, OP
 from converter.graph.plugin import to_plugin
 from converter.names import DATA, MODEL
 from converter.runtimes import tensorrt, tensorrt_rtx, trial
 from converter.runtimes.engine import ENGINE, LAYERS, Built
 from converter.runtimes.gpu import gpu
 from converter.runtimes.profile import Profile, default_profiles
+from converter.signature import DOMAIN, OP
 from converter.stages import Stages
 
 BUILD, TEXT = "build.sh", "python"

@@ -26,8 +26,8 @@ import torch
 from onnxruntime.capi import onnxruntime_pybind11_state as errors
 from test_cpu_op import PATTERNS, TOKENS, exact, opened, sanitizers, stored_weight
 
-from converter.graph.op import INPUTS
-from converter.sparsity.linear import SHIFT_MODES, Baked, Params, bake
+from converter.signature import INPUTS, SHIFT_MODES
+from converter.sparsity.linear import Baked, Params, bake
 from converter.sparsity.quantize import Storage
 
 Array = np.ndarray[Any, Any]
@@ -154,12 +154,12 @@ def valid(rng: Generator) -> Case:
         residual_out=normal(rank, n) / 8 if rank >= 0 else None,
     )
     baked = bake(normal(n, k), normal(n) if rng.random() < 0.5 else None, params)
-    tensors = {name: getattr(baked, {"W": "weight"}.get(name, name), None) for name in INPUTS}
+    tensors = {name: getattr(baked, {"W": "w"}.get(name, name), None) for name in INPUTS}
     stored = {name: t.contiguous().numpy() for name, t in tensors.items() if t is not None}
     if kind != "dtype":
         storage = Storage(weights=kind, block=block)  # type: ignore[arg-type]
-        stored |= stored_weight(baked.weight, storage)
-        baked = replace(baked, weight=storage.rounded(baked.weight.t()).t())
+        stored |= stored_weight(baked.w, storage)
+        baked = replace(baked, w=storage.rounded(baked.w.t()).t())
     if rng.random() < 0.3:
         stored["sparse"] = np.array(rng.random() < 0.5)
     # numpy has no name for two of the kinds, and so they cannot be fed.
@@ -177,7 +177,7 @@ def valid(rng: Generator) -> Case:
 
 def refed(rng: Generator, case: Case) -> Case:
     """Return the same node with what another call may be fed."""
-    case, k = case.copy(), len(case.baked.weight)
+    case, k = case.copy(), len(case.baked.w)
     if "permutation" in case.fed:
         case.fed["permutation"] = rng.permutation(k)
         case.baked = replace(case.baked, permutation=torch.from_numpy(case.fed["permutation"]))
@@ -206,7 +206,7 @@ def differs(case: Case, found: Array) -> str:
     """Return what is wrong with the value of a call, or nothing."""
     x = torch.from_numpy(case.fed["X"])
     sparse = bool(case.get("sparse")) if case.has("sparse") else True
-    k, n = case.baked.weight.shape
+    k, n = case.baked.w.shape
     if found.shape != (*x.shape[:-1], n):
         return f"shape {found.shape}"
     rows = x.reshape(-1, k)
@@ -252,7 +252,7 @@ def entry_given_twice(rng: Generator, case: Case) -> bool:
 
 
 def another_attribute(rng: Generator, case: Case) -> bool:
-    given, k = case.attributes, len(case.baked.weight)
+    given, k = case.attributes, len(case.baked.w)
     mode = given["shift_mode"].encode()
     needs = {"static": "static", **dict.fromkeys(PER_TOKEN, "row_sum")}
     modes = [m for m in SHIFT_MODES if needs.get(m) != needs.get(given["shift_mode"])]
@@ -290,7 +290,7 @@ def input_missing(rng: Generator, case: Case) -> bool:
 
 
 def input_too_many(rng: Generator, case: Case) -> bool:
-    k, n = case.baked.weight.shape
+    k, n = case.baked.w.shape
     case.names += [""] * (len(INPUTS) - len(case.names))
     shapes = {"shift": (k,), "row_sum": (n,), "residual_in": (k, 2), "residual_out": (2, n), "weight_scale": (1, n)}
     name = str(rng.choice([*(name for name in shapes if not case.has(name)), "X"]))
@@ -322,7 +322,7 @@ def another_shape(rng: Generator, case: Case) -> bool:
     found = np.asarray(shapes[rng.integers(len(shapes))], array.dtype)
     if found.shape == array.shape:
         return False
-    k = len(case.baked.weight)
+    k = len(case.baked.w)
     if name == "weight_scale" and found.ndim == 2 and found.shape[1] == array.shape[1] and len(found):
         return False
     if name == "X" and found.ndim and found.shape[-1] == k:
@@ -335,7 +335,7 @@ def another_block(rng: Generator, case: Case) -> bool:
     """Scales for blocks of other sizes than are allowed."""
     if not case.has("weight_scale"):
         return False
-    k, n = case.baked.weight.shape
+    k, n = case.baked.w.shape
     blocks = [b for b in range(2, 2 * k + 2) if k % b or k // b % 16]
     if not blocks:
         return False
@@ -357,7 +357,7 @@ def another_type(rng: Generator, case: Case) -> bool:
 
 
 def odd_outputs_of_int4(rng: Generator, case: Case) -> bool:
-    if case.get("W").dtype != "int4" or not case.baked.weight.shape[1]:
+    if case.get("W").dtype != "int4" or not case.baked.w.shape[1]:
         return False
     for name in (*OF_N, "W", "weight_scale", "residual_out"):
         if case.has(name):

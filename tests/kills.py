@@ -106,10 +106,10 @@ def cases(checkpoint: Path, data: Path, work: Path) -> dict[str, Case]:
     from converter.delivery.manifest import check_files
     from converter.errors import OutputError
     from converter.evaluation.tasks import Setting, load_tasks
-    from converter.graph.op import Form
     from converter.graph.trace import trace
+    from converter.signature import Form
 
-    trace(open_checkpoint(str(checkpoint)).skeleton(), {}, Form("float32", "none", False, False, False), torch.float32)
+    trace(open_checkpoint(str(checkpoint)).skeleton(), {}, Form("float32", "none", False), torch.float32)
     load_tasks(Setting(("piqa", "boolq")), data)
 
     def folder(place: Path) -> str:

@@ -22,14 +22,15 @@ from converter import convert
 from converter.build import build_tensorrt_rtx as build
 from converter.build import validate_engine
 from converter.errors import BuildError, OutputError, ValidationError
-from converter.graph.lower import form_of, lower
-from converter.graph.op import Form
+from converter.graph.forms import form_of
+from converter.graph.lower import lower
 from converter.graph.widen import widen
 from converter.runtimes import trial
 from converter.runtimes.engine import kinds
 from converter.runtimes.kernel import VARIABLE
 from converter.runtimes.onnxruntime import session
 from converter.runtimes.profile import Profile, default_profiles
+from converter.signature import Form
 from converter.stages import Stages
 
 SHORT = ["batch=1,tokens=1:8:64,past=0:16:63"]
@@ -102,7 +103,7 @@ def test_the_lowered_graph_multiplies_in_bfloat16_and_not_in_float32(converted: 
 def test_the_form_is_read_from_the_nodes(converted: Callable[..., Path]) -> None:
     out = converted("float16", "d_pts+permute", "decode")
     found = form_of(onnx.load(out / "model.onnx", load_external_data=False))
-    assert found == Form("float16", "token_median", False, False, False, permutation=True, phased=True)
+    assert found == Form("float16", "token_median", False, frozenset({"permutation", "sparse"}))
 
 
 def test_profiles() -> None:

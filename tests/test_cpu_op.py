@@ -29,12 +29,12 @@ from torch import Tensor
 
 from converter.doctor import examine
 from converter.errors import ExportError
-from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION
 from converter.names import BITS, MODEL, Weights
 from converter.runtimes.kernel import VARIABLE
 from converter.runtimes.onnxruntime import session
 from converter.runtimes.polygraphy import kernel_session
-from converter.sparsity.linear import SHIFT_MODES, Baked, Params, SparseLinear, bake, prune, token_scale
+from converter.signature import DOMAIN, INPUTS, OP, OPSET, SHIFT_MODES, VERSION
+from converter.sparsity.linear import Baked, Params, SparseLinear, bake, prune, token_scale
 from converter.sparsity.quantize import Storage
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (8, 16), (16, 32), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
@@ -106,15 +106,15 @@ class Node:
 
         They get `sparse` with each call where they are phased.
         """
-        tensors = {name: getattr(baked, {"W": "weight"}.get(name, name), None) for name in INPUTS[1:]}
+        tensors = {name: getattr(baked, {"W": "w"}.get(name, name), None) for name in INPUTS[1:]}
         given = {name: t.contiguous().numpy() for name, t in tensors.items() if isinstance(t, Tensor)}
         if storage is not None:
-            given |= stored_weight(baked.weight, storage)
+            given |= stored_weight(baked.w, storage)
         names = [n if n in {"X", *given, *(["sparse"] if phased else [])} else "" for n in INPUTS]
         attributes = {"keep": baked.keep, "group": baked.group, "shift_mode": baked.shift_mode}
         attributes["variance"] = int(baked.variance)
         make = onnx.helper.make_tensor_value_info
-        k, n = baked.weight.shape
+        k, n = baked.w.shape
         inputs = [make("X", 1, ["batch", "tokens", k]), *([make("sparse", 9, [])] if phased else [])]
         outputs = [make(f"Y{number}", 1, ["batch", "tokens", n]) for number in range(count)]
         self.session = opened(library, names, given, inputs, outputs, attributes, threads, in_file)
@@ -162,7 +162,7 @@ def exact(x: Tensor, baked: Baked, sparse: bool = True, absolute: bool = False) 
     z, zs, eta = prune(x, baked)
     if not sparse:
         zs = z
-    y = of(zs) @ of(baked.weight)
+    y = of(zs) @ of(baked.w)
     if baked.variance and sparse:
         y *= token_scale(z.double(), zs.double())
     if baked.row_sum is not None and eta is not None:
@@ -252,7 +252,7 @@ def test_weights_of_fewer_bits_are_the_reference_at_every_number_of_tokens(
     params = the_params(keep, group, 480, "token_mean", permuted, variance=True)
     for n, rank in ((200, 0), (2, 5), (1106, 70)):
         baked = layer(params, 480, n, True, rank)
-        rounded = replace(baked, weight=storage.rounded(baked.weight.t()).t())
+        rounded = replace(baked, w=storage.rounded(baked.w.t()).t())
         nodes = [Node(library, baked, threads=threads, storage=storage) for threads in (1, 2)]
         x = torch.randn(129, 480, generator=torch.Generator().manual_seed(0)) + 0.3
         whole = nodes[0](x)
@@ -270,7 +270,7 @@ def test_panels_of_every_width(library: Path, weights: Weights, keep: int, permu
     x = torch.randn(70, 160, generator=torch.Generator().manual_seed(0))
     for n in range(2, 500, 26):
         baked = layer(params, 160, n)
-        rounded = replace(baked, weight=storage.rounded(baked.weight.t()).t())
+        rounded = replace(baked, w=storage.rounded(baked.w.t()).t())
         node = Node(library, baked, storage=None if weights == "dtype" else storage)
         assert error(node(x), exact(x, rounded)) < 2e-6, n
 
@@ -283,7 +283,7 @@ def test_integers_are_multiplied_by_numbers_of_any_size(library: Path, weights: 
     x = torch.randn(5, 480, generator=torch.Generator().manual_seed(0)) * size
     x[0, ::5] *= 1e-6
     x[1, :64] = 0
-    expected = exact(x, replace(baked, weight=storage.rounded(baked.weight.t()).t()))
+    expected = exact(x, replace(baked, w=storage.rounded(baked.w.t()).t()))
     # The steps of the smallest numbers that there are add up.
     allowed = 2e-6 * expected.abs().amax(-1, keepdim=True) + 480 * 2.0**-149
     assert ((Node(library, baked, storage=storage)(x).double() - expected).abs() <= allowed).all()
@@ -354,7 +354,7 @@ def test_no_less_accurate_than_onnx_runtimes_gemm(library: Path) -> None:
         "dense",
         [make("X", 1, ["tokens", k])],
         [make("Y", 1, ["tokens", n])],
-        [onnx.numpy_helper.from_array(baked.weight.contiguous().numpy(), "W")],
+        [onnx.numpy_helper.from_array(baked.w.contiguous().numpy(), "W")],
     )
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", OPSET)], ir_version=11)
     dense = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -388,7 +388,7 @@ def every_path(library: Path, in_file: bool = True) -> None:
         baked = layer(the_params(keep, group, k, shift_mode, permuted=rank > 0), k, n, rank=rank)
         node = Node(library, baked, phased=True, threads=2, storage=storage, in_file=in_file)
         if storage is not None:
-            baked = replace(baked, weight=storage.rounded(baked.weight.t()).t())
+            baked = replace(baked, w=storage.rounded(baked.w.t()).t())
         for tokens, sparse in itertools.product(TOKENS, [True, False]):
             x, flag = torch.randn(tokens, k, generator=torch.Generator().manual_seed(tokens)), np.array(sparse)
             y = node(x, sparse=flag)
@@ -443,7 +443,7 @@ def test_many_sessions_in_many_threads_give_the_bits_of_a_lone_run(library: Path
     with ThreadPoolExecutor(12) as pool:
         nodes = pool.map(lambda one: Node(library, one[0], threads=one[1]), settings)
         sessions = [(baked, node) for (baked, _), node in zip(settings, nodes, strict=True)]
-    inputs = [(baked, torch.randn(tokens, baked.weight.shape[0])) for baked in made for tokens in (1, 2, 5, 20, 130)]
+    inputs = [(baked, torch.randn(tokens, baked.w.shape[0])) for baked in made for tokens in (1, 2, 5, 20, 130)]
     expected = [Node(library, baked)(x) for baked, x in inputs]
     work = [
         (node, x, y) for baked, node in sessions for (of, x), y in zip(inputs, expected, strict=True) if of is baked
@@ -500,7 +500,7 @@ ORDER = torch.arange(8)
         ({"shift_mode": "none\0"}, r'shift_mode must be .*, got "none\\x00"'),
         ({"shift_mode": "static\0", "shift": torch.ones(8)}, r'shift_mode must be .*, got "static\\x00"'),
         ({"bias": torch.ones(3)}, r"bias must be of shape \[2\], got \[3\]"),
-        ({"weight": torch.ones(0, 2)}, "K must be from 1 to 1073741824, got 0"),
+        ({"w": torch.ones(0, 2)}, "K must be from 1 to 1073741824, got 0"),
         ({"shift_mode": "static"}, "shift must be there where shift_mode is static, and nowhere else, got none"),
         ({"shift": torch.ones(8)}, "shift must be there where shift_mode is static, and nowhere else, got one"),
         ({"shift_mode": "token_mean"}, "row_sum must be there where shift_mode is token_mean or token_median"),
@@ -526,7 +526,7 @@ def test_an_order_that_is_fed_is_looked_at_in_every_call(library: Path, entry: i
     params = the_params(2, 4, 16, "none", permuted=True)
     baked = layer(params, 16, 8)
     make, order = onnx.helper.make_tensor_value_info, np.arange(16)
-    stored = {"W": baked.weight.numpy(), "channel_scale": baked.channel_scale.numpy(), "bias": baked.bias.numpy()}
+    stored = {"W": baked.w.numpy(), "channel_scale": baked.channel_scale.numpy(), "bias": baked.bias.numpy()}
     names = [name if name in {"X", "permutation", *stored} else "" for name in INPUTS]
     inputs, attributes = [make("X", 1, None), make("permutation", 7, None)], {"keep": 2, "group": 4, "variance": 1}
     run = opened(library, names, stored, inputs, [make("Y", 1, None)], attributes | {"shift_mode": "none"})

@@ -32,11 +32,11 @@ from converter.evaluation import parity
 from converter.evaluation.boundaries import MOST, boundaries, generated, text_wanted
 from converter.evaluation.limits import LIMITS
 from converter.evaluation.parity import Parity, validate
-from converter.graph.op import DOMAIN
 from converter.graph.trace import check_blocks
 from converter.plan import find_blocks
 from converter.runtimes.decoder import GraphCausalLM, generation_config
 from converter.runtimes.onnxruntime import OnnxEncoder, OnnxVision, decoder, session
+from converter.signature import DOMAIN
 from converter.sparsity.linear import Params
 from converter.sparsity.quantize import Storage
 

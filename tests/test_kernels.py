@@ -10,7 +10,8 @@ from native import DENSE, GEMV, MMA, SPARSE, WGMMA, Native
 from torch import Tensor
 
 from converter.runtimes.layer import TILES
-from converter.sparsity.linear import SHIFT_MODES, Params, SparseLinear, bake, prune, token_scale, token_shift
+from converter.signature import SHIFT_MODES
+from converter.sparsity.linear import Params, SparseLinear, bake, prune, token_scale, token_shift
 
 DTYPES = [torch.float16, torch.bfloat16]
 PLACES, PART = 1024, 256  # of a block of Select and Pack, and of one of Gemv
@@ -163,7 +164,7 @@ def test_an_entry_that_is_no_channel_gives_nan_and_reads_nothing(
     baked = bake(torch.ones(n, k), None, params)
     y = torch.zeros(tokens, n, dtype=dtype)
     tensors: dict[str, Tensor | None] = {name: getattr(baked, name) for name in ("channel_scale", "shift", "row_sum")}
-    tensors |= {"x": torch.ones(tokens, k, dtype=dtype), "w": baked.weight.to(dtype).contiguous(), "bias": None}
+    tensors |= {"x": torch.ones(tokens, k, dtype=dtype), "w": baked.w.to(dtype).contiguous(), "bias": None}
     shape = {"k": k, "n": n, "keep": keep, "group": group, "shift_mode": SHIFT_MODES.index(shift_mode)}
     shape |= {"variance": 0, "gemv_tokens": 4, "sparse_tokens": 32, "sm": sm}
     assert native.layer(shape, tensors | {"permutation": order, "y": y}) == path
@@ -211,7 +212,7 @@ def test_decode_is_the_layer(native: Native, dtype: torch.dtype, tokens: int, k:
     if shift_mode == "token_median":
         kernel["eta"] = torch.empty(tokens)
         native.run("token_shift", dtype, x=x, eta=kernel["eta"], tokens=tokens, k=k, median=True)
-    w = baked.weight[params.permutation].to(dtype).contiguous()  # the rows of W in the order of the places
+    w = baked.w[params.permutation].to(dtype).contiguous()  # the rows of W in the order of the places
     partial, moments = torch.full((tokens, splits, n), torch.nan), torch.full((2, tokens, splits, 3), torch.nan)
     y = torch.empty(tokens, n, dtype=dtype)
     shape = {"tokens": tokens, "k": k, "n": n, "keep": 8, "group": 16}
@@ -260,7 +261,7 @@ def test_layer_is_the_reference_on_every_path(
     bias = torch.randn(n, generator=generator) if biased else None
     x = (torch.randn(tokens, k, generator=generator) + 0.3).to(dtype)
     baked = bake(weight.float(), bias, params)
-    w = baked.weight.to(dtype)
+    w = baked.w.to(dtype)
     y = torch.full((tokens, n), torch.nan, dtype=dtype)
     tensors = {
         "x": x,

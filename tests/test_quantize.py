@@ -17,7 +17,8 @@ from converter import convert
 from converter.errors import BuildError, RecipeError
 from converter.graph.costs import layer_costs
 from converter.graph.dense import dense
-from converter.graph.lower import form_of, lower
+from converter.graph.forms import form_of
+from converter.graph.lower import lower
 from converter.names import Weights
 from converter.runtimes.kernel import has_kernel
 from converter.runtimes.onnxruntime import session

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from converter.errors import RecipeError
-from converter.sparsity.linear import SHIFT_MODES, Params, SparseLinear, apply, bake, prune
+from converter.signature import SHIFT_MODES
+from converter.sparsity.linear import Params, SparseLinear, apply, bake, prune
 from converter.sparsity.mitigations import mitigations
 from converter.sparsity.pattern import Pattern, mask
 

@@ -23,9 +23,9 @@ from torch import Tensor
 from converter import convert
 from converter.errors import BuildError
 from converter.graph import dispatch
-from converter.graph.op import INPUTS
 from converter.runtimes.tensorrt import layer_kinds
 from converter.runtimes.tune import Shape, Timing, table
+from converter.signature import INPUTS
 from converter.sparsity.linear import Baked, SparseLinear
 
 Command = Callable[..., subprocess.CompletedProcess[str]]
@@ -60,7 +60,7 @@ def assert_plugins_are_the_layers(native: Native, out: Path, tokens: int) -> lis
         weight = stored.pop("W")
         inputs = dict.fromkeys(("bias", "channel_scale", "shift", "row_sum", "permutation")) | stored
         attributes = {name: attribute.value for name, attribute in layer.attributes.items()}
-        baked = Baked(weight=weight.float(), **attributes, **inputs)
+        baked = Baked(w=weight.float(), **attributes, **inputs)
         generator = torch.Generator().manual_seed(number)
         x = (torch.randn(tokens, len(weight), generator=generator) + 0.2).to(weight.dtype)
         y = torch.full((tokens, weight.shape[1]), torch.nan, dtype=weight.dtype)

@@ -24,8 +24,9 @@ from converter.errors import CalibrationError
 from converter.kinds import kind, output
 from converter.plan import LayerPlan, Plan, kept_weights
 from converter.recipe import Recipe
+from converter.signature import VARIANCE_FLOOR
 from converter.sparsity.criteria import criterion
-from converter.sparsity.linear import VARIANCE_FLOOR, Params, ranked
+from converter.sparsity.linear import Params, ranked
 from converter.sparsity.mitigations import Layer
 from converter.sparsity.pattern import Pattern
 

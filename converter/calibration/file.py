@@ -12,7 +12,8 @@ from torch import Tensor
 
 from converter import tensor_file
 from converter.errors import CalibrationError, said, shortened
-from converter.sparsity.linear import SHIFT_MODES, Params
+from converter.signature import SHIFT_MODES
+from converter.sparsity.linear import Params
 from converter.sparsity.permutation import stray
 
 NAME = "calibration.safetensors"

@@ -7,7 +7,7 @@ from pathlib import Path
 from converter.delivery.manifest import exported
 from converter.graph import dispatch
 from converter.graph.costs import LayerCost, layer_costs
-from converter.graph.lower import form_of
+from converter.graph.forms import form_of
 
 
 def inspect(folder: Path, table: Path | None = None, target: str | None = None) -> list[tuple[LayerCost, str]]:

@@ -42,13 +42,13 @@ from converter.evaluation.reference import (
     sparse_layer,
     use_fitted,
 )
-from converter.graph.lower import DTYPES
+from converter.graph.forms import DTYPES, widens
 from converter.graph.merge import parts
-from converter.graph.op import DOMAIN, INPUTS, OP, widens
 from converter.kinds import kind as kind_of_model
 from converter.names import MODEL, Phases
 from converter.quiet import quiet
 from converter.runtimes.onnxruntime import decoder, session
+from converter.signature import DOMAIN, INPUTS, OP, TABLE
 from converter.sparsity.linear import Baked, Params, install
 from converter.sparsity.quantize import Storage
 
@@ -293,15 +293,16 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
         new.CopyFrom(node)
         new.input[0], new.output[0] = f"{name}.X", f"{name}.Y"
         for position, given in enumerate(node.input[1:], 1):
-            if probe and given and INPUTS[position] in {"W", "bias", "row_sum", "residual_out", "weight_scale"}:
+            row = TABLE[position]
+            if probe and given and row.per_output:
                 dims = [*tensors[given].dims[:-1], width]
-                if INPUTS[position] == "W":
+                if row.name == "W":
                     stand_in, made = _identity(width, stored if stored in DTYPES else onnx.TensorProto.INT8)
                 else:
-                    stand_in, made = _filled(dims, tensors[given].data_type, float(INPUTS[position] == "weight_scale"))
+                    stand_in, made = _filled(dims, tensors[given].data_type, row.probe)
                 new.input[position] = stand_in
                 nodes.setdefault(stand_in, made)
-            elif given and INPUTS[position] != "sparse":
+            elif given and row.stored:
                 weights[given] = tensors[given]
         nodes[name] = [new]
         inputs.append(onnx.helper.make_tensor_value_info(f"{name}.X", kind, ["tokens", width]))

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 import onnx
 import onnx.helper
-import onnx_ir as ir
 
-from converter.graph.op import DOMAIN, INPUTS, OP
+from converter.signature import DOMAIN, INPUTS, OP
 
 
 @dataclass(frozen=True)
@@ -55,4 +54,7 @@ def layer_costs(model: onnx.ModelProto) -> list[LayerCost]:
 
 def _size(tensor: onnx.TensorProto) -> float:
     """Return the bytes of a number; those of four bits have half a one."""
-    return ir.DataType(tensor.data_type).itemsize
+    if tensor.data_type == onnx.TensorProto.INT4:
+        return 0.5
+    size: int = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).itemsize
+    return size

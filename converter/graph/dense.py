@@ -6,7 +6,8 @@ import onnx
 import onnx.helper
 
 from converter.errors import BuildError
-from converter.graph.op import DOMAIN, INPUTS, OP, widens
+from converter.graph.forms import widens
+from converter.signature import DOMAIN, INPUTS, OP
 
 BLOCKS = (16, 32, 64, 128, 256)
 

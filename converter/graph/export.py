@@ -13,14 +13,15 @@ from torch import Tensor
 
 from converter.checkpoint import Checkpoint, image_shape
 from converter.errors import ExportError
-from converter.graph.merge import BY_OUTPUT, merge, parts
-from converter.graph.op import DOMAIN, OP, VERSION, Form, function
+from converter.graph.merge import merge, parts
+from converter.graph.op import function
 from converter.graph.phase import give_phase
 from converter.graph.stamp import stamp
 from converter.graph.trace import LinearNode, tied_weights, trace
 from converter.names import DATA, MODEL, Phases
 from converter.plan import Plan
 from converter.recipe import DTYPES
+from converter.signature import BY_NAME, DOMAIN, OP, TABLE, VERSION, Form, form
 from converter.sparsity.linear import Baked, Params, bake
 from converter.sparsity.quantize import Storage
 
@@ -56,7 +57,7 @@ def export(
     params, tied, dtype = storage.every_layer(skeleton, params), tied_weights(skeleton), DTYPES[storage.dtype]
     names = (name for name, _ in skeleton.named_parameters(remove_duplicate=False))
     biased = {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
-    form = _form(biased, params, storage, phases)
+    found = _form(biased, params, storage, phases)
     # A dense layer that shares its weight keeps torch's layout.
     nodes = {
         layer.name: LinearNode(
@@ -69,7 +70,7 @@ def export(
         if layer.name in params or f"{layer.name}.weight" not in tied
     }
     image = image_shape(checkpoint.processor()) if checkpoint.kind.images else ()
-    model = trace(skeleton, nodes, form, dtype, image)
+    model = trace(skeleton, nodes, found, dtype, image)
     stamp(model, plan.blocks)
     if phases != "both":
         give_phase(model, phases)
@@ -78,7 +79,7 @@ def export(
     outputs = {layer.name: layer.out_features for layer in plan.layers}
     _attach_weights(model, checkpoint, outputs, set(nodes), biased, tied, params, storage)
     _attach_patterns(model, params)
-    model.functions[(DOMAIN, OP, "")] = function(form)
+    model.functions[(DOMAIN, OP, "")] = function(found)
     model.opset_imports[DOMAIN] = VERSION
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "nmsparse", metadata["nmsparse.version"]
@@ -108,19 +109,13 @@ def _form(biased: set[str], params: dict[str, Params], storage: Storage, phases:
     if len(modes) != 1:
         raise ExportError(f"mitigations must be the same in every layer, got {sorted(modes)}.")
     shift_mode, variance = modes.pop()
-    has_bias = not biased.isdisjoint(params)
+    has = {row.name for row in TABLE for p in params.values() if getattr(p, row.name, None) is not None}
     affine = any(p.output_shift is not None for p in params.values())
-    return Form(
-        dtype=storage.dtype,
-        shift_mode=shift_mode,
-        variance=variance,
-        bias=shift_mode == "static" or affine or has_bias,
-        channel_scale=any(p.channel_scale is not None for p in params.values()),
-        permutation=any(p.permutation is not None for p in params.values()),
-        residual=any(p.residual_in is not None for p in params.values()),
-        phased=phases != "both",
-        weights=storage.weights,
-    )
+    if shift_mode == "static" or affine or not biased.isdisjoint(params):
+        has.add("bias")
+    if phases != "both":
+        has.add("sparse")
+    return form(storage.dtype, shift_mode, variance, has, storage.weights)
 
 
 def _rank(params: Params | None) -> int:
@@ -129,9 +124,8 @@ def _rank(params: Params | None) -> int:
 
 def _neutral(part: str, shape: tuple[int, ...]) -> Tensor:
     """Return what changes nothing, where this layer has no such input and another has one."""
-    if part == "permutation":
-        return torch.arange(shape[0])
-    return (torch.ones if part == "channel_scale" else torch.zeros)(shape)
+    neutral = BY_NAME[part].neutral
+    return torch.arange(shape[0]) if neutral == "order" else (torch.ones if neutral == "ones" else torch.zeros)(shape)
 
 
 def _attach_weights(
@@ -160,18 +154,18 @@ def _attach_weights(
 
     @lru_cache(maxsize=most)
     def integers(layer: str) -> tuple[Tensor, Tensor]:
-        return storage.quantized(baked(layer).weight)
+        return storage.quantized(baked(layer).w)
 
     def of_layer(layer: str, part: str, shape: tuple[int, ...]) -> Tensor:
         if storage.bits and part in {"weight", "weight_scale"}:
             return integers(layer)[part == "weight_scale"]
-        own: Tensor | None = getattr(baked(layer), part)
+        own: Tensor | None = getattr(baked(layer), "w" if part == "weight" else part)
         return _neutral(part, shape) if own is None else own
 
     def content(name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
         layer, _, part = name.rpartition(".")
         layers = parts(layer)
-        if layers[0] in params and (part == "weight" or part in BY_OUTPUT):
+        if layers[0] in params and (part == "weight" or BY_NAME[part].per_output):
             tensor = torch.cat([of_layer(one, part, (*shape[:-1], outputs[one])) for one in layers], -1)
         elif layers[0] in params:
             tensor = of_layer(layers[0], part, shape)

@@ -11,10 +11,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from converter.graph.op import DOMAIN, INPUTS, OP, VERSION
+from converter.signature import DOMAIN, OP, TABLE, VERSION
 from converter.sparsity.linear import Params
-
-BY_OUTPUT = {"W", "bias", "row_sum", "weight_scale"}  # inputs of the op that have a number for each output
 
 
 def parts(name: str) -> list[str]:
@@ -67,7 +65,7 @@ def _merged(graph: ir.Graph, names: list[str], nodes: list[ir.Node]) -> None:
             inputs.append(given)
             continue
         shape = _shape(given)
-        if INPUTS[position] in BY_OUTPUT:
+        if TABLE[position].per_output:
             shape = (*shape[:-1], sum(sizes))
         name = f"{joined}.{(given.name or '').rpartition('.')[2]}"
         stored = ir.Value(name=name, type=given.type, shape=ir.Shape(shape))

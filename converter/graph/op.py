@@ -1,78 +1,14 @@
-"""The op `SparseLinear` in ONNX: its name, inputs and attributes, and a function body that any runtime can run."""
+"""The op `SparseLinear` as an ONNX function of standard ops, which any runtime can run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import onnx
 import onnx.parser
 import onnx_ir as ir
 
-from converter.names import BITS, Weights
-
-DOMAIN = "nmsparse"
-OP = "SparseLinear"
-VERSION = 1
-OPSET = 23
-# The order is the op's signature; an input that a model has no use for is left empty in all its nodes.
-INPUTS = (
-    "X",
-    "W",
-    "bias",
-    "channel_scale",
-    "shift",
-    "row_sum",
-    "permutation",
-    "residual_in",
-    "residual_out",
-    "sparse",
-    "weight_scale",
-)
-WIDENED = "W_real"  # in the body: W in float32, where it is stored in fewer bits
-ATTRIBUTES = ("keep", "group", "shift_mode", "variance")
-
-
-@dataclass(frozen=True)
-class Form:
-    """What the nodes of one model have in common: the body computes this and no more."""
-
-    dtype: str
-    shift_mode: str
-    variance: bool
-    bias: bool
-    channel_scale: bool
-    permutation: bool = False
-    residual: bool = False
-    phased: bool = False
-    weights: Weights = "dtype"
-
-    @property
-    def quantized(self) -> bool:
-        """Whether W is of integers."""
-        return self.weights in BITS
-
-    def takes(self) -> tuple[str, ...]:
-        """Return X and the names of the inputs that are stored for a layer, in order; `sparse` is the graph's own."""
-        given = {
-            "X": True,
-            "W": True,
-            "bias": self.bias,
-            "channel_scale": self.channel_scale,
-            "shift": self.shift_mode == "static",
-            "row_sum": self.shift_mode in {"token_mean", "token_median"},
-            "permutation": self.permutation,
-            "residual_in": self.residual,
-            "residual_out": self.residual,
-            "weight_scale": self.quantized,
-        }
-        return tuple(name for name in INPUTS if given.get(name))
-
-
-def widens(model: onnx.ModelProto) -> bool:
-    """Return whether the model's weights are stored in fewer bits than its dtype."""
-    bodies = (body for body in model.functions if (body.domain, body.name) == (DOMAIN, OP))
-    return any(WIDENED in node.output for body in bodies for node in body.node)
+from converter.graph.forms import WIDENED
+from converter.signature import ATTRIBUTES, DOMAIN, INPUTS, OP, OPSET, Form
 
 
 def function(form: Form) -> ir.Function:
@@ -101,7 +37,7 @@ def function(form: Form) -> ir.Function:
 
 def _if_sparse(form: Form, lines: Sequence[str], found: str, otherwise: str) -> tuple[Sequence[str], str]:
     """Return lines after which a name, returned too, is what `lines` call `found`; in a dense phase `otherwise`."""
-    if not form.phased or found == otherwise:
+    if "sparse" not in form or found == otherwise:
         return lines, found
     chosen, kept = f"{found}_or_dense", f"{found}_dense"
     return [
@@ -116,7 +52,7 @@ def _if_sparse(form: Form, lines: Sequence[str], found: str, otherwise: str) -> 
 def _select(form: Form) -> Sequence[str]:
     return [
         f"magnitude = Abs ({_z(form)})",
-        *(["score = Mul (magnitude, channel_scale)"] if form.channel_scale else ["score = Identity (magnitude)"]),
+        *(["score = Mul (magnitude, channel_scale)"] if "channel_scale" in form else ["score = Identity (magnitude)"]),
         "is_nan = IsNaN (score)",
         "infinity = Constant <value = float {inf}> ()",
         "rank = Where (is_nan, infinity, score)",
@@ -136,13 +72,15 @@ def _select(form: Form) -> Sequence[str]:
         "zero_groups = ConstantOfShape <value = float[1] {0.0}> (groups_shape)",
         "pruned_groups = ScatterElements <axis = -1> (zero_groups, kept, kept_z)",
         f"z_shape = Shape ({_z(form)})",
-        *(_back(form) if form.permutation else ["pruned = Reshape (pruned_groups, z_shape)"]),
+        *(_back(form) if "permutation" in form else ["pruned = Reshape (pruned_groups, z_shape)"]),
     ]
 
 
 def _arranged(name: str, of: str, form: Form) -> Sequence[str]:
     """Return lines that put the channels of a group side by side."""
-    return [f"{name} = Gather <axis = -1> ({of}, permutation)" if form.permutation else f"{name} = Identity ({of})"]
+    return [
+        f"{name} = Gather <axis = -1> ({of}, permutation)" if "permutation" in form else f"{name} = Identity ({of})"
+    ]
 
 
 def _back(form: Form) -> Sequence[str]:
@@ -277,7 +215,7 @@ def _corrected(form: Form, zs: str) -> tuple[Sequence[str], str]:
             f"scaled = Mul ({y}, nu)",
         ]
         y = "scaled"
-    if form.residual:
+    if "residual_in" in form:
         lines += _residual(form, zs, y)
         y = "repaired"
     return lines, y
@@ -285,10 +223,10 @@ def _corrected(form: Form, zs: str) -> tuple[Sequence[str], str]:
 
 def _epilogue(form: Form, y: str) -> Sequence[str]:
     lines = []
-    if "row_sum" in form.takes():
+    if "row_sum" in form:
         lines += ["rank_one = Mul (eta, row_sum)", f"shifted = Add ({y}, rank_one)"]
         y = "shifted"
-    if form.bias:
+    if "bias" in form:
         lines += [f"biased = Add ({y}, bias)"]
         y = "biased"
     return [*lines, f"Y = Identity ({y})" if form.dtype == "float32" else f"Y = CastLike ({y}, X)"]

@@ -6,7 +6,7 @@ from typing import Literal
 
 import onnx_ir as ir
 
-from converter.graph.op import DOMAIN, INPUTS, OP
+from converter.signature import DOMAIN, INPUTS, OP
 
 
 def give_phase(model: ir.Model, phases: Literal["prefill", "decode"]) -> None:

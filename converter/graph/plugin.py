@@ -10,8 +10,8 @@ import torch
 
 from converter.errors import BuildError
 from converter.graph.dispatch import Row, choose, described
-from converter.graph.op import DOMAIN, INPUTS, OP, VERSION, WIDENED
-from converter.sparsity.linear import SHIFT_MODES
+from converter.graph.forms import WIDENED
+from converter.signature import DOMAIN, INPUTS, OP, SHIFT_MODES, VERSION
 from converter.sparsity.permutation import stray
 
 LARGEST_GROUP = 1024

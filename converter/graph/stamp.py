@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converter.graph.op import DOMAIN
 from converter.graph.trace import BLOCK, ENTER, LEAVE, cache_names
+from converter.signature import DOMAIN
 
 
 def stamp(model: ir.Model, blocks: str) -> None:

@@ -26,9 +26,9 @@ from transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from converter.errors import ConverterError, ExportError, said
-from converter.graph.op import DOMAIN, INPUTS, OP, OPSET, VERSION, Form
 from converter.kinds import kind, output, takes_segments
 from converter.plan import find_blocks
+from converter.signature import DOMAIN, INPUTS, OP, OPSET, VERSION, Form
 
 ATTENTION = "nmsparse_onnx"
 PIXELS = "pixel_values"
@@ -57,25 +57,18 @@ class TracedLinear(nn.Module):
         """Declare the parameters that the node takes."""
         super().__init__()
         self.node, self.form, self.out_features = node, form, linear.out_features
-        shapes = {
-            "bias": (linear.out_features,),
-            "channel_scale": (linear.in_features,),
-            "shift": (linear.in_features,),
-            "row_sum": (linear.out_features,),
-            "permutation": (linear.in_features,),
-            "residual_in": (linear.in_features, node.rank),
-            "residual_out": (node.rank, linear.out_features),
-            "weight_scale": (node.blocks, linear.out_features),
-        }
-        kinds = {"permutation": torch.int64, "residual_in": dtype, "residual_out": dtype}
+        sizes = {"K": linear.in_features, "N": linear.out_features, "r": node.rank, "B": node.blocks}
+        kinds = {"X": dtype, "int64": torch.int64, "float32": torch.float32}
         weight = dtype
         if node.sparse and form.weights != "dtype":
             weight = torch.int8 if form.quantized else getattr(torch, form.weights)
         self.weight = _placeholder((linear.in_features, linear.out_features), weight)
         if node.sparse:
-            self.names = form.takes()[2:]
-            for name in self.names:
-                self.register_parameter(name, _placeholder(shapes[name], kinds.get(name, torch.float32)))
+            rows = form.stored()[1:]
+            self.names = tuple(row.name for row in rows)
+            for row in rows:
+                shape = tuple(sizes[letter] for letter in row.dims)
+                self.register_parameter(row.name, _placeholder(shape, kinds[row.dtype]))
         else:
             self.names = ("bias",) if node.bias else ()
             self.register_parameter("bias", _placeholder((linear.out_features,), dtype) if node.bias else None)

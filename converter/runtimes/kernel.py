@@ -8,7 +8,8 @@ from pathlib import Path
 import onnx
 
 from converter.errors import ExportError
-from converter.graph.op import DOMAIN, OP, widens
+from converter.graph.forms import widens
+from converter.signature import DOMAIN, OP
 
 # Where `make cpu-op` puts the op's kernel; the variable names another, or none when it is empty.
 LIBRARY = Path(__file__).parents[1] / "native" / "libnmsparse_onnxruntime.so"

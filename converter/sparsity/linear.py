@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from converter.names import Phases
+from converter.signature import SHIFT_MODES, VARIANCE_FLOOR
 from converter.sparsity.pattern import mask
 
-SHIFT_MODES = ("none", "static", "token_mean", "token_median")
-VARIANCE_FLOOR = 1e-9
 BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers as wide as a number of so many bytes
 
 
@@ -54,7 +53,7 @@ class Baked:
     group: int
     shift_mode: str
     variance: bool
-    weight: Tensor  # [K, N]
+    w: Tensor  # [K, N], the op's W
     bias: Tensor | None  # [N]
     channel_scale: Tensor | None  # [K]
     shift: Tensor | None  # [K]
@@ -185,7 +184,7 @@ def bake(weight: Tensor, bias: Tensor | None, params: Params) -> Baked:
         group=params.group,
         shift_mode=params.shift_mode,
         variance=params.variance,
-        weight=weight.t(),
+        w=weight.t(),
         bias=bias,
         channel_scale=params.channel_scale,
         shift=params.shift,
@@ -212,7 +211,7 @@ class SparseLinear(nn.Module):
         """
         baked, sparse = self.baked, self.sparse(x)
         z, zs, eta = self.pruned(x)
-        y = zs @ baked.weight
+        y = zs @ baked.w
         if sparse and baked.variance:
             y = y * token_scale(z, zs)
         if baked.row_sum is not None and eta is not None:
