@@ -6,10 +6,9 @@ import io
 import json
 import os
 import signal
-import statistics
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -19,25 +18,20 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 from cyclopts import App, CycloptsError, Parameter, validators
 from cyclopts.types import NonNegativeInt, PositiveInt
 from rich.console import Console
-from rich.table import Table
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TORCH_LOGS", "-all")
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars: the progress is ours
 
-from converter import json_rows
+from converter import json_rows, show
 from converter.errors import CheckpointError, ConverterError, EvaluationError, OutputError, UsageError, said, shortened
 from converter.names import Phases, Weights
 from converter.place import encodable, is_utf8
 from converter.stages import Stages
 
 if TYPE_CHECKING:
-    from converter.evaluate import Evaluation
-    from converter.graph.costs import LayerCost
     from converter.recipe import Recipe
-    from converter.runtimes.speed import Speed
-    from converter.runtimes.tune import Timing
 
 app = App(
     name="nmsparse",
@@ -153,6 +147,7 @@ def calibrate(
 
     stage(model, out, recipe, model_revision, device, Stages())
     print(out)
+    _next(f"nmsparse export {out} OUT")
 
 
 @app.command
@@ -218,7 +213,7 @@ def validate(
     if json_output:
         print(json.dumps(parity.summary() | {"parity_layers": [asdict(layer) for layer in parity.layers]}, indent=2))
     else:
-        _show_parity(parity.summary())
+        show.parity(parity.summary())
 
 
 @app.command
@@ -335,12 +330,12 @@ def bench(
     if tune is None:
         _refuse_others("without --tune", theirs, ())
         how, times = stage.speed(out, threads, prefill, seconds, Stages())
-        _show_speed(how, times)
+        show.speed(how, times)
         rows = stage.speed_rows(times)
     else:
         _refuse_others("with --tune", ours, ())
         timings = stage.tune(out, plugin or PLUGIN, tune, Stages())
-        _show_timings(timings)
+        show.timings(timings)
         rows = stage.tune_rows(timings)
     json_rows.write(json_file, rows)
 
@@ -371,27 +366,7 @@ def inspect(
     if json_output:
         print(json.dumps([asdict(cost) | {"paths": paths} for cost, paths in layers], indent=2))
         return
-    heads = ("used", "MFLOP dense", "sparse", "MB dense", "sparse")
-    table = Table("layers", "count", "in x out", "patterns", *heads, "paths by tokens")
-    kinds: dict[tuple[str, int, int], list[LayerCost]] = {}
-    paths: dict[tuple[str, int, int], set[str]] = {}
-    for cost, of_layer in layers:
-        kind = (cost.name.rpartition(".")[2], cost.in_features, cost.out_features)
-        kinds.setdefault(kind, []).append(cost)
-        paths.setdefault(kind, set()).add(of_layer)
-    for (name, k, n), of_row in [*kinds.items(), (("all", 0, 0), [cost for cost, _ in layers])]:
-        patterns = sorted({(cost.keep / cost.group, f"{cost.keep}:{cost.group}") for cost in of_row})
-        span = " to ".join(dict.fromkeys((patterns[0][1], patterns[-1][1])))
-        products, sparse_products, *sizes = (
-            sum(getattr(cost, what) for cost in of_row)
-            for what in ("products", "sparse_products", "bytes", "sparse_bytes")
-        )
-        shape, used = f"{k} x {n}" if k else "", f"{sparse_products / products:.0%}"
-        figures = (f"{number / 1e6:.1f}" for number in (2 * products, 2 * sparse_products, *sizes))
-        table.add_row(
-            name, str(len(of_row)), shape, span, used, *figures, "; ".join(sorted(paths.get((name, k, n), ())))
-        )
-    Console(emoji=False).print(table)
+    show.layers(layers)
 
 
 @app.command
@@ -439,12 +414,7 @@ def doctor(
     if json_output:
         print(json.dumps([asdict(finding) for finding in findings], indent=2))
         return
-    table = Table("part", "works", "found", "what to do")
-    for finding in findings:
-        table.add_row(
-            finding.part, "yes" if finding.works else "no", finding.found, "" if finding.works else finding.advice
-        )
-    Console(emoji=False).print(table)
+    show.findings(findings)
 
 
 @app.command
@@ -684,7 +654,7 @@ def evaluate(
         about = {"recovery": found.recovery, "f1": found.f1, "compared": [asdict(one) for one in found.compared]}
         print(json.dumps(about, indent=2))
     else:
-        _show_evaluation(found)
+        show.evaluation(found)
 
 
 def _refuse_others(use: str, options: dict[str, Any], own: Iterable[str]) -> None:
@@ -703,94 +673,25 @@ def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bo
         about = {"recipe": recipe.model_dump(mode="json"), "layers": [asdict(layer) for layer in layers]}
         print(json.dumps({**about, "left_out": left_out}))
         return
-    table = Table("layer", "in x out", "pattern", "why dense")
-    for layer in layers:
-        pattern = "by budget" if layer.open else f"{layer.keep}:{layer.group}" if layer.sparse else "dense"
-        table.add_row(layer.name, f"{layer.in_features} x {layer.out_features}", pattern, layer.reason)
-    Console(emoji=False).print(table)
+    show.plan(layers)
     print(recipe.to_yaml())
-
-
-def _show_speed(how: str, times: Sequence[Speed]) -> None:
-    table = Table("call", "threads", "dense, ms", "ours, ms", "ours, tokens/s", "dense time / our time")
-    for time in times:
-        low, middle, high = time.ratios()
-        both = [f"{statistics.median(seconds) * 1e3:.2f}" for seconds in (time.dense, time.ours)]
-        ratio = f"{middle:.2f} ({low:.2f} to {high:.2f})"
-        table.add_row(time.call(), str(time.threads), *both, f"{time.per_second():.1f}", ratio)
-    console = Console(emoji=False)
-    console.print(table)
-    console.print(f"the op ran in {how}")
-
-
-def _show_timings(timings: Sequence[Timing]) -> None:
-    table = Table("in x out", "pattern", "tokens", "path", "dense time / our time")
-    for timing in timings:
-        shape, span = timing.shape, f"{min(timing.ratios):.2f} to {max(timing.ratios):.2f}"
-        row = (f"{shape.k} x {shape.n}", f"{shape.keep}:{shape.group}", str(timing.tokens))
-        table.add_row(*row, f"{timing.path} {timing.tile}", f"{timing.median():.2f} ({span})")
-    Console(emoji=False).print(table)
-
-
-def _show_evaluation(found: Evaluation) -> None:
-    alone = found.recovery is None and set(found.examples.model) == {"dense"}
-    columns = ("dense",) if alone else ("dense", "sparse", "sparse - dense (95 %)", "p")
-    table = Table("task", "examples", *columns)
-    for one in found.compared:
-        row = [f"{one.task} {one.metric}", str(one.examples), f"{one.dense:.3f}"]
-        if not alone:
-            p = one.t_test if one.mcnemar is None else one.mcnemar
-            row += [f"{one.sparse:.3f}", f"{one.difference:+.3f} ({one.low:+.3f} to {one.high:+.3f})", f"{p:.3f}"]
-        table.add_row(*row)
-    if found.f1:
-        table.add_row(
-            "boolq F1 of yes", "", *(f"{found.f1[name]:.3f}" for name in ("dense", "sparse")[: len(found.f1)])
-        )
-    console = Console(emoji=False)
-    console.print(table)
-    if found.recovery is not None:
-        console.print(f"sparse / dense accuracy, mean over the tasks: {found.recovery:.3f}")
-        console.print("p: of McNemar's exact test where all is right or wrong, else of the paired t-test")
 
 
 def _show_report(out: Path, report: dict[str, Any], json_output: bool) -> None:
     if json_output:
         print(json.dumps(report, indent=2))
         return
-    table = Table("stage", "seconds", "peak memory")
-    for cost in report["stages"]:
-        table.add_row(cost["stage"], f"{cost['seconds']:.1f}", f"{cost['peak_bytes'] / 1e9:.2f} GB")
-    console = Console(emoji=False)
-    console.print(table)
-    if report["parity"] is not None:
-        _show_parity(report["parity"])
-    if report["recipe"]["dtype"] == "bfloat16":
-        console.print("ONNX Runtime's CPU provider has no bfloat16 kernels: nmsparse runs it in float32 there")
-    layers = report["layers"]
-    console.print(f"{layers['sparse']} layers sparse, {layers['dense']} dense, {report['bytes'] / 1e9:.2f} GB")
-    if any(report["permutations"].values()):
-        console.print(
-            "permutations: {folded} folded into the weights, {inputs} op inputs".format(**report["permutations"])
-        )
-    console.print("without our kernels it runs as ONNX functions of standard ops: right everywhere, slower than dense")
+    from converter.delivery.manifest import GENAI
+
+    show.report(report)
     print(out)
+    writes = (out / GENAI).is_file()
+    _next(f'nmsparse generate {out} "Why is the sky blue?"' if writes else f"nmsparse report {out}")
 
 
-def _show_parity(summary: dict[str, Any]) -> None:
-    limits = summary["limits"]
-    table = Table(f"parity, {summary['dtype']}, {summary['tokens']} tokens", "worst", "limit")
-    table.add_row("mask: share of flips", f"{summary['largest_flip_share']:.2g}", f"{limits['flips']:g}")
-    table.add_row("mask: margin of a flip", f"{summary['largest_flip_margin']:.2g}", f"{limits['margin']:g}")
-    table.add_row(f"value, {summary['layers']} layers", f"{summary['largest_layer_error']:.2g}", f"{limits['layer']:g}")
-    for phase, error in summary["dense_error"].items():
-        table.add_row(f"whole graph run dense, {phase}", f"{error:.2g}", f"{limits['model']:g}")
-    for boundary, tokens in summary["generated"].items():
-        table.add_row(f"written across {boundary}", f"{tokens} tokens equal", "all")
-    for boundary, why in summary["not_tried"].items():
-        table.add_row(f"written across {boundary}", "not tried", why)
-    for name, value in summary["sparse_not_judged"].items():
-        table.add_row(f"whole graph, {name.replace('_', ' ')}", f"{value:.3g}", "not judged")
-    Console(emoji=False).print(table)
+def _next(command: str) -> None:
+    """Say on stderr which command follows; stdout stays for results."""
+    Console(stderr=True, emoji=False, highlight=False, soft_wrap=True).print(f"next: {command}", markup=False)
 
 
 def _terminate(_signal: int, _frame: FrameType | None) -> None:
@@ -828,7 +729,7 @@ def main() -> None:
     except ConverterError as error:
         fail(type(error).__name__, str(error), error.exit_code)
     except KeyboardInterrupt:
-        errors.print("interrupted; OUT is as it was")
+        errors.print("Interrupted; OUT was left unchanged.")
         sys.exit(INTERRUPTED)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python tries once more at its end

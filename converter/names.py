@@ -11,3 +11,4 @@ BITS = {"int8": 8, "int4": 4}  # of a stored weight
 
 MODEL, DATA = "model.onnx", "model.onnx.data"
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a checkpoint
+RTX_INSTALL = "Install nmsparse[tensorrt-rtx] (Linux, x86-64)."

@@ -17,9 +17,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, make_tiny, relisted
+from conftest import PLAIN, QUICK, make_tiny, relisted
 from safetensors.torch import load_file, save_file
 
+from converter import convert
 from converter.cli import app
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -229,7 +230,7 @@ def test_interrupted(tiny: Path, tmp_path: Path, number: signal.Signals) -> None
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    assert "interrupted" in errors
+    assert "Interrupted; OUT was left unchanged." in errors
     assert not list(tmp_path.iterdir())
 
 
@@ -280,3 +281,23 @@ def test_commands_and_options_of_the_readme_exist(nmsparse: Command) -> None:
         for name, rest in lines:
             for option in re.findall(r"--[a-z-]+", rest if name == command else ""):
                 assert option in help_text, (command, option)
+
+
+def test_what_needs_no_model_imports_no_torch(tiny: Path, tmp_path: Path) -> None:
+    """Its import takes seconds, and sympy's, which onnx_ir brings, half of one."""
+    out = convert(str(tiny), tmp_path / "out", PLAIN)
+    program = "import sys; from converter.cli import main\ntry: main()\nfinally: print(*sys.modules, file=sys.stderr)"
+    for command in (
+        ["--help"],
+        ["--version"],
+        ["convert", "--help"],
+        ["convert", tiny, out, "--colour", "red"],
+        ["inspect", out],
+        ["report", out],
+        ["doctor"],
+    ):
+        done = subprocess.run([sys.executable, "-c", program, *map(str, command)], capture_output=True, text=True)
+        assert done.returncode == (2 if "--colour" in command else 0), done.stderr
+        loaded = set(done.stderr.splitlines()[-1].split())
+        assert "converter.cli" in loaded
+        assert not loaded & {"torch", "transformers", "sympy", "tensorrt_rtx_bindings"}, command

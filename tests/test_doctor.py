@@ -38,7 +38,7 @@ def test_what_is_here_and_what_is_not(nmsparse: Command, tmp_path: Path) -> None
         "advice": "Run make plugins, or give --plugin PATH.",
     }
     table = nmsparse("doctor", env={**os.environ, "COLUMNS": "300"}).stdout
-    assert "what to do" in table
+    assert "no  TensorRT plugin" in nmsparse("doctor", "--plugin", tmp_path / "no.so").stdout
     assert "function body" in table
 
 

@@ -14,12 +14,10 @@ import onnx
 
 from converter.errors import BuildError, listing
 from converter.graph.lower import lower
-from converter.names import MODEL
+from converter.names import MODEL, RTX_INSTALL
 from converter.runtimes.engine import Built
 from converter.runtimes.engine import build as build_engine
 from converter.runtimes.profile import Profile
-
-INSTALL = "Install nmsparse[tensorrt-rtx] (Linux, x86-64)."
 
 
 def capabilities(targets: Sequence[str]) -> dict[str, Any]:
@@ -47,7 +45,7 @@ def bindings() -> Any:
     try:
         import tensorrt_rtx_bindings
     except ImportError as error:
-        raise BuildError(f"tensorrt-rtx: must be installed, got {error}. {INSTALL}") from error
+        raise BuildError(f"tensorrt-rtx: must be installed, got {error}. {RTX_INSTALL}") from error
     return tensorrt_rtx_bindings
 
 
