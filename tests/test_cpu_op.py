@@ -24,6 +24,7 @@ import pytest
 import torch
 from conftest import QUICK, from_make
 from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument, RuntimeException
+from pairs import pairs
 from test_kernels import assert_same_bits, awkward, the_params
 from torch import Tensor
 
@@ -177,9 +178,9 @@ def error(found: Tensor, expected: Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max().clamp_min(10))
 
 
-@pytest.mark.parametrize(("keep", "group"), PATTERNS)
-@pytest.mark.parametrize("shift_mode", ["none", "static", "token_median"])
-@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize(
+    ("keep", "group", "shift_mode", "permuted"), pairs(PATTERNS, ["none", "static", "token_median"], [False, True])
+)
 def test_masks_are_those_of_the_reference(
     library: Path, keep: int, group: int, shift_mode: str, permuted: bool
 ) -> None:
@@ -199,9 +200,10 @@ def test_masks_are_those_of_the_reference(
             torch.testing.assert_close(found, zs[:tokens] + extra[:tokens], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 70])
-@pytest.mark.parametrize(("keep", "group"), [(1, 4), (2, 4), (8, 16), (15, 16), (40, 80)])
-@pytest.mark.parametrize("weights", ["dtype", "bfloat16", "int8", "int4"])
+@pytest.mark.parametrize(
+    ("tokens", "keep", "group", "weights"),
+    pairs([1, 5, 70], [(1, 4), (2, 4), (8, 16), (15, 16), (40, 80)], ["dtype", "bfloat16", "int8", "int4"]),
+)
 def test_inf_and_nan_stay_visible_and_a_dropped_inf_is_gone(
     library: Path, tokens: int, keep: int, group: int, weights: Weights
 ) -> None:
@@ -216,9 +218,10 @@ def test_inf_and_nan_stay_visible_and_a_dropped_inf_is_gone(
     torch.testing.assert_close(node(x), expected, equal_nan=True, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize(("keep", "group"), PATTERNS)
-@pytest.mark.parametrize("shift_mode", SHIFT_MODES)
-@pytest.mark.parametrize(("variance", "permuted", "bias"), [(True, True, True), (False, False, False)])
+@pytest.mark.parametrize(
+    ("keep", "group", "shift_mode", "variance", "permuted", "bias"),
+    pairs(PATTERNS, SHIFT_MODES, [(True, True, True), (False, False, False)]),
+)
 def test_layer_is_the_reference_at_every_number_of_tokens(
     library: Path, keep: int, group: int, shift_mode: str, variance: bool, permuted: bool, bias: bool
 ) -> None:

@@ -7,6 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from native import DENSE, GEMV, MMA, SPARSE, WGMMA, Native
+from pairs import pairs
 from torch import Tensor
 
 from converter.runtimes.layer import TILES
@@ -69,16 +70,18 @@ def assert_same_bits(found: Tensor, expected: Tensor) -> None:
     assert torch.equal(found.isnan(), expected.isnan())
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("keep", [1, 2])
-@pytest.mark.parametrize("shift_mode", ["none", "static", "token_mean"])
-@pytest.mark.parametrize("permuted", [False, True])
 @pytest.mark.parametrize(
-    ("order", "tokens", "k"),
-    [
-        *[(MMA, 1, 64), (MMA, 33, 96), (MMA, 64, 1088)],
-        *[(WGMMA, 1, 64), (WGMMA, 33, 128), (WGMMA, 65, 320), (WGMMA, 130, 1088), (WGMMA, 192, 2048)],
-    ],
+    ("dtype", "keep", "shift_mode", "permuted", "order", "tokens", "k"),
+    pairs(
+        DTYPES,
+        [1, 2],
+        ["none", "static", "token_mean"],
+        [False, True],
+        [
+            *[(MMA, 1, 64), (MMA, 33, 96), (MMA, 64, 1088)],
+            *[(WGMMA, 1, 64), (WGMMA, 33, 128), (WGMMA, 65, 320), (WGMMA, 130, 1088), (WGMMA, 192, 2048)],
+        ],
+    ),
 )
 def test_pack_is_the_pruned_input(
     native: Native, dtype: torch.dtype, keep: int, shift_mode: str, permuted: bool, order: int, tokens: int, k: int
@@ -101,10 +104,15 @@ def test_pack_is_the_pruned_input(
     assert ((groups & 3) < (groups >> 2 & 3)).all(), "mma.sp wants the two places of a group rising"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("keep", "group"), [(8, 16), (2, 4), (5, 16), (1, 2), (16, 32), (3, 100), (200, 600)])
-@pytest.mark.parametrize("shift_mode", ["none", "static", "token_median"])
-@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "keep", "group", "shift_mode", "permuted"),
+    pairs(
+        DTYPES,
+        [(8, 16), (2, 4), (5, 16), (1, 2), (16, 32), (3, 100), (200, 600)],
+        ["none", "static", "token_median"],
+        [False, True],
+    ),
+)
 def test_select_prunes_as_the_reference(
     native: Native, dtype: torch.dtype, keep: int, group: int, shift_mode: str, permuted: bool
 ) -> None:
@@ -120,10 +128,15 @@ def test_select_prunes_as_the_reference(
     torch.testing.assert_close(nu, token_scale(z, zs)[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("keep", "group"), [(8, 16), (2, 4), (5, 16), (1, 2), (16, 32), (3, 100), (200, 600)])
-@pytest.mark.parametrize("shift_mode", ["none", "static", "token_median"])
-@pytest.mark.parametrize("permuted", [False, True])
+@pytest.mark.parametrize(
+    ("dtype", "keep", "group", "shift_mode", "permuted"),
+    pairs(
+        DTYPES,
+        [(8, 16), (2, 4), (5, 16), (1, 2), (16, 32), (3, 100), (200, 600)],
+        ["none", "static", "token_median"],
+        [False, True],
+    ),
+)
 def test_gemv_reads_the_kept_rows_and_no_other(
     native: Native, dtype: torch.dtype, keep: int, group: int, shift_mode: str, permuted: bool
 ) -> None:
@@ -148,10 +161,15 @@ def test_gemv_reads_the_kept_rows_and_no_other(
     torch.testing.assert_close(nu, token_scale(z, zs)[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
-@pytest.mark.parametrize("entry", [-1, 192, 193, 10**6, 2**31 - 1, -(2**31)])
-@pytest.mark.parametrize("shift_mode", ["none", "static", "token_mean"])
-@pytest.mark.parametrize("sm", [80, 90])
-@pytest.mark.parametrize(("keep", "group", "tokens", "path"), [(8, 16, 2, GEMV), (2, 4, 33, SPARSE), (8, 16, 9, DENSE)])
+@pytest.mark.parametrize(
+    ("entry", "shift_mode", "sm", "keep", "group", "tokens", "path"),
+    pairs(
+        [-1, 192, 193, 10**6, 2**31 - 1, -(2**31)],
+        ["none", "static", "token_mean"],
+        [80, 90],
+        [(8, 16, 2, GEMV), (2, 4, 33, SPARSE), (8, 16, 9, DENSE)],
+    ),
+)
 def test_an_entry_that_is_no_channel_gives_nan_and_reads_nothing(
     native: Native, entry: int, shift_mode: str, sm: int, keep: int, group: int, tokens: int, path: str
 ) -> None:
@@ -230,16 +248,18 @@ def test_decode_is_the_layer(native: Native, dtype: torch.dtype, tokens: int, k:
     torch.testing.assert_close(y.float(), SparseLinear(baked)(x.float()[None])[0], **close)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("keep", "group"), [(2, 4), (1, 4), (8, 16)])
-@pytest.mark.parametrize("shift_mode", ["none", "static", "token_mean", "token_median"])
-@pytest.mark.parametrize(("variance", "permuted", "biased"), [(True, True, True), (False, False, False)])
 @pytest.mark.parametrize(
-    ("tokens", "fast", "sm"),
-    [
-        *[(1, GEMV, 80), (4, GEMV, 90), (5, DENSE, 80), (31, DENSE, 90)],
-        *[(32, SPARSE, 80), (40, SPARSE, 120), (32, SPARSE, 90), (70, SPARSE, 90)],
-    ],
+    ("dtype", "keep", "group", "shift_mode", "variance", "permuted", "biased", "tokens", "fast", "sm"),
+    pairs(
+        DTYPES,
+        [(2, 4), (1, 4), (8, 16)],
+        ["none", "static", "token_mean", "token_median"],
+        [(True, True, True), (False, False, False)],
+        [
+            *[(1, GEMV, 80), (4, GEMV, 90), (5, DENSE, 80), (31, DENSE, 90)],
+            *[(32, SPARSE, 80), (40, SPARSE, 120), (32, SPARSE, 90), (70, SPARSE, 90)],
+        ],
+    ),
 )
 def test_layer_is_the_reference_on_every_path(
     native: Native,

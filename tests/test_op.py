@@ -17,7 +17,7 @@ from converter.names import Phases
 from converter.signature import DOMAIN, INPUTS, OP, OPSET, SHIFT_MODES, VERSION, Form
 from converter.sparsity.linear import Baked, Params, SparseLinear, bake
 
-FORMS = list(itertools.product(["float32", "float16"], SHIFT_MODES, [False, True], [False, True], [False, True]))
+FORMS = pairs(["float32", "float16"], SHIFT_MODES, [False, True], [False, True], [False, True])
 NUMPY = {"float32": np.float32, "float16": np.float16}
 
 
