@@ -5,42 +5,55 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # the reference describes this checkout, whatever is installed
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the reference describes this checkout, whatever is installed
+
+from converter.cli import app as command_line
 
 project = "nmsparse"
 author = "the nmsparse maintainers"
-copyright = f"2026, {author}"  # noqa: A001 - Sphinx's name
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "cyclopts.ext.sphinx"]
+copyright = f"2026, {author}"  # noqa: A001 - Sphinx's name for it
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 source_suffix = {".md": "markdown", ".ipynb": "markdown"}
-exclude_patterns = ["_build"]
 html_theme = "furo"
 html_title = "nmsparse"
+html_show_sphinx = False
 
-myst_enable_extensions = ["colon_fence", "deflist", "fieldlist"]
 myst_heading_anchors = 4
-suppress_warnings = ["myst.strikethrough"]
-
-autodoc_typehints = "signature"
-# Classes of other projects: no inventory of theirs is read, so that the pages build without a network.
-nitpick_ignore_regex = [("py:.*", r"(pathlib|transformers|pydantic|torch|collections|typing)\..*"), ("py:.*", r"Path")]
+# No inventory of another project is read, so that the pages build without a network: its names are no links. Our errors
+# are described in reference/exit-codes.md.
+nitpick_ignore_regex = [("py:.*", r"(annotated_types|collections|pathlib|transformers)\..*|converter\.recipe\..*|\w+Error")]
 
 OUTSIDE = re.compile(r"\]\((?:\.\./)+(CHANGELOG|CONTRIBUTING|SECURITY)\.md")
+COMMANDS = "<!-- commands -->"
 
 
 def _read(app: Any, name: str, source: list[str]) -> None:
-    """Make Markdown of a notebook, and let links to files of the repository's root end at their page here."""
+    """Complete a page: notebooks become Markdown, and links to files of the repository's root end at their page here."""
+    text = source[0]
     if app.env.doc2path(name).suffix == ".ipynb":
-        source[0] = _markdown(json.loads(source[0])["cells"])
-    source[0] = OUTSIDE.sub(lambda found: f"](/{found[1].lower()}.md", source[0])
+        text = "\n\n".join(_cells(json.loads(text)))
+    if COMMANDS in text:
+        text = text.replace(COMMANDS, _commands())
+    source[0] = OUTSIDE.sub(lambda found: f"](/{found[1].lower()}.md", text)
 
 
-def _markdown(cells: list[dict[str, Any]]) -> str:
-    texts = (("".join(cell["source"]), cell["cell_type"]) for cell in cells)
-    return "\n\n".join(f"```python\n{text}\n```" if kind == "code" else text for text, kind in texts)
+def _cells(notebook: dict[str, Any]) -> Iterator[str]:
+    for cell in notebook["cells"]:
+        text = "".join(cell["source"])
+        yield f"```python\n{text}\n```" if cell["cell_type"] == "code" else text
+
+
+def _commands() -> str:
+    """Return the help of each command as Markdown, under headings of the second level."""
+    whole = command_line.generate_docs(output_format="markdown", flatten_commands=True)
+    first = re.search(r"^# nmsparse .*", whole, re.M)
+    assert first is not None
+    text = re.sub(r"^# ", "## ", whole[first.start() :], flags=re.M)
+    return re.sub(r"^(\* `.*`): *$", r"\1", text, flags=re.M)  # an option without a word on it
 
 
 def setup(app: Any) -> None:
