@@ -29,7 +29,7 @@ nitpick_ignore_regex = [("py:.*", OTHERS)]
 
 OF_ROOT = ("changelog", "contributing", "security")  # pages whose text is a file of the repository's root
 LINK = re.compile(rf"\]\((?:\.\./)*({'|'.join(OF_ROOT).upper()})\.md")
-COMMANDS = "<!-- commands -->"
+COMMANDS = "`make docs` puts the help of each command here."
 
 
 def _read(app: Any, name: str, source: list[str]) -> None:
