@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import re
+import shlex
 import subprocess
 import sys
 import unicodedata
@@ -86,6 +87,19 @@ def test_notebooks_have_no_outputs(notebook: Path) -> None:
     found = json.loads(notebook.read_text("utf-8"))
     assert found["nbformat"] == 4
     assert not any(cell.get("outputs") or cell.get("execution_count") for cell in found["cells"])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_commands_are_understood(page: Path) -> None:
+    bodies = [body for _, language, body in FENCED.findall(page.read_text("utf-8")) if language == "bash"]
+    for line in "".join(bodies).replace("\\\n", " ").splitlines():
+        if not line.startswith("nmsparse "):
+            continue
+        words = shlex.split(re.split(r" [|>] ", line)[0], comments=True)[1:]
+        _, bound, _ = cli.app.parse_args(words, exit_on_error=False, print_error=False)
+        options = bound.arguments.get("options")
+        if options is not None and options.recipe is None:
+            options.effective()
 
 
 def run(notebook: Path, model: Path, out: Path) -> None:
