@@ -38,7 +38,7 @@ FETCH := /usr/lib/apt/apt-helper -qq -o APT::Sandbox::User=root download-file
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test test-gpu fuzz check style plugins cpu-op chromium kills bench bench-models accuracy encoders tasks clean
+.PHONY: demo test test-gpu fuzz check style plugins cpu-op chromium kills bench bench-models accuracy encoders tasks docs wheel clean
 
 demo: cpu-op $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -156,6 +156,16 @@ encoders: $(ENCODER)/config.json $(VENV)/installed
 # DATA is a folder with the data of the tasks, as `nmsparse evaluate --data-dir` takes it. An hour on two cores.
 tasks: cpu-op $(GGUF)
 	$(BIN)/python benchmarks/tasks.py $(GGUF) --data-dir $(DATA) --work build/tasks --json build/tasks.json
+
+# The pages, into build/docs; a broken link or reference is an error.
+docs: $(VENV)/installed
+	$(BIN)/sphinx-build -W --keep-going -n -q docs build/docs
+
+# A wheel for this machine, into build/wheel, checked in a new environment that borrows the dependencies of .venv.
+wheel: cpu-op
+	rm -rf build/wheel
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel .
+	.ci/check-wheel $(BIN)/python build/wheel/*.whl
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)

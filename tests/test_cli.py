@@ -20,7 +20,7 @@ import torch
 from conftest import PLAIN, QUICK, make_tiny, relisted
 from safetensors.torch import load_file, save_file
 
-from converter import convert
+from converter import cli, convert
 from converter.cli import app
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
@@ -270,17 +270,46 @@ def test_samples_run(tiny: Path, tmp_path: Path, sample: Path) -> None:
     assert found.stdout.strip()
 
 
-def test_commands_and_options_of_the_readme_exist(nmsparse: Command) -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    blocks = "".join(re.findall(r"```bash\n(.*?)```", readme, re.S))
-    lines = re.findall(r"^nmsparse ([\w-]+)(.*?)(?:\s#.*)?$", blocks, re.M)
-    commands = {command for command, _ in lines}
-    assert commands == {name for name in app if not name.startswith("-")}
-    for command in sorted(commands):
-        help_text = nmsparse(command, "--help").stdout
-        for name, rest in lines:
-            for option in re.findall(r"--[a-z-]+", rest if name == command else ""):
-                assert option in help_text, (command, option)
+ROOT = Path(__file__).parents[1]
+OPTION = re.compile(r"(?<![\w-])--[a-z][a-z-]*")
+
+
+def of_command(name: str) -> set[str]:
+    """Return the options that a command takes: by its own account, and what `main` takes from every command."""
+    arguments = app[name].assemble_argument_collection()
+    return {option for argument in arguments for option in argument.names} | {"--help", cli.DEBUG}
+
+
+def said_in(text: str) -> tuple[list[tuple[str, str]], set[str]]:
+    """Return the commands in a page, each with what follows it, and the options that are named alone."""
+    blocks = re.findall(r"^```(?:bash|console|text)\n(.*?)^```", text, re.M | re.S)
+    inline = re.findall(r"(?<!`)`([^`\n]+)`(?!`)", re.sub(r"^```.*?^```", "", text, flags=re.M | re.S))
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    code = [line.partition(" #")[0] for line in [*lines, *inline]]
+    commands = [found for line in code for found in re.findall(r"(?:^|[;&|$(] *)nmsparse ([a-z][\w-]*)([^;&|]*)", line)]
+    return commands, {text for text in inline if text.startswith("--")}
+
+
+def test_commands_and_options_of_the_documentation_exist() -> None:
+    names = {name for name in app if not name.startswith("-")}
+    options = {name: of_command(name) for name in names}
+    # Options of benchmarks and of polygraphy are named in the pages, too.
+    others = OPTION.findall("".join(path.read_text("utf-8") for path in (ROOT / "benchmarks").glob("*.py")))
+    known = set(others) | {"--onnxrt", "--nmsparse-ort", "--version"} | set().union(*options.values())
+    used, wrong = set(), []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+        commands, alone = said_in(page.read_text("utf-8"))
+        used |= {command for command, _ in commands}
+        wrong += [(page.name, f"nmsparse {command}") for command, _ in commands if command not in names]
+        wrong += [
+            (page.name, f"nmsparse {command} {option}")
+            for command, rest in commands
+            for option in OPTION.findall(rest)
+            if option not in options.get(command, {option})
+        ]
+        wrong += [(page.name, option) for text in alone for option in OPTION.findall(text) if option not in known]
+    assert wrong == []
+    assert used == names
 
 
 def test_what_needs_no_model_imports_no_torch(tiny: Path, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
+from pairs import pairs
 
 from converter.graph.op import function
 from converter.names import Phases

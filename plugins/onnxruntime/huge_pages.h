@@ -1,5 +1,6 @@
 // Weights in huge pages. The kernels read eight rows of W at once, each in a page of its own, and find 4 KiB of them by
-// one entry of the processor's table of pages; in pages of 2 MiB that table holds all of W (measured: docs/design.md).
+// one entry of the processor's table of pages; in pages of 2 MiB that table holds all of W (measured:
+// docs/design/cpu-kernel.md).
 #pragma once
 
 #include <cstddef>
