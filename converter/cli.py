@@ -26,7 +26,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars: the progress is ou
 
 from converter import json_rows, show
 from converter.errors import CheckpointError, ConverterError, EvaluationError, OutputError, UsageError, said, shortened
-from converter.names import Phases, Weights
+from converter.names import Dtype, Phases, Weights
 from converter.place import encodable, is_utf8
 from converter.stages import Stages
 
@@ -35,11 +35,12 @@ if TYPE_CHECKING:
 
 app = App(
     name="nmsparse",
-    help="Convert language models and encoders to ONNX with N:M activation sparsity.\n\n"
-    "With --debug, an error that nobody foresaw shows where it happened.",
+    help="Convert language models, encoders and image models to ONNX with N:M activation sparsity.\n\n"
+    "--debug prints the traceback of an unexpected error.",
     version=lambda: version("nmsparse"),
     version_flags=["--version"],
     suppress_keyboard_interrupt=False,
+    default_parameter=Parameter(negative=()),
 )
 USAGE, UNFORESEEN, INTERRUPTED, CLOSED = 2, 70, 130, 141
 DEBUG = "--debug"
@@ -50,10 +51,16 @@ Device = Annotated[
 ]
 
 
+Json = Annotated[bool, Parameter(name="--json", help="print the result as JSON")]
+DtypeOption = Annotated[Dtype | None, Parameter(help="what the graph computes in (default float32)")]
+WeightsOption = Annotated[
+    Weights | None, Parameter(help="how weights are stored; fewer bits than the dtype are for float32 (default dtype)")
+]
+Revision = Annotated[str | None, Parameter(help="a branch, tag or commit of MODEL on the Hub")]
 Threads = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=1024))]
 Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=3600))]
 Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=10))]
-Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32))]
+Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32), help="seed of every random choice")]
 EmbedKernel = Annotated[
     bool, Parameter(negative=(), help="put the CPU kernel's library into OUT: onnxruntime-genai then runs it by itself")
 ]
@@ -73,16 +80,16 @@ class RecipeOptions:
     criterion: Annotated[
         str | None, Parameter(help="magnitude, clact, amber, amber_trimmed, wina, weight_variance")
     ] = None
-    mitigation: Annotated[str | None, Parameter(help="none, or a sum of those in the README, such as permute+var")] = (
-        None
-    )
+    mitigation: Annotated[
+        str | None, Parameter(help="none, or a sum of methods such as permute+var; see docs/reference/recipe.md")
+    ] = None
     calibration: Annotated[str | None, Parameter(help="self, python, a text file, or hub:NAME[:CONFIG[:SPLIT]]")] = None
     calibration_tokens: Annotated[int | None, Parameter(help="how many tokens of it")] = None
     phases: Annotated[Phases | None, Parameter(help="when the layers are sparse (default both)")] = None
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    weights: Annotated[Weights | None, Parameter(help="how weights are stored")] = None
-    targets: Annotated[str | None, Parameter(help="name patterns of the layers to make sparse, by commas")] = None
-    ignore: Annotated[str | None, Parameter(help="name patterns of the layers to leave dense, by commas")] = None
+    dtype: DtypeOption = None
+    weights: WeightsOption = None
+    targets: Annotated[str | None, Parameter(help="comma-separated name patterns of the layers to make sparse")] = None
+    ignore: Annotated[str | None, Parameter(help="comma-separated name patterns of the layers to leave dense")] = None
     seed: Seed | None = None
     recipe: Annotated[Path | None, Parameter(help="a YAML recipe")] = None
     set: Annotated[list[str] | None, Parameter(help="KEY=VALUE of the recipe, such as s_pts=scalar")] = None
@@ -113,13 +120,14 @@ class RecipeOptions:
 def convert(
     model: str,
     out: Path,
+    /,
     options: RecipeOptions | None = None,
     *,
-    model_revision: str | None = None,
+    model_revision: Revision = None,
     device: Device = "cpu",
-    dry_run: bool = False,
+    dry_run: Annotated[bool, Parameter(help="print the plan of every layer and write nothing")] = False,
     embed_kernel: EmbedKernel = False,
-    json_output: Annotated[bool, Parameter(name="--json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Convert MODEL (a Hub id, a folder with safetensors, or a GGUF file) to the folder OUT."""
     recipe = (options or RecipeOptions()).effective()
@@ -136,9 +144,10 @@ def convert(
 def calibrate(
     model: str,
     out: Path,
+    /,
     options: RecipeOptions | None = None,
     *,
-    model_revision: str | None = None,
+    model_revision: Revision = None,
     device: Device = "cpu",
 ) -> None:
     """Fit the recipe to MODEL and write calibration and recipe to the folder OUT, for `nmsparse export`."""
@@ -154,11 +163,12 @@ def calibrate(
 def export(
     calibrated: Path,
     out: Path,
+    /,
     *,
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
-    weights: Weights | None = None,
+    dtype: DtypeOption = None,
+    weights: WeightsOption = None,
     embed_kernel: EmbedKernel = False,
-    json_output: Annotated[bool, Parameter(name="--json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Write OUT from the folder that `nmsparse calibrate` (or convert) wrote."""
     from converter.pipeline import export as stage
@@ -170,6 +180,7 @@ def export(
 @app.command
 def validate(
     out: Path,
+    /,
     *,
     text: str | None = None,
     model: str | None = None,
@@ -177,7 +188,7 @@ def validate(
     target: str | None = None,
     plugin: Path | None = None,
     allow_host_code: AllowHostCode = False,
-    json_output: Annotated[bool, Parameter(name="--json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Compare OUT in ONNX Runtime with its checkpoint in PyTorch, or an engine of it with ONNX Runtime.
 
@@ -219,6 +230,7 @@ def validate(
 @app.command
 def build(
     out: Path,
+    /,
     *,
     runtime: Literal["tensorrt-rtx", "tensorrt"] = "tensorrt-rtx",
     target: str | None = None,
@@ -229,7 +241,7 @@ def build(
     version_compatible: bool = False,
     hardware_compatible: bool = False,
     embed_plugin: bool = False,
-    json_output: Annotated[bool, Parameter(name="--json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Build an engine of OUT: of TensorRT-RTX on any machine, of TensorRT with our plugin where a GPU is.
 
@@ -239,15 +251,15 @@ def build(
     Parameters
     ----------
     target
-        Compute capabilities by commas, such as sm_89,sm_120. With tensorrt-rtx: one engine for all. With tensorrt: the
-        one whose rows of the dispatch table are used.
+        Comma-separated compute capabilities, such as sm_89,sm_120. With tensorrt-rtx: one engine for all of them. With
+        tensorrt: the one whose rows of the dispatch table are used.
     profile
         Shapes to tune for, such as batch=1,tokens=1:128:512,past=0:256:1023 (MIN:OPT:MAX); may be repeated. By
         default one for decoding and one for prefill, of one sequence of up to 2048 tokens.
     workspace_mib
         The most scratch memory of a layer on the GPU, in MiB; by default the runtime's own choice.
     dispatch
-        With tensorrt: the table of paths that nmsparse bench --tune writes; by default one from published figures.
+        With tensorrt: the table of paths that nmsparse bench --tune writes; by default nmsparse's own.
     plugin
         With tensorrt: the plugin's library, to build the engine here.
     version_compatible
@@ -297,6 +309,7 @@ def build(
 @app.command
 def bench(
     out: Path,
+    /,
     *,
     threads: list[Threads] | None = None,
     prefill: list[PositiveInt] | None = None,
@@ -343,10 +356,11 @@ def bench(
 @app.command
 def inspect(
     out: Path,
+    /,
     *,
     target: str | None = None,
     dispatch: Path | None = None,
-    json_output: Annotated[bool, Parameter(name="--json")] = False,
+    json_output: Json = False,
 ) -> None:
     """List the sparse layers of OUT: shapes, patterns, what one token costs dense and sparse, paths on TensorRT.
 
@@ -358,7 +372,7 @@ def inspect(
     target
         The compute capability whose paths are shown, such as sm_89.
     dispatch
-        The table of paths that nmsparse bench --tune wrote; by default one from published figures.
+        The table of paths that nmsparse bench --tune wrote; by default the one that comes with nmsparse.
     """
     from converter.delivery.inspect import inspect as stage
 
@@ -372,6 +386,7 @@ def inspect(
 @app.command
 def report(
     out: Path,
+    /,
     *,
     bench: Annotated[Path | None, Parameter(help="what nmsparse bench OUT --json wrote")] = None,
     to: Annotated[Path | None, Parameter(help="the page's file; by default OUT/report.html")] = None,
@@ -386,6 +401,7 @@ def report(
 @app.command
 def compare(
     outs: Annotated[list[Path], Parameter(help="two or more OUTs")],
+    /,
     *,
     to: Annotated[Path, Parameter(help="the page's file")] = Path("comparison.html"),
 ) -> None:
@@ -396,10 +412,8 @@ def compare(
 
 
 @app.command
-def doctor(
-    *folders: Path, plugin: Path = PLUGIN, json_output: Annotated[bool, Parameter(name="--json")] = False
-) -> None:
-    """Say what works on this machine, what does not, and what to do about it; clear away what killed runs have left.
+def doctor(*folders: Path, plugin: Path = PLUGIN, json_output: Json = False) -> None:
+    """Say what works on this machine and how to get the rest; clear away what killed runs left behind.
 
     Parameters
     ----------
@@ -429,13 +443,14 @@ def genai_overlay() -> None:
 def generate(
     model: str,
     prompt: str,
+    /,
     *,
-    max_new_tokens: PositiveInt = 128,
+    max_new_tokens: Annotated[PositiveInt, Parameter(help="the most tokens to write")] = 128,
     chat: bool = True,
     sample: bool = False,
     seed: Seed = 0,
 ) -> None:
-    """Write on from PROMPT with OUT (on ONNX Runtime) or with a checkpoint (dense, in PyTorch), as text comes.
+    """Continue PROMPT with OUT (on ONNX Runtime) or with a checkpoint (dense, in PyTorch), printing text as it comes.
 
     Parameters
     ----------
@@ -497,13 +512,14 @@ def generate(
 @app.command
 def perplexity(
     model: str,
+    /,
     *,
     text: str = "python",
     context: PositiveInt = 512,
     tokens: NonNegativeInt = 0,
     bos: bool = False,
-    field: str = "text",
-    json_output: Annotated[bool, Parameter(name="--json")] = False,
+    field: Annotated[str, Parameter(help="which field of a .jsonl, .parquet or Hub data set holds the text")] = "text",
+    json_output: Json = False,
 ) -> None:
     """Measure the perplexity of OUT (on ONNX Runtime) or of a checkpoint (dense, in PyTorch) on a text.
 
@@ -559,6 +575,7 @@ def _write_page(to: Path, page: str) -> None:
 @app.command
 def evaluate(
     model: str,
+    /,
     *,
     tasks: str | None = None,
     images: str | None = None,
@@ -578,7 +595,7 @@ def evaluate(
     seed: Seed = 0,
     min_recovery: Share | None = None,
     out: Path | None = None,
-    json_output: Annotated[bool, Parameter(name="--json")] = False,
+    json_output: Json = False,
 ) -> None:
     """Measure tasks of lm-evaluation-harness on OUT beside its checkpoint, dense, in PyTorch.
 
@@ -588,7 +605,8 @@ def evaluate(
     Parameters
     ----------
     tasks
-        Names of lm-eval's tasks, by commas; by default piqa, arc_easy, boolq, winogrande and wikitext. It may be empty.
+        Comma-separated names of lm-eval's tasks, which may be empty; by default piqa, arc_easy, boolq, winogrande and
+        wikitext.
     images
         For a classifier of images, in the place of tasks: a folder with one of images for each class, or
         hub:NAME[:CONFIG[:SPLIT]].
@@ -699,7 +717,7 @@ def _terminate(_signal: int, _frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    """Run the command line: an error is one line and an exit code; --debug shows where one was that nobody foresaw."""
+    """Run the command line: an error is one line and an exit code; --debug adds the traceback of an unexpected one."""
     signal.signal(signal.SIGTERM, _terminate)
     warnings.simplefilter("ignore")
     for stream in (sys.stdout, sys.stderr):
