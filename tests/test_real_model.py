@@ -230,10 +230,8 @@ def exact(few_blocks: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first blocks of SmolLM2 at 2:4 in bfloat16, without calibration."""
     folder = tmp_path_factory.mktemp("exact")
     recipe = ["--pattern", "2:4", "--criterion", "magnitude", "--mitigation", "var", "--dtype", "bfloat16"]
-    for command in (
-        ["calibrate", few_blocks, folder / "fitted", *recipe],
-        ["export", folder / "fitted", folder / "out"],
-    ):
+    fitted, out = folder / "fitted", folder / "out"
+    for command in (["calibrate", few_blocks, fitted, *recipe], ["export", fitted, out]):
         subprocess.run([sys.executable, "-m", "converter", *map(str, command)], check=True)
     return out
 
