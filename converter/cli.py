@@ -5,14 +5,12 @@ from __future__ import annotations
 import io
 import json
 import os
-import signal
 import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from cyclopts import App, CycloptsError, Parameter, validators
@@ -24,7 +22,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TORCH_LOGS", "-all")
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars: the progress is ours
 
-from converter import json_rows, show
+from converter import interrupt, json_rows, show
 from converter.errors import CheckpointError, ConverterError, EvaluationError, OutputError, UsageError, said, shortened
 from converter.names import Dtype, Phases, Weights
 from converter.place import encodable, is_utf8
@@ -712,13 +710,9 @@ def _next(command: str) -> None:
     Console(stderr=True, emoji=False, highlight=False, soft_wrap=True).print(f"next: {command}", markup=False)
 
 
-def _terminate(_signal: int, _frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main() -> None:
     """Run the command line: an error is one line and an exit code; --debug adds the traceback of an unexpected one."""
-    signal.signal(signal.SIGTERM, _terminate)
+    interrupt.install()
     warnings.simplefilter("ignore")
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):

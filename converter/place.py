@@ -23,6 +23,7 @@ from uuid import uuid4
 from huggingface_hub import constants
 from safetensors import SafetensorError
 
+from converter import interrupt
 from converter.errors import OutputError, said
 
 HIDDEN = ".nmsparse-"
@@ -103,6 +104,7 @@ def replacing(place: Path) -> Iterator[Path]:
             _try_rename(place, staging)
         yield encodable(staging)
         _settle(staging)
+        interrupt.check()
         if within:
             _swap_entries(place, staging)
         else:

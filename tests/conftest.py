@@ -154,7 +154,8 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line here, without the seconds that the imports take: its exit code and what it wrote."""
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
-    given, terminated, code = sys.argv, signal.getsignal(signal.SIGTERM), 0
+    given, code = sys.argv, 0
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = ["nmsparse", *map(str, arguments)]
     try:
         with warnings.catch_warnings(), redirect_stdout(streams[0]), redirect_stderr(streams[1]):
@@ -163,7 +164,8 @@ def in_process(*arguments: object) -> subprocess.CompletedProcess[str]:
         code = int(end.code or 0)
     finally:
         sys.argv = given
-        signal.signal(signal.SIGTERM, terminated)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     texts = [stream.buffer.getvalue().decode("utf-8", "surrogateescape") for stream in streams]  # type: ignore[attr-defined]
     return subprocess.CompletedProcess(sys.argv, code, *texts)
 

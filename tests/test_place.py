@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from converter import place
+from converter import interrupt, place
 from converter.errors import OutputError
 from converter.place import HIDDEN, clear_stale, private, replacing, write_whole
 
@@ -231,3 +232,29 @@ def test_the_cache_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(place.constants, "HF_HOME", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="Set HF_HOME"):
         private("evaluation")
+
+
+def interrupted_by_the_way(out: Path) -> None:
+    with replacing(out) as staging:
+        (staging / "file").write_text("new")
+        with suppress(BaseException):
+            signal.raise_signal(signal.SIGTERM)
+
+
+def test_an_interruption_that_is_swallowed_ends_before_anything_takes_its_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    out = tmp_path / "out"
+    try:
+        interrupt.install()
+        with pytest.raises(KeyboardInterrupt):
+            interrupted_by_the_way(out)
+        assert not list(tmp_path.iterdir())
+        interrupt.install()
+        with replacing(out):
+            pass
+        assert out.is_dir()
+    finally:
+        for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
+            signal.signal(number, handler)
