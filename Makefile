@@ -39,7 +39,7 @@ FETCH := /usr/lib/apt/apt-helper -qq -o APT::Sandbox::User=root download-file
 PROMPT := What is the capital of France?
 TOKENS := 4096
 
-.PHONY: demo quick test test-all test-gpu fuzz check style plugins cpu-op chromium kills bench bench-models accuracy encoders tasks docs wheel clean
+.PHONY: demo quick test test-all test-gpu fuzz check style plugins cpu-op chromium kills bench bench-models accuracy encoders tasks docs tables wheel clean
 
 demo: cpu-op $(DEMO)/manifest.json
 	@echo "== perplexity on the same text, dense (PyTorch) and sparse (ONNX Runtime)"
@@ -184,6 +184,10 @@ encoders: $(ENCODER)/config.json $(VENV)/installed
 # DATA is a folder with the data of the tasks, as `nmsparse evaluate --data-dir` takes it. An hour on two cores.
 tasks: cpu-op $(GGUF)
 	$(BIN)/python benchmarks/tasks.py $(GGUF) --data-dir $(DATA) --work build/tasks --json build/tasks.json
+
+# The tables and the chart of the pages, from benchmarks/results.
+tables: $(VENV)/installed
+	$(BIN)/python benchmarks/tables.py
 
 # The pages, into build/docs; a broken link or reference is an error.
 docs: $(VENV)/installed

@@ -7,11 +7,13 @@ the windows: the same windows for all rows. Cells that the file of --json holds 
 from __future__ import annotations
 
 import json
+import re
 import tempfile
 from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import record
 import torch
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
@@ -116,6 +118,7 @@ def main(
     tokens: int = 8192,
     device: Literal["cpu", "cuda"] = "cpu",
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    result: str | None = None,
 ) -> None:
     """Print the tables for MODEL, calibrated on one text and measured on others."""
     stages = Stages(console=Console(stderr=True, quiet=True))
@@ -166,10 +169,10 @@ def main(
                     flush=True,
                 )
                 json_rows.write(json_file, found.values())
-    console = Console(width=250)
     for place, losses in zip(where, dense, strict=True):
         title = f"{place}: perplexity, recovered (95 %); dense {losses.mean().exp():.2f}"
-        console.print(_table(found, patterns.split(","), list(dict.fromkeys(shown)), place, title))
+        table = _table(found, patterns.split(","), list(dict.fromkeys(shown)), place, title)
+        record.show(table, result and f"{result}-{re.sub(r'[^a-z0-9]+', '-', place.lower())}")
 
 
 def _lines(

@@ -29,6 +29,7 @@ import numpy as np
 import onnx
 import onnx.helper
 import onnxruntime
+import record
 import torch
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
@@ -161,6 +162,7 @@ def main(
     threads: str = "1,2",
     select: int = 0,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    result: str | None = None,
 ) -> None:
     """Measure layers of `shapes` (in x out), weights in float32 or in fewer bits; or a choice of SELECT channels."""
     kernel = library()
@@ -196,7 +198,7 @@ def main(
                     goal = GOALS.get(weights, {}).get(pattern) if count == 1 else MANY
                     lines.append(json_rows.row(name, float(ratio), "ratio", goal))
             del sessions
-    Console(width=120).print(table)
+    record.show(table, result)
     json_rows.write(json_file, lines)
 
 

@@ -13,10 +13,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
+import record
 import torch
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +63,7 @@ def main(
     calibration: Annotated[str, Parameter(help="the recipe's calibration.source")] = "python",
     row: Annotated[tuple[str, ...], Parameter(help="changes of the recipe; '' is the default one")] = ROWS,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    result: str | None = None,
 ) -> None:
     """Print the mean, the lowest tenth and the least cosine of the dense and the sparse embedding of a text."""
     checkpoint, stages = open_checkpoint(model), Stages()
@@ -91,7 +92,7 @@ def main(
             for part, value in zip(parts, figures, strict=True)
         ]
         json_rows.write(json_file, lines)
-    Console(width=160).print(table)
+    record.show(table, result)
 
 
 if __name__ == "__main__":

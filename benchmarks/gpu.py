@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
+import record
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
-from rich.console import Console
 from rich.table import Table
 
 from converter import json_rows
@@ -35,6 +35,7 @@ def main(
     dtype: str = "float16",
     rounds: int = ROUNDS,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    result: str | None = None,
 ) -> None:
     """Measure LIBRARY on the GPU, layers of `shapes` (in x out)."""
     try:
@@ -56,7 +57,7 @@ def main(
                     table.add_row(size, pattern, str(count), path, cell)
                     name = f"{device}, {dtype}, {size}, {pattern}, {count} tokens, {path}: dense time / our time"
                     lines.append(json_rows.row(name, timing.median(), "ratio"))
-    Console(width=120).print(table)
+    record.show(table, result)
     json_rows.write(json_file, lines)
 
 

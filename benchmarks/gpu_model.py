@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import onnx
+import record
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
 from rich.console import Console
@@ -128,6 +129,7 @@ def main(
     tokens: str = "1,2,4,8,128,512,1024,4096,8192",
     patterns: str = "2:4,8:16",
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    result: str | None = None,
 ) -> None:
     """Print the predicted ratio of the dense layers' time to ours, all linear layers of a block or of OUT together.
 
@@ -156,7 +158,7 @@ def main(
                 name = f"predicted, {of}, {gpu.name}, {pattern}, {t} tokens: dense time / our time, {path}"
                 lines.append(json_rows.row(name, ratio, "ratio"))
             table.add_row(gpu.name, *cells)
-        console.print(table)
+        record.show(table, result and f"{result}-{keep}-{group}")
     console.print(
         "Published, measured by others: 2:4 weights by cuSPARSELt on an H100, bfloat16: 1.59 at 8192 cubed, below 1 up "
         "to 512 tokens (arXiv 2603.05232).\nActivations pruned and multiplied by PyTorch's CUTLASS kernel, 14336 to "

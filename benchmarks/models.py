@@ -27,10 +27,10 @@ import numpy as np
 import onnx
 import onnxruntime
 import psutil
+import record
 import torch
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
-from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer, models
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -296,6 +296,7 @@ def main(
     rounds: int = 5,
     work: Path | None = None,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    result: str | None = None,
 ) -> None:
     """Measure MODEL, SmolLM2-135M, and a random model unless --no-random; ours in WEIGHTS, the builder's in PRECISION.
 
@@ -321,7 +322,7 @@ def main(
             if (weights, precision) != ("dtype", "fp32"):
                 name = f"{name}, ours in {weights}, the builder's in {precision}"
             lines += measure(name, out, built, builder.absolute(), threads, rounds, table)
-    Console(width=150).print(table)
+    record.show(table, result)
     json_rows.write(json_file, lines)
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
+import record
 from cyclopts import App, Parameter
 from rich.box import MARKDOWN
-from rich.console import Console
 from rich.table import Table
 
 from converter import json_rows
@@ -44,6 +44,7 @@ def main(
     prompts: Annotated[int, Parameter(help="that both models write on from")] = 16,
     batch: int = 8,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
+    result: str | None = None,
 ) -> None:
     """Print accuracy, perplexity and equal greedy tokens, dense and at each pattern, with the interval of each loss."""
     settings = [Setting(CHOICES, limit, shots=0, prompts=prompts), Setting(("wikitext",), documents)]
@@ -72,7 +73,7 @@ def main(
     table = Table(*heads, box=MARKDOWN)
     for name, cells in lines.items():
         table.add_row(name, *cells)
-    Console(width=250).print(table)
+    record.show(table, result)
 
 
 def _cell(one: Paired) -> str:
