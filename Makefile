@@ -77,7 +77,7 @@ test-all: test
 # What is wrong most often, in a minute: lint, types, and the tests that need no model.
 QUICK := golden recipe plan op sparsity pairs place calibration_file weights docs tables
 quick: check
-	$(BIN)/python -m pytest --quiet --numprocesses 2 $(QUICK:%=tests/test_%.py)
+	$(BIN)/python -m pytest --quiet --numprocesses 2 --durations=0 --durations-min=5 -m 'not slow' --deselect tests/test_docs.py::test_notebooks_run $(QUICK:%=tests/test_%.py)
 
 .PHONY: what-it-takes
 what-it-takes:
