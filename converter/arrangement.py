@@ -62,7 +62,7 @@ class Arrangement:
         return Arrangement({name: {dim: o.argsort() for dim, o in dims.items()} for name, dims in self.orders.items()})
 
     def write(self, path: Path) -> None:
-        """Write each distinct order once, as `order.I`; who has which is JSON in the metadata."""
+        """Write each distinct order once, as `order.I`; which layer has which is JSON in the metadata."""
         distinct: dict[bytes, int] = {}
         tensors: dict[str, Tensor] = {}
         table: dict[str, dict[int, int]] = {}

@@ -31,7 +31,7 @@ def speed(
 ) -> tuple[str, list[Speed]]:
     """Return how OUT ran on this CPU, in words, and its times beside those of the same OUT run dense.
 
-    By default on one thread and on one a core, for prefills of `PREFILL` tokens, each for `SECONDS`.
+    By default on one thread and on one thread per core, for prefills of `PREFILL` tokens, each for `SECONDS`.
 
     Raises:
         OutputError: when the folder holds no exported model of ours.

@@ -328,7 +328,7 @@ def from_saved(auto: Any, folder: Path, source: str, must: str, **options: Any) 
         got = said(error)
         if "trust_remote_code" in str(error):
             got = (
-                "one that brings Python code of its own. nmsparse runs no code of a checkpoint: "
+                "one that needs its own Python code. nmsparse never runs code from a checkpoint: "
                 "save it as one of transformers' own models where you trust it."
             )
         raise CheckpointError(f"{source}: must {must}, got {got}") from error

@@ -244,7 +244,7 @@ def build(
     """Build an engine of OUT: of TensorRT-RTX on any machine, of TensorRT with our plugin where a GPU is.
 
     TensorRT-RTX knows no plugins: its engine computes the sparse model by dense GEMMs. For TensorRT the graph with
-    plugin nodes is written, and a script that builds it with polygraphy; with --plugin the engine, too.
+    plugin nodes is written, and a script that builds it with polygraphy; with --plugin also the engine.
 
     Parameters
     ----------
@@ -261,9 +261,9 @@ def build(
     plugin
         With tensorrt: the plugin's library, to build the engine here.
     version_compatible
-        With tensorrt: for later versions of TensorRT, too.
+        With tensorrt: the engine also loads in later versions of TensorRT.
     hardware_compatible
-        With tensorrt: for every GPU from Ampere on.
+        With tensorrt: the engine runs on every GPU from Ampere on.
     embed_plugin
         With tensorrt and --plugin: the engine carries the library in it.
     """
@@ -606,7 +606,7 @@ def evaluate(
         Comma-separated names of lm-eval's tasks, which may be empty; by default piqa, arc_easy, boolq, winogrande and
         wikitext.
     images
-        For a classifier of images, in the place of tasks: a folder with one of images for each class, or
+        For an image classifier, instead of tasks: a folder that has one folder of images for each class, or
         hub:NAME[:CONFIG[:SPLIT]].
     runtime
         What runs OUT: ONNX Runtime; PyTorch, whose sparse model is what validate compares it with; or, where a GPU is,

@@ -109,5 +109,5 @@ def lookup(table: Mapping[str, Value], kind: str, name: str, error: type[Convert
 
 
 def listing(names: Iterable[str]) -> str:
-    """Return the names sorted and joined by commas, for a message."""
+    """Return the sorted names, separated by commas, for a message."""
     return ", ".join(sorted(names))

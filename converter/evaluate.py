@@ -217,7 +217,7 @@ def _fingerprint(folder: Path, runs: str) -> str:
 
 
 def _kept(key: str, context: int) -> Path:
-    """Return the file for the answers of a model, which depend on its context and on the packages that run it, too."""
+    """Return the file for the answers of a model, which also depend on its context and on the packages that run it."""
     packages = [f"{package} {version(package)}" for package in ("lm-eval", "torch", "transformers", "onnxruntime")]
     digest = hashlib.sha256("\n".join([key, str(context), *packages]).encode()).hexdigest()
     return private("evaluation") / f"{digest}.sqlite"

@@ -38,7 +38,7 @@ class Kind:
     """A kind of models; `output` is what the graph gives, `calls` how it is called, each one a phase of parity.
 
     `source` is the calibration text when the recipe names none, `distance` what distillation makes small; `images` are
-    what the model is given in the place of text.
+    what the model is given instead of text.
     """
 
     name: str
@@ -65,7 +65,7 @@ IMAGE_ENCODER = Kind("image encoder", AutoModel, "last_hidden_state", ("images",
 
 
 def kind_of(config: PreTrainedConfig, where: str) -> Kind:
-    """Return the kind of the model that the checkpoint `where` was saved from; without a word on it, a decoder.
+    """Return the kind of the model that the checkpoint `where` was saved from; a decoder where that does not say.
 
     The bare model of a family that is trained to fill in masked tokens, or to name what is on an image, is an encoder;
     of any other, part of a decoder.

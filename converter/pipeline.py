@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter import arrangement as arrangement_file
 from converter.calibration import file as calibration_file
-from converter.calibration.allocate import allocate
+from converter.calibration.allocate import allocate, measured_with
 from converter.calibration.arrange import arrange
 from converter.calibration.blocks import siblings
 from converter.calibration.distill import distill
@@ -317,6 +317,8 @@ def fitted(
     if layers.open:
         assert text is not None
         with stages.stage("allocate", "windows") as advance:
+            if (used := measured_with(recipe)) != recipe.criterion:
+                stages.console.print(f"effects are measured with {used}: {recipe.criterion} needs statistics")
             chosen = allocate(checkpoint.model(), layers, recipe, text, advance)
         recipe = recipe.replace({"patterns": {**recipe.patterns, **chosen}})
         layers = plan(checkpoint.skeleton(), recipe).sharing(groups)

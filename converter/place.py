@@ -1,4 +1,4 @@
-"""Put files and folders into their place: whole or not at all, durably, under names that nobody can foresee.
+"""Put files and folders into their place: whole or not at all, durably, under unpredictable names.
 
 What is being written lies beside its place, under a hidden name, and its writer holds a lock on it. So what a killed
 process has left behind is told from what a living one is writing, and the next run clears it away.

@@ -195,7 +195,7 @@ class Recipe(_Frozen):
         own = [name for name, method in zip(self.mitigation, methods, strict=False) if method.own]
         if self.share and own:
             raise RecipeError(
-                f"share: must be false with {own[0]}, which gives every layer inputs of its own, got true. "
+                f"share: must be false with {own[0]}, which gives every layer its own inputs, got true. "
                 f"Leave out share or {own[0]}."
             )
         if self.weights != "dtype" and self.dtype != "float32":
@@ -312,7 +312,7 @@ class Recipe(_Frozen):
     def replace(self, changes: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """Return this recipe with `changes` (keys may be dotted, as in `calibration.tokens`).
 
-        A pattern without a word on the allocation is meant for every layer: there is no budget then.
+        A pattern that comes without an allocation applies to every layer and disables the budget.
 
         Raises:
             RecipeError: for an unknown key or an impossible value.

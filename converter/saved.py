@@ -198,7 +198,7 @@ def refuse_lost(model: PreTrainedModel, rest: list[str], source: str, *, heads: 
                 )
     if heads and rest:
         raise CheckpointError(
-            f"{source}: must be a causal language model alone, got a head for another task, too: {some(rest)}. "
+            f"{source}: must be a causal language model alone, got a head for another task as well: {some(rest)}. "
             "It would be lost: save the language model without it."
         )
 
@@ -223,7 +223,7 @@ def refuse_adapter(folder: Path, source: str) -> None:
     there = [name for name in ADAPTERS if (folder / name).exists()]
     if there:
         raise CheckpointError(
-            f"{source}: must be a whole model, got an adapter, too, such as of LoRA: {there[0]}. "
+            f"{source}: must be a whole model, got an adapter (such as LoRA) as well: {there[0]}. "
             "Merge it with peft's merge_and_unload and save the result, or move it away."
         )
 
@@ -294,7 +294,7 @@ def refuse_wrapped(model: nn.Module, names: Iterable[str], source: str) -> None:
         if wrapper in parts and len(wanted & bare) > len(wanted & there):
             raise CheckpointError(
                 f"{source}: weights must have the model's own names, got {wrapper!r} in them, as {who} puts it there. "
-                "Save the model that it wraps, or take these words out of the names."
+                "Save the model that it wraps, or remove that part from the names."
             )
     before = {name[: -len(want)] for want in wanted for name in there if name.endswith(f".{want}")}
     ours = f"{getattr(model, 'base_model_prefix', '')}."
@@ -302,5 +302,5 @@ def refuse_wrapped(model: nn.Module, names: Iterable[str], source: str) -> None:
         if len(wanted & {name.removeprefix(prefix) for name in there}) > len(wanted & there):
             raise CheckpointError(
                 f"{source}: weights must have the model's own names, got {prefix!r} before them. "
-                "Save the model without what wraps it, or take this off the names."
+                "Save the model without what wraps it, or remove this prefix from the names."
             )

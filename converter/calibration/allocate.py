@@ -31,7 +31,7 @@ from converter.sparsity.mitigations import Layer
 from converter.sparsity.pattern import Pattern
 
 Number = TypeVar("Number", int, float)
-STAND_IN = "wina"  # for a criterion that needs statistics, which are gathered only once the patterns are known
+WITHOUT_STATISTICS = "wina"  # statistics are gathered only once the patterns are known
 MEASURED = {"shift", "variance"}  # the roles of mitigations that what stands for x depends on
 
 
@@ -172,12 +172,17 @@ class _Menu:
     groups: dict[int, tuple[list[int], list[int]]]
 
 
+def measured_with(recipe: Recipe) -> str:
+    """Return the criterion that effects are measured with: the recipe's, or one that needs no statistics."""
+    return WITHOUT_STATISTICS if criterion(recipe.criterion).needs_statistics else recipe.criterion
+
+
 def _menu(model: nn.Module, layer: LayerPlan, recipe: Recipe) -> _Menu:
     linear = model.get_submodule(layer.name)
     assert isinstance(linear, nn.Linear)
     weight = linear.weight.data
-    name = STAND_IN if criterion(recipe.criterion).needs_statistics else recipe.criterion
-    params = Params(layer.keep, layer.group, channel_scale=criterion(name).scale(readers_of(model, layer), None))
+    chosen = criterion(measured_with(recipe))
+    params = Params(layer.keep, layer.group, channel_scale=chosen.scale(readers_of(model, layer), None))
     for method in recipe.methods():
         if method.role in MEASURED and not method.needs_statistics and not method.trains:
             params = method.fit(params, Layer(weight))

@@ -43,7 +43,7 @@ def write_on(
 def compared(model: PreTrainedModel, prompts: Tensor, dense: list[list[int]], written: list[list[int]]) -> pd.DataFrame:
     """Return a row for each prompt and metric of what `model` has `written`, beside what the dense model wrote.
 
-    `same_next` is the share of the dense model's tokens that this one would write, too, after the same text; `same`
+    `same_next` is the share of the dense model's tokens that this one would also write after the same text; `same`
     that of equal tokens at equal places once each goes its own way; `parts_at` how many tokens are equal before the
     first that is not; `length` how many were written before the text was ended.
     """

@@ -38,7 +38,8 @@ def check_range(
 def beyond_float16(model: PreTrainedModel, given: Tensor) -> str:
     """Return which layer is the first, in the order of a forward, with a number beyond float16; empty where all fit.
 
-    `given` are token ids `[B, S]` or images. What goes into a layer is looked at, too: sums and products between them.
+    `given` are token ids `[B, S]` or images. The inputs of layers are checked as well: they are the sums and products
+    between layers.
     """
     found: list[str] = []
 

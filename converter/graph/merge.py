@@ -24,7 +24,7 @@ def parts(name: str) -> list[str]:
 def merge(model: ir.Model, params: Mapping[str, Params]) -> None:
     """Merge nodes of one module in place; the weights of the result have no content, and are named for its `parts`.
 
-    What splits its output again is a node of its own, which every runtime knows.
+    A Split, which every runtime knows, parts its output again.
     """
     graph = model.graph
     nodes: dict[tuple[ir.Value, str], list[tuple[str, ir.Node]]] = {}

@@ -228,7 +228,7 @@ def _graph_class(family: type[PreTrainedModel]) -> Any:
 
 
 def generation_config(folder: Path) -> GenerationConfig:
-    """Return how the model in `folder` wants to be sampled; a cache that no graph can fill is dropped with a word."""
+    """Return how the model in `folder` wants to be sampled; one that asks for a cache of fixed size is warned of."""
     found = Checkpoint(str(folder), None, folder).generation_config()
     if found.cache_implementation not in {None, "dynamic"}:
         logging.getLogger(__name__).warning(

@@ -35,8 +35,8 @@ def session(
 ) -> onnxruntime.InferenceSession:
     """Return a session for a graph whose weights lie in `folder`; without `prepack` each weight is in memory once.
 
-    It has so many threads, or one a core, and none spins between two calls, when others need the core. The op runs in
-    our kernel where its `library` is built and the graph is float32; else its function body runs. The CPU provider has
+    It has that many threads, or one per core, and none spins between calls, so that other processes get the core. The
+    op runs in our kernel where its `library` is built and the graph is float32; else its function body runs. The CPU provider has
     no bfloat16 kernels: a bfloat16 graph is run in float32, on the same weights.
 
     Raises:

@@ -93,7 +93,7 @@ def fitting(profiles: Sequence[Profile], batch: int, tokens: int, past: int) -> 
 def default_profiles(context: int) -> tuple[Profile, Profile]:
     """Return one profile for decoding and one for prefill, of a sequence of `context` tokens but no more than 2048.
 
-    More takes minutes and gigabytes to build, and scratch memory on the GPU: who needs it gives a profile.
+    More takes minutes and gigabytes to build, and scratch memory on the GPU: give a profile where it is needed.
     """
     context = min(context, LONGEST)
     half = context // 2

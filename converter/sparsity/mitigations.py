@@ -86,7 +86,7 @@ def _channel_balance(params: Params, layer: Layer) -> Params:
 
 def _regroup(params: Params, layer: Layer) -> Params:
     if layer.arranged or params.group == layer.weight.shape[1]:
-        return params  # parted already, or one group: nobody to part
+        return params  # parted already, or there is one group only
     assert layer.stats is not None
     assert layer.stats.together is not None
     moments, scale = layer.stats.together, params.channel_scale
@@ -111,7 +111,7 @@ def _low_rank(params: Params, layer: Layer) -> Params:
     )
 
 
-STAND_IN = "stand-in for what is dropped"
+REPAIR = "repair of what is dropped"
 
 # The variants of S-PTS, D-PTS and R-Sparse are different methods under one name (the paper's prose, its tables and its
 # code disagree); the recipe keys `s_pts`, `d_pts`, `r_sparse` and `permute` choose, and this table says what each
@@ -147,11 +147,11 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     # Source: arXiv:2509.22166 app. A (R-Sparse): what is dropped goes through the truncated SVD of W. `trained` goes on
     # from there; the authors' code trains from random factors.
     "r_sparse": {
-        "svd": Mitigation(STAND_IN, _low_rank, own=True),
-        "trained": Mitigation(STAND_IN, _low_rank, trains=("residual_in", "residual_out"), own=True),
+        "svd": Mitigation(REPAIR, _low_rank, own=True),
+        "trained": Mitigation(REPAIR, _low_rank, trains=("residual_in", "residual_out"), own=True),
     },
     # Ours: the weight is fitted to the pruned inputs, see converter/calibration/refit.py.
-    "refit": {"": Mitigation(STAND_IN, lambda params, _: params, needs_statistics=True, refits=True)},
+    "refit": {"": Mitigation(REPAIR, lambda params, _: params, needs_statistics=True, refits=True)},
     # Ours: see converter/calibration/distill.py.
     "distill": {
         "full": Mitigation("trained weight", lambda params, _: params, trains=("weight",)),
