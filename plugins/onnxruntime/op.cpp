@@ -1,8 +1,7 @@
 // The op SparseLinear for ONNX Runtime's CPU provider, in float32, with W in that or in fewer bits. What it means is in
 // docs/format.md.
 //
-// A call of tokens goes, in chunks, through `choose` (parallel over tokens), `product` (over tiles of columns and parts
-// of the rows) and `epilogue` (at once where a tile has one part). Threads and memory are ONNX Runtime's.
+// A call is run by `run_layer` of kernels/cpu, with ONNX Runtime's threads and memory.
 //
 // Nothing of a node is trusted that is an index, a count or a shape: `Kernel` checks what is constant when the session
 // is made, and every call the rest, before anything is written.
@@ -28,16 +27,12 @@ namespace nmsparse {
 
 namespace {
 
-using cpu::ceil_div;
 using cpu::Layer;
-using cpu::Lists;
-using cpu::Token;
 
 using Shape = std::vector<int64_t>;
 // What a node has of each input; null where it has none.
 using Values = std::array<Ort::ConstValue, static_cast<size_t>(Input::COUNT)>;
 
-constexpr int64_t WORTH_WAKING = 1 << 15;   // numbers: to choose among fewer takes less time than to wake a thread
 constexpr int64_t MOST_CHANNELS = 1 << 30;  // whose numbers are 32-bit integers, with room for the last vector
 
 [[noreturn]] void refuse(std::string const& what) {
@@ -288,7 +283,9 @@ private:
         layer.y = context.GetOutput(0, shape).GetTensorMutableData<float>();
         if (layer.tokens == 0 || layer.n == 0) return;
         if (!layer.sparse) layer.rank = 0;
-        multiply(context, layer);
+        Memory scratch(allocator_.get());
+        run_layer(layer, {[&](int64_t bytes) { return scratch.of<char>(bytes); },
+                          [&](int64_t count, bool worth, auto const& body) { parallel(context, count, worth, body); }});
     }
 
     static cpu::Kind kind(Ort::ConstValue const& w) {
@@ -316,76 +313,6 @@ private:
         if (found.rows != k && found.rows % 16 != 0)
             refuse("K / B must be K or a multiple of 16, got " + std::to_string(found.rows) + ".");
         return found;
-    }
-
-    void multiply(Ort::KernelContext const& context, Layer const& layer) const {
-        int64_t const k = layer.k, n = layer.n, rank = layer.rank;
-        // As many tokens in each chunk.
-        int64_t const most = ceil_div(layer.tokens, ceil_div(layer.tokens, cpu::CHUNK));
-        Memory memory(allocator_.get());
-        auto const lists = [&](int64_t rows, int64_t block, bool listed) {
-            int64_t const capacity = cpu::round_up(rows, cpu::STEP);
-            Lists found{rows, capacity, block, nullptr, memory.of<float>(most * capacity), nullptr};
-            if (!listed) return found;
-            found.rows = memory.of<int32_t>(most * capacity);
-            found.ends = memory.of<int32_t>(most * found.blocks());
-            return found;
-        };
-        cpu::Way const way = cpu::way(layer, most);
-        bool const listed = way != cpu::Way::HELD;
-        Lists const kept = lists(k, cpu::block_rows(layer), listed);
-        Lists const dropped = rank ? lists(k, cpu::MOST_ROWS, true) : Lists{};
-        Lists const thin = rank ? lists(rank, cpu::MOST_ROWS, listed) : Lists{};
-        Token* const about = memory.of<Token>(most);
-        cpu::Cut const cut = cpu::cut(way, kept, most, layer.w);
-        float* const partial = cut.parts > 1 ? memory.of<float>(cut.parts * most * n) : nullptr;
-        float* const residual = rank ? memory.of<float>(most * n) : nullptr;
-        for (int64_t first = 0; first < layer.tokens; first += most) {
-            int64_t const tokens = std::min(most, layer.tokens - first);
-            parallel(context, tokens, tokens * k >= WORTH_WAKING, [&](int64_t t) {
-                about[t] = choose(layer, first + t, {t, &kept, rank ? &dropped : nullptr});
-                if (rank) list_thin(layer, dropped, thin, t);
-            });
-            int64_t const tiles = ceil_div(n, cut.columns), size = tokens * n;
-            float* const parts = cut.parts > 1 ? partial : layer.y + first * n;
-            auto const piece = [&](int64_t i) {
-                int64_t const column = i % tiles * cut.columns;
-                return cpu::Piece{column, std::min(cut.columns, n - column), i / tiles};
-            };
-            auto const end = [&](int64_t i) {
-                cpu::Piece const p = piece(i);
-                float* const extra = rank ? residual + p.column : nullptr;
-                if (rank) product(way, thin, tokens, numbers(layer.residual_out, n), {cut.columns, 1}, p, extra, n);
-                for (int64_t t = 0; t < tokens; ++t)
-                    epilogue(layer, about[t], parts + t * n + p.column, cut.parts, size, rank ? extra + t * n : nullptr,
-                             p.column, p.columns, layer.y + (first + t) * n + p.column);
-            };
-            parallel(context, tiles * cut.parts, true, [&](int64_t i) {
-                cpu::Piece const p = piece(i);
-                product(way, kept, tokens, layer.w, cut, p, parts + p.part * size + p.column, n);
-                if (cut.parts == 1) end(i);
-            });
-            if (cut.parts > 1) parallel(context, tiles, rank || size >= WORTH_WAKING, end);
-        }
-    }
-
-    static cpu::Weight numbers(float const* w, int64_t n) { return {cpu::Kind::FLOAT, w, n, nullptr, 0}; }
-
-    // (z - zs) residual_in of token t, as the list of the next product.
-    static void list_thin(Layer const& layer, Lists const& dropped, Lists const& thin, int64_t t) {
-        int64_t const rank = layer.rank;
-        Lists one = dropped;
-        one.rows += t * dropped.capacity, one.values += t * dropped.capacity, one.ends += t * dropped.blocks();
-        float* const values = thin.values + t * thin.capacity;
-        cpu::Cut const cut{1024, 1};
-        for (int64_t c = 0; c < rank; c += cut.columns)
-            product(cpu::Way::STREAMED, one, 1, numbers(layer.residual_in, rank), cut,
-                    {c, std::min(cut.columns, rank - c), 0}, values + c, rank);
-        std::fill(values + rank, values + thin.capacity, 0.0F);
-        if (thin.rows == nullptr) return;
-        for (int64_t i = 0; i < rank; ++i) thin.rows[t * thin.capacity + i] = static_cast<int32_t>(i);
-        for (int64_t b = 0; b < thin.blocks(); ++b)
-            thin.ends[t * thin.blocks() + b] = static_cast<int32_t>(std::min((b + 1) * thin.block, rank));
     }
 
     struct Release {

@@ -1,7 +1,8 @@
-// A layer on a CPU: what a call is given, and the parts of its way to y. Threads and memory are the caller's.
+// A layer on a CPU: what a call is given, its way to y, and the parts of that way.
 #pragma once
 
 #include <cstdint>
+#include <functional>
 
 #include "../../op_spec.h"
 
@@ -105,5 +106,15 @@ void product(Way way, Lists const& lists, int64_t tokens, Weight const& w, Cut c
 // numbers after the one before it; `residual` may be null.
 void epilogue(Layer const& layer, Token const& token, float const* first, int64_t parts, int64_t stride,
               float const* residual, int64_t column, int64_t columns, float* y);
+
+// Where a call has its memory and threads from.
+struct Host {
+    std::function<void*(int64_t bytes)> memory;  // until the call ends; throws where there is none
+    // Runs body(0) to body(count - 1), on several threads where that is `worth` it.
+    std::function<void(int64_t count, bool worth, std::function<void(int64_t)> const& body)> parallel;
+};
+
+// Writes y of every token of the layer.
+void run_layer(Layer const& layer, Host const& host);
 
 }  // namespace nmsparse::cpu

@@ -4,16 +4,9 @@
 #include <vector>
 
 #include "tile.h"
+#include "tuning.h"
 
 namespace nmsparse::cpu {
-
-namespace {
-
-constexpr int64_t WIDEST = 1024, NARROWEST = 64;  // columns of a tile of panels
-constexpr int64_t LONGEST = 16384;                // columns of a tile of few tokens
-constexpr int64_t SHORT = 1024;                   // bytes of a row that are not worth cutting
-
-}  // namespace
 
 int64_t block_rows(Layer const& layer) {
     // Fewer are better for panels; but after each block of integers there is more to do.
@@ -24,16 +17,14 @@ int64_t block_rows(Layer const& layer) {
     return rows;
 }
 
-// Measured (benchmarks/cpu.py): streaming wins while all tokens together read less than three quarters of W. Then a
-// panel costs so much that it pays from 32 tokens on where half is kept and from 19 where a quarter is, with 16 bits from
-// 20 and 12, and from five sixths on not at all. Of integers few rows are held at once, as many vectors are read of each:
-// there a panel pays from 9 and 8 tokens on, and from 15 where all is kept.
+// Streaming wins while all tokens together read less than three quarters of W; then holding, until a panel pays.
 Way way(Layer const& layer, int64_t tokens) {
     int64_t const keep = layer.sparse ? layer.keep : layer.group, group = layer.group;
-    bool const integers = layer.w.scale != nullptr;
-    int64_t const cost = integers ? 60 : layer.w.kind == Kind::FLOAT ? 64 : 40;
+    Tuning::Panels const& panels = layer.w.scale != nullptr        ? TUNING.of_integers
+                                   : layer.w.kind == Kind::FLOAT ? TUNING.of_float
+                                                                 : TUNING.of_sixteen_bits;
     if (tokens == 1 || (layer.sparse && 4 * tokens * keep <= 3 * group)) return Way::STREAMED;
-    return tokens * ((integers ? 10 : 5) * group - 6 * keep) < cost * group ? Way::HELD : Way::PACKED;
+    return tokens * (panels.read * group - 6 * keep) < panels.cost * group ? Way::HELD : Way::PACKED;
 }
 
 Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
@@ -41,14 +32,14 @@ Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
     if (way == Way::PACKED) {
         // As much for each thread, as this process has them.
         static int64_t const threads = std::max(std::thread::hardware_concurrency(), 1U);
-        int64_t const tiles = round_up(ceil_div(n, WIDEST), threads);
-        return {std::max<int64_t>(round_up(ceil_div(n, tiles), 32), NARROWEST), 1};
+        int64_t const tiles = round_up(ceil_div(n, TUNING.widest), threads);
+        return {std::max<int64_t>(round_up(ceil_div(n, tiles), 32), TUNING.narrowest), 1};
     }
     // Long rows, so threads share the work by runs first; but the parts of many tokens would be large.
     int64_t const parts = tokens <= 32 ? runs_of(lists) : 1;
-    int64_t const most = std::min<int64_t>(LONGEST, SCRATCH / (2 * tokens) / 128 * 128);
+    int64_t const most = std::min<int64_t>(TUNING.longest, SCRATCH / (2 * tokens) / 128 * 128);
     int64_t const shared =
-        std::min<int64_t>(parts == 1 ? 2 : ceil_div(8, parts), std::max<int64_t>(bytes(w.kind, n) / SHORT, 1));
+        std::min<int64_t>(parts == 1 ? 2 : ceil_div(8, parts), std::max<int64_t>(bytes(w.kind, n) / TUNING.short_row, 1));
     int64_t const tiles = std::max(ceil_div(n, most), shared);
     return {round_up(ceil_div(n, tiles), 128), parts};
 }
