@@ -164,3 +164,16 @@ def _reason_for_dense(name: str, is_head: bool, blocks: str, recipe: Recipe, con
 
 def _first_match(name: str, patterns: Sequence[str]) -> str | None:
     return next((p for p in patterns if fnmatchcase(name, p)), None)
+
+
+def signature(module: nn.Module) -> str:
+    """Return a text that two modules share when they compute the same function of their parameters and inputs."""
+    settings = sorted(
+        f"{key}={value!r}"
+        for key, value in vars(module).items()
+        if not key.startswith("_") and key not in {"layer_idx", "training", "config"}
+    )
+    tensors = [f"{name}:{tuple(p.shape)}:{p.dtype}" for name, p in module.named_parameters(recurse=False)]
+    buffers = [f"{name}:{b.tolist()}" for name, b in module.named_buffers(recurse=False)]
+    children = [f"{name}({signature(child)})" for name, child in module.named_children()]
+    return f"{type(module).__qualname__}[{'; '.join(settings + tensors + buffers + children)}]"

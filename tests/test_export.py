@@ -20,10 +20,9 @@ from converter.calibration import file as calibration_file
 from converter.checkpoint import open_checkpoint
 from converter.errors import ExportError, RecipeError, ValidationError
 from converter.evaluation.parity import Parity, validate
-from converter.graph.trace import signature
 from converter.names import Phases
 from converter.pipeline import export
-from converter.plan import find_blocks
+from converter.plan import find_blocks, signature
 from converter.runtimes.kernel import VARIABLE
 from converter.signature import INPUTS
 from converter.sparsity.linear import Params, install

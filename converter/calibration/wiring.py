@@ -20,9 +20,8 @@ from transformers import PreTrainedModel
 
 from converter.arrangement import Arrangement, Orders
 from converter.calibration.blocks import Call, block_calls, first_hidden, run_block, watched
-from converter.graph.trace import signature
 from converter.kinds import kind, output
-from converter.plan import Plan, find_blocks
+from converter.plan import Plan, find_blocks, signature
 
 CODE = 256  # bits; a row that is not there is read off once in 1e8 blocks of 40,000 rows and 20,000 channels
 TOLERANCE = 1e-4  # of the largest value

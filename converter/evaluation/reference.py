@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from converter.graph.capture import PIXELS, capture_of
 from converter.graph.merge import parts
-from converter.graph.trace import PIXELS, cache_names, input_names
+from converter.graph.trace import cache_names
 from converter.kinds import kind as kind_of_model
 from converter.kinds import output
 from converter.names import Phases
@@ -98,7 +99,7 @@ def model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:
         mask[1, -pad:] = 0
         given = {"input_ids": text.expand(2, -1) * mask, "attention_mask": mask}
         given["token_type_ids"] = (torch.arange(length) >= length // 2).to(torch.int64).expand(2, -1)
-        return [OrderedDict((name, given[name].contiguous().numpy()) for name in input_names(model))]
+        return [OrderedDict((name, given[name].contiguous().numpy()) for name in capture_of(model).inputs(model))]
     rows = torch.stack([text, torch.cat([text.new_zeros(pad), text[: length - pad]])])
     mask = torch.ones_like(rows)
     mask[1, :pad] = 0

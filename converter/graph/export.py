@@ -16,8 +16,9 @@ from converter.errors import ExportError
 from converter.graph.merge import merge, parts
 from converter.graph.op import function
 from converter.graph.phase import give_phase
+from converter.graph.placeholders import LinearNode
 from converter.graph.stamp import stamp
-from converter.graph.trace import LinearNode, tied_weights, trace
+from converter.graph.trace import tied_weights, trace
 from converter.names import DATA, MODEL, Phases
 from converter.plan import Plan
 from converter.recipe import DTYPES

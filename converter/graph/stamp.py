@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converter.graph.trace import BLOCK, ENTER, LEAVE, cache_names
+from converter.graph.placeholders import BLOCK, ENTER, LEAVE
+from converter.graph.trace import cache_names
 from converter.signature import DOMAIN
 
 

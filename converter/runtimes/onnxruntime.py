@@ -36,8 +36,8 @@ def session(
     """Return a session for a graph whose weights lie in `folder`; without `prepack` each weight is in memory once.
 
     It has that many threads, or one per core, and none spins between calls, so that other processes get the core. The
-    op runs in our kernel where its `library` is built and the graph is float32; else its function body runs. The CPU provider has
-    no bfloat16 kernels: a bfloat16 graph is run in float32, on the same weights.
+    op runs in our kernel where its `library` is built and the graph is float32; else its function body runs. The CPU
+    provider has no bfloat16 kernels: a bfloat16 graph is run in float32, on the same weights.
 
     Raises:
         ExportError: when ONNX Runtime has no kernel for the graph.
