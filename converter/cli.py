@@ -444,7 +444,9 @@ def generate(
     /,
     *,
     max_new_tokens: Annotated[PositiveInt, Parameter(help="the most tokens to write")] = 128,
-    chat: bool = True,
+    chat: Annotated[
+        bool, Parameter(negative="--no-chat", help="put PROMPT into the chat template of the model, if it has one")
+    ] = True,
     sample: bool = False,
     seed: Seed = 0,
 ) -> None:

@@ -13,7 +13,7 @@ import torch
 from conftest import PLAIN, relisted
 
 from converter import convert, load
-from converter.delivery import bundle
+from converter.delivery import manifest
 from converter.delivery.manifest import check_files
 from converter.errors import OutputError
 
@@ -83,17 +83,17 @@ def test_python_refuses_it_too(out: Path, tmp_path: Path) -> None:
 
 def test_what_a_large_out_was_is_remembered(out: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("converter.place.constants.HF_HOME", str(tmp_path / "home"))
-    monkeypatch.setattr(bundle, "LARGE", 1)
+    monkeypatch.setattr(manifest, "LARGE", 1)
     place, read = tmp_path / "out", []
     shutil.copytree(out, place)
-    hashed = bundle.sha256
-    monkeypatch.setattr(bundle, "sha256", lambda path: read.append(path.name) or hashed(path))
+    hashed = manifest.sha256
+    monkeypatch.setattr(manifest, "sha256", lambda path: read.append(path.name) or hashed(path))
     # Written this very moment, it may change once more within one tick of the clock: it is read again.
     for _ in range(2):
         read.clear()
         check_files(place)
         assert "model.onnx.data" in read
-    monkeypatch.setattr(bundle, "SETTLED", -1.0)
+    monkeypatch.setattr(manifest, "SETTLED", -1.0)
     check_files(place)
     read.clear()
     check_files(place)

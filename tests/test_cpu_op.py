@@ -308,7 +308,7 @@ def test_every_number_of_sixteen_bits_is_read_exactly(cpu_op: Path, copy: str, w
     """Subnormal ones too; W has every finite number once, and one row of it is kept."""
     every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(getattr(torch, weights)).float()
     finite = every[every.isfinite()]
-    baked = replace(layer(Params(1, 2), 2, 1, bias=False), weight=torch.stack([finite, finite.flip(0)]))
+    baked = replace(layer(Params(1, 2), 2, 1, bias=False), w=torch.stack([finite, finite.flip(0)]))
     node = Node(cpu_op / f"libnmsparse_{copy}.so", baked, storage=Storage(weights=weights))
     assert torch.equal(node(torch.tensor([[1.0, 0.5], [0.0, -1.0]])), torch.stack([finite, -finite.flip(0)]) + 0.0)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import re
 import shlex
 import subprocess
@@ -118,6 +119,7 @@ def test_notebooks_run(notebook: Path, tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not os.environ.get("NMSPARSE_TEST_FULL"), reason="it takes a minute: make test-all does it")
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=named)
 def test_notebooks_run_on_the_real_model(notebook: Path, gguf: Path, tmp_path: Path) -> None:
     run(notebook, gguf, tmp_path / "out")

@@ -24,9 +24,10 @@ from converter.calibration import file as calibration_file
 from converter.calibration.allocate import measure
 from converter.calibration.texts import texts, windows
 from converter.checkpoint import open_checkpoint
+from converter.delivery.inspect import inspect
 from converter.errors import BuildError, CalibrationError, CheckpointError, ExportError, RecipeError
 from converter.kinds import output
-from converter.pipeline import inspect, load_with_processor
+from converter.pipeline import load_with_processor
 from converter.plan import plan
 from converter.runtimes.tensorrt import Options
 from converter.sparsity.linear import Params, install
