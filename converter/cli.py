@@ -335,7 +335,7 @@ def bench(
     plugin
         With --tune: the library of the TensorRT plugin.
     json_file
-        Where to write rows of name, value, unit, goal and met.
+        Where to write rows of name, value, unit, goal and met; without --tune of call, threads and what, too.
     """
     from converter import bench as stage
 
@@ -394,7 +394,7 @@ def report(
     """Write one HTML page about OUT that needs no network: verdict, layers, parity, training, speed, recipe."""
     from converter.delivery import report as stage
 
-    rows = json_rows.read(bench) if bench else []
+    rows = json_rows.read_speed(bench) if bench else []
     _write_page(to or out / "report.html", stage.report(stage.read(out), rows))
 
 
