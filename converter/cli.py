@@ -228,7 +228,7 @@ def build(
     """Build an engine of OUT: of TensorRT-RTX on any machine, of TensorRT with our plugin where a GPU is.
 
     TensorRT-RTX knows no plugins: its engine computes the sparse model by dense GEMMs. For TensorRT the graph with
-    plugin nodes is written, and a script that builds it with polygraphy; with --plugin the engine, too.
+    plugin nodes is written, and a script that builds it with polygraphy; with --plugin also the engine.
     """
     given = options or BuildOptions()
     _refuse_others(f"with --runtime {runtime}", named(given), registry.own(runtime, "build"))

@@ -56,8 +56,8 @@ class BuildOptions:
         workspace_mib: The most scratch memory of a layer on the GPU, in MiB; by default the runtime's own choice.
         dispatch: With tensorrt: the table of paths that nmsparse bench --tune writes; by default nmsparse's own.
         plugin: With tensorrt: the plugin's library, to build the engine here.
-        version_compatible: With tensorrt: for later versions of TensorRT, too.
-        hardware_compatible: With tensorrt: for every GPU from Ampere on.
+        version_compatible: With tensorrt: the engine also loads in later versions of TensorRT.
+        hardware_compatible: With tensorrt: the engine runs on every GPU from Ampere on.
         embed_plugin: With tensorrt and --plugin: the engine carries the library in it.
     """
 
@@ -82,7 +82,7 @@ class TaskOptions:
     Attributes:
         tasks: Comma-separated names of lm-eval's tasks, which may be empty; by default piqa, arc_easy, boolq,
             winogrande and wikitext.
-        images: For a classifier of images, in the place of tasks: a folder with one of images for each class, or
+        images: For an image classifier, instead of tasks: a folder that has one folder of images for each class, or
             hub:NAME[:CONFIG[:SPLIT]].
         limit: How many examples of each task, the first ones; by default all.
         shots: Examples in each prompt; by default as many as the task says.
