@@ -8,6 +8,7 @@ each task. Conversions that --work holds are not made again, and answers that th
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -21,6 +22,7 @@ from converter.delivery.manifest import is_bundle
 from converter.evaluate import evaluate
 from converter.evaluation.statistics import Paired
 from converter.evaluation.tasks import Setting
+from converter.options import EngineOptions, EvaluationOptions
 from converter.pipeline import run
 from converter.recipe import Recipe, parse_set
 from converter.stages import Stages
@@ -49,6 +51,7 @@ def main(
     """Print accuracy, perplexity and equal greedy tokens, dense and at each pattern, with the interval of each loss."""
     settings = [Setting(CHOICES, limit, shots=0, prompts=prompts), Setting(("wikitext",), documents)]
     rows: list[dict[str, object]] = []
+    options = EvaluationOptions(data_dir=data_dir, context=CONTEXT, batch=batch)
     lines: dict[str, list[str]] = {}
     for pattern in patterns.split(","):
         stages = Stages()
@@ -57,7 +60,7 @@ def main(
             recipe = Recipe().replace({"pattern": pattern, **parse_set(changes.split())})
             run(model, out, recipe, None, "cpu", stages)
         found = [
-            evaluate(str(out), None, setting, data_dir, work / f"{out.name}-{number}", CONTEXT, batch, None, stages)
+            evaluate(str(out), setting, replace(options, out=work / f"{out.name}-{number}"), EngineOptions(), stages)
             for number, setting in enumerate(settings)
         ]
         compared = [one for of in found for one in of.compared if one.metric in SHOWN]

@@ -15,6 +15,7 @@ from converter.errors import BuildError
 from converter.graph import dispatch
 from converter.graph.costs import layer_costs
 from converter.graph.forms import form_of
+from converter.json_rows import HIGH, LOW, OURS, RATIO, SpeedRow
 from converter.runtimes.kernel import has_kernel, library
 from converter.runtimes.layer import LayerLibrary
 from converter.runtimes.speed import PAST, Speed
@@ -59,10 +60,9 @@ def speed_rows(times: Sequence[Speed]) -> list[dict[str, Any]]:
     """Return the rows of `--json` for what `speed` measured."""
     rows = []
     for time in times:
-        name, quartiles = f"CPU, {time.call()}, {time.threads} threads", time.ratios()
-        rows.append(json_rows.row(f"{name}: ours", time.per_second(), "tokens/s"))
-        for part, value in zip((", low", "", ", high"), quartiles, strict=True):
-            rows.append(json_rows.row(f"{name}: dense time / our time{part}", value, "ratio"))
+        figures = dict(zip((LOW, RATIO, HIGH), time.ratios(), strict=True))
+        rows.append(SpeedRow(time.call(), time.threads, OURS, time.per_second()).row("tokens/s"))
+        rows += [SpeedRow(time.call(), time.threads, what, value).row("ratio") for what, value in figures.items()]
     return rows
 
 
@@ -71,7 +71,7 @@ def tune_rows(timings: Sequence[Timing]) -> list[dict[str, Any]]:
     return [
         json_rows.row(
             f"GPU, {timing.shape.dtype}, {timing.shape.k}x{timing.shape.n}, {timing.shape.keep}:{timing.shape.group}, "
-            f"{timing.tokens} tokens, {timing.path} {timing.tile}: dense time / our time",
+            f"{timing.tokens} tokens, {timing.path} {timing.tile}: {RATIO}",
             timing.median(),
             "ratio",
         )

@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn, TypeAlias
 
 from cyclopts import App, CycloptsError, Parameter, validators
 from cyclopts.types import NonNegativeInt, PositiveInt
@@ -22,9 +22,10 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("TORCH_LOGS", "-all")
 os.environ.setdefault("TQDM_DISABLE", "1")  # lm-eval's bars: the progress is ours
 
-from converter import interrupt, json_rows, show
+from converter import interrupt, json_rows, registry, show
 from converter.errors import CheckpointError, ConverterError, EvaluationError, OutputError, UsageError, said, shortened
 from converter.names import Dtype, Phases, Weights
+from converter.options import BuildOptions, EngineOptions, EvaluationOptions, ParityOptions, Seed, TaskOptions, named
 from converter.place import encodable, is_utf8
 from converter.stages import Stages
 
@@ -57,14 +58,16 @@ WeightsOption = Annotated[
 Revision = Annotated[str | None, Parameter(help="a branch, tag or commit of MODEL on the Hub")]
 Threads = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=1024))]
 Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=3600))]
-Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=10))]
-Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32), help="seed of every random choice")]
 EmbedKernel = Annotated[
     bool, Parameter(negative=(), help="put the CPU kernel's library into OUT: onnxruntime-genai then runs it by itself")
 ]
-AllowHostCode = Annotated[
-    bool, Parameter(negative=(), help="let the engine bring code for this CPU: only one that you have built yourself")
-]
+Group = Parameter(name="*")  # of options that stand on the command line each for itself
+if TYPE_CHECKING:
+    Validated: TypeAlias = str
+    Built: TypeAlias = str
+    Evaluated: TypeAlias = str
+else:  # the choices that are offered
+    Validated, Built, Evaluated = (Literal[registry.names(use)] for use in ("validate", "build", "evaluate"))
 
 
 @Parameter(name="*")
@@ -180,12 +183,9 @@ def validate(
     out: Path,
     /,
     *,
-    text: str | None = None,
-    model: str | None = None,
-    runtime: Literal["onnxruntime", "tensorrt-rtx", "tensorrt"] = "onnxruntime",
-    target: str | None = None,
-    plugin: Path | None = None,
-    allow_host_code: AllowHostCode = False,
+    parity: Annotated[ParityOptions | None, Group] = None,
+    runtime: Validated = "onnxruntime",
+    engine: Annotated[EngineOptions | None, Group] = None,
     json_output: Json = False,
 ) -> None:
     """Compare OUT in ONNX Runtime with its checkpoint in PyTorch, or an engine of it with ONNX Runtime.
@@ -194,35 +194,24 @@ def validate(
 
     Parameters
     ----------
-    text
-        The text to compare on: a file, hub:NAME, or python (default). Of an engine it is fixed when it is built.
-    model
-        Where the checkpoint is now, when it has moved.
     runtime
         What runs OUT: ONNX Runtime, or an engine that `nmsparse build` wrote.
-    target
-        With tensorrt-rtx: the compute capabilities of the engine, where OUT has several.
-    plugin
-        With tensorrt: the plugin's library.
     """
-    ours = {"--text": text, "--model": model}
-    host = {"--allow-host-code": allow_host_code or None}
-    theirs = host | ({"--target": target} if runtime == "tensorrt-rtx" else {"--plugin": plugin})
-    every = {**ours, **host, "--target": target, "--plugin": plugin}
-    _refuse_others(f"with --runtime {runtime}", every, ours if runtime == "onnxruntime" else theirs)
-    if runtime != "onnxruntime":
+    given, run = parity or ParityOptions(), engine or EngineOptions()
+    _refuse_others(f"with --runtime {runtime}", named(given, run), registry.own(runtime, "validate"))
+    if registry.builds(runtime):
         from converter.build import validate_engine
 
-        about = validate_engine(out, runtime, target, plugin, Stages(), host_code=allow_host_code)
+        about = validate_engine(out, runtime, run, Stages())
         print(json.dumps(about, indent=2) if json_output else f"{runtime} agrees with ONNX Runtime")
         return
     from converter.pipeline import validate as stage
 
-    parity = stage(out, model, text, Stages())
+    found = stage(out, given.model, given.text, Stages())
     if json_output:
-        print(json.dumps(parity.summary() | {"parity_layers": [asdict(layer) for layer in parity.layers]}, indent=2))
+        print(json.dumps(found.summary() | {"parity_layers": [asdict(layer) for layer in found.layers]}, indent=2))
     else:
-        show.parity(parity.summary())
+        show.parity(found.summary())
 
 
 @app.command
@@ -230,78 +219,27 @@ def build(
     out: Path,
     /,
     *,
-    runtime: Literal["tensorrt-rtx", "tensorrt"] = "tensorrt-rtx",
-    target: str | None = None,
-    profile: list[str] | None = None,
-    workspace_mib: int | None = None,
-    dispatch: Path | None = None,
-    plugin: Path | None = None,
-    version_compatible: bool = False,
-    hardware_compatible: bool = False,
-    embed_plugin: bool = False,
+    runtime: Built = "tensorrt-rtx",
+    options: Annotated[BuildOptions | None, Group] = None,
     json_output: Json = False,
 ) -> None:
     """Build an engine of OUT: of TensorRT-RTX on any machine, of TensorRT with our plugin where a GPU is.
 
     TensorRT-RTX knows no plugins: its engine computes the sparse model by dense GEMMs. For TensorRT the graph with
     plugin nodes is written, and a script that builds it with polygraphy; with --plugin also the engine.
-
-    Parameters
-    ----------
-    target
-        Comma-separated compute capabilities, such as sm_89,sm_120. With tensorrt-rtx: one engine for all of them. With
-        tensorrt: the one whose rows of the dispatch table are used.
-    profile
-        Shapes to tune for, such as batch=1,tokens=1:128:512,past=0:256:1023 (MIN:OPT:MAX); may be repeated. By
-        default one for decoding and one for prefill, of one sequence of up to 2048 tokens.
-    workspace_mib
-        The most scratch memory of a layer on the GPU, in MiB; by default the runtime's own choice.
-    dispatch
-        With tensorrt: the table of paths that nmsparse bench --tune writes; by default nmsparse's own.
-    plugin
-        With tensorrt: the plugin's library, to build the engine here.
-    version_compatible
-        With tensorrt: the engine also loads in later versions of TensorRT.
-    hardware_compatible
-        With tensorrt: the engine runs on every GPU from Ampere on.
-    embed_plugin
-        With tensorrt and --plugin: the engine carries the library in it.
     """
-    theirs = {"--dispatch": dispatch, "--plugin": plugin, "--version-compatible": version_compatible or None}
-    theirs |= {"--hardware-compatible": hardware_compatible or None, "--embed-plugin": embed_plugin or None}
-    _refuse_others(f"with --runtime {runtime}", theirs, theirs if runtime == "tensorrt" else {})
-    workspace = None if workspace_mib is None else workspace_mib << 20
-    console = Console(emoji=False)
-    if runtime == "tensorrt":
-        from converter.build import build_tensorrt
-        from converter.runtimes.tensorrt import Options
+    given = options or BuildOptions()
+    _refuse_others(f"with --runtime {runtime}", named(given), registry.own(runtime, "build"))
+    from converter.build import build as stage
 
-        options = Options(
-            workspace=workspace,
-            version_compatible=version_compatible,
-            hardware_compatible=hardware_compatible,
-            embed_plugin=embed_plugin,
-        )
-        about = build_tensorrt(out, profile or [], target, dispatch, plugin, options, Stages())
-        said = f"{about['graph']['plugins']} plugin nodes; "
-        said += "run build.sh where TensorRT and a GPU are" if plugin is None else "as many plugin layers in the engine"
-    else:
-        from converter.build import build_tensorrt_rtx
-
-        if target is None:
-            raise UsageError("--target: must be given with --runtime tensorrt-rtx, such as sm_89. Say which GPUs.")
-        about = build_tensorrt_rtx(out, target.split(","), profile or [], workspace, Stages())
-        engine = about["engine"]
-        said = (
-            f"{runtime} {engine['version']} for {', '.join(engine['targets'])}: {engine['bytes'] / 1e9:.2f} GB\n"
-            "its GEMMs are dense: this runtime has no plugins, it computes what the sparse model means"
-        )
+    report = stage(out, runtime, given, Stages())
     if json_output:
-        print(json.dumps(about, indent=2))
+        print(json.dumps(report.to_json(), indent=2))
         return
-    for shapes in about["graph" if runtime == "tensorrt" else "engine"]["profiles"]:
-        console.print(f"profile {shapes}")
-    console.print(said)
+    console = Console(emoji=False)
+    for profile in report.profiles:
+        console.print(f"profile {profile}")
+    console.print(report.written.said)
 
 
 @app.command
@@ -333,7 +271,7 @@ def bench(
     plugin
         With --tune: the library of the TensorRT plugin.
     json_file
-        Where to write rows of name, value, unit, goal and met.
+        Where to write rows of name, value, unit, goal and met; without --tune of call, threads and what, too.
     """
     from converter import bench as stage
 
@@ -392,7 +330,7 @@ def report(
     """Write one HTML page about OUT that needs no network: verdict, layers, parity, training, speed, recipe."""
     from converter.delivery import report as stage
 
-    rows = json_rows.read(bench) if bench else []
+    rows = json_rows.read_speed(bench) if bench else []
     _write_page(to or out / "report.html", stage.report(stage.read(out), rows))
 
 
@@ -577,24 +515,10 @@ def evaluate(
     model: str,
     /,
     *,
-    tasks: str | None = None,
-    images: str | None = None,
-    runtime: Literal["onnxruntime", "pytorch", "tensorrt-rtx", "tensorrt"] = "onnxruntime",
-    target: str | None = None,
-    plugin: Path | None = None,
-    allow_host_code: AllowHostCode = False,
-    against: str | None = None,
-    data_dir: Path | None = None,
-    limit: PositiveInt | None = None,
-    shots: int | None = None,
-    chat: bool = False,
-    prompts: NonNegativeInt = 0,
-    text: str = "python",
-    context: PositiveInt = 2048,
-    batch: PositiveInt = 8,
-    seed: Seed = 0,
-    min_recovery: Share | None = None,
-    out: Path | None = None,
+    asked: Annotated[TaskOptions | None, Group] = None,
+    runtime: Evaluated = "onnxruntime",
+    engine: Annotated[EngineOptions | None, Group] = None,
+    options: Annotated[EvaluationOptions | None, Group] = None,
     json_output: Json = False,
 ) -> None:
     """Measure tasks of lm-evaluation-harness on OUT beside its checkpoint, dense, in PyTorch.
@@ -604,70 +528,20 @@ def evaluate(
 
     Parameters
     ----------
-    tasks
-        Comma-separated names of lm-eval's tasks, which may be empty; by default piqa, arc_easy, boolq, winogrande and
-        wikitext.
-    images
-        For an image classifier, instead of tasks: a folder that has one folder of images for each class, or
-        hub:NAME[:CONFIG[:SPLIT]].
     runtime
         What runs OUT: ONNX Runtime; PyTorch, whose sparse model is what validate compares it with; or, where a GPU is,
         an engine that `nmsparse build` wrote.
-    target
-        With tensorrt-rtx: the compute capabilities of the engine, where OUT has several.
-    plugin
-        With tensorrt: the plugin's library.
-    against
-        The dense checkpoint, where it is no longer where OUT was made from.
-    data_dir
-        A folder with the data of the tasks, such as piqa/valid.jsonl; by default they come from the Hub.
-    limit
-        How many examples of each task, the first ones; by default all.
-    shots
-        Examples in each prompt; by default as many as the task says.
-    chat
-        Put the prompts into the model's chat template.
-    prompts
-        From how many prompts, 64 tokens of --text each, both models write on: how much of it is the same.
-    text
-        Where these prompts come from, as for nmsparse perplexity.
-    context
-        The most tokens in a sequence, and in a window of a perplexity.
-    batch
-        Sequences in a call.
-    min_recovery
-        Exit code 19 when sparse / dense accuracy, the mean over the tasks, is less.
-    out
-        Where to write each example's results and the comparison; by default OUT/evaluation, of a checkpoint nowhere.
     """
-    host = "--allow-host-code"
-    theirs = {"tensorrt-rtx": ["--target", host], "tensorrt": ["--plugin", host]}.get(runtime, [])
-    every = {"--target": target, "--plugin": plugin, host: allow_host_code or None}
-    _refuse_others(f"with --runtime {runtime}", every, theirs)
+    wanted, run = asked or TaskOptions(), engine or EngineOptions()
+    _refuse_others(f"with --runtime {runtime}", named(run), registry.own(runtime, "evaluate"))
     try:
         from converter import evaluate as stage
-        from converter.evaluation.tasks import TASKS, Setting
+        from converter.evaluation.tasks import setting
     except ModuleNotFoundError as error:
         raise EvaluationError(
             f"nmsparse evaluate: needs the package {error.name}, got none. pip install 'nmsparse[evaluate]'."
         ) from error
-    tasks = tasks if tasks is not None else "" if images else TASKS
-    names = tuple(name for name in tasks.split(",") if name)
-    setting = Setting(names, limit, shots, chat, seed, prompts, text, images, runtime)
-    found = stage.evaluate(
-        model,
-        against,
-        setting,
-        data_dir,
-        out,
-        context,
-        batch,
-        min_recovery,
-        Stages(),
-        target,
-        plugin,
-        allow_host_code,
-    )
+    found = stage.evaluate(model, setting(wanted, runtime), options or EvaluationOptions(), run, Stages())
     if json_output:
         about = {"recovery": found.recovery, "f1": found.f1, "compared": [asdict(one) for one in found.compared]}
         print(json.dumps(about, indent=2))

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 from transformers import PreTrainedModel
 
+from converter import registry
 from converter.build import runnable
 from converter.calibration.images import SOURCES
 from converter.calibration.texts import windows
@@ -36,13 +37,13 @@ from converter.evaluation.harness import HarnessLM, longest
 from converter.evaluation.statistics import Paired, compare, f1, recovery
 from converter.evaluation.tasks import Setting, ask, load_tasks
 from converter.kinds import CLASSIFIER
-from converter.pipeline import load_with_processor, reference, require_decoder
+from converter.options import EngineOptions, EvaluationOptions
+from converter.pipeline import require_decoder
 from converter.place import private, replacing
 from converter.runtimes.engine import ENGINE
 from converter.runtimes.engine_model import load_engine
 from converter.runtimes.gpu import gpu
-from converter.runtimes.kernel import library
-from converter.runtimes.profile import Profile
+from converter.runtimes.protocol import Runnable, Served
 from converter.stages import Stages
 
 TABLE = "compared.csv"
@@ -60,22 +61,11 @@ class Evaluation:
 
 
 def evaluate(
-    model: str,
-    against: str | None,
-    setting: Setting,
-    data: Path | None,
-    out: Path | None,
-    context: int,
-    batch: int,
-    min_recovery: float | None,
-    stages: Stages,
-    target: str | None = None,
-    plugin: Path | None = None,
-    host_code: bool = False,
+    model: str, setting: Setting, options: EvaluationOptions, engine: EngineOptions, stages: Stages
 ) -> Evaluation:
     """Return how OUT does beside its dense checkpoint, or how a checkpoint does alone, and write it to a folder.
 
-    `target`, `plugin` and `host_code` are of the engine, where the setting's runtime has one.
+    `engine` says which one runs OUT, where the setting's runtime has engines.
 
     Raises:
         BuildError, DeviceError: when there is no engine of that runtime, or no GPU that can run it.
@@ -83,30 +73,31 @@ def evaluate(
         CheckpointError: when the checkpoint has another tokenizer than OUT.
         RecoveryError: when less of the accuracy is left than `min_recovery`; the results are written.
     """
-    folder = Path(model)
+    folder, out, context = Path(model), options.out, options.context
     sparse = is_bundle(folder)
     if sparse:
         with stages.stage("check"):
             check_files(folder)
     if not sparse:
-        for option, value in (("--min-recovery", min_recovery), ("--against", against), ("--prompts", setting.prompts)):
+        given = {"--min-recovery": options.min_recovery, "--against": options.against, "--prompts": setting.prompts}
+        for option, value in given.items():
             if value:
                 raise UsageError(f"{option}: must be given with an OUT of nmsparse, got {model}. Leave it out.")
-    checkpoint = _dense(folder, against) if sparse else open_checkpoint(model)
+    checkpoint = _dense(folder, options.against) if sparse else open_checkpoint(model)
     _check_setting(checkpoint, setting)
     if sparse:
         out = out or folder / EVALUATION
         if not checkpoint.kind.images:
             _same_tokenizer(folder, checkpoint)
     with stages.stage("tasks"):
-        tasks = load_tasks(setting, data)
+        tasks = load_tasks(setting, options.data_dir)
         shown = (
             labelled(setting.images, checkpoint.config, setting.limit or 0, setting.seed) if setting.images else None
         )
         prompts = windows(setting.text, checkpoint.tokenizer(), setting.prompts, PROMPT) if setting.prompts else None
     sides = {"dense": _dense_side(checkpoint)}
     if sparse:
-        sides["sparse"] = _sparse_side(folder, checkpoint, setting, against, target, plugin, context, host_code)
+        sides["sparse"] = _sparse_side(folder, checkpoint, setting.runtime, options, engine)
     found: dict[str, pd.DataFrame] = {}
     wrote: list[list[int]] = []  # the dense model, after the prompts
     for name, (load, key) in sides.items():
@@ -114,10 +105,10 @@ def evaluate(
         with Answers(_kept(key, context)) as answers:
             if shown is not None:
                 with stages.stage(name, "images") as advance:
-                    frames.append(classify(loaded[0], loaded[1], *shown, batch, answers, advance))
+                    frames.append(classify(loaded[0], loaded[1], *shown, options.batch, answers, advance))
             if tasks:
                 with stages.stage(name, "answers") as advance:
-                    frames.append(ask(HarnessLM(*loaded, context, batch, advance, answers), tasks, setting))
+                    frames.append(ask(HarnessLM(*loaded, context, options.batch, advance, answers), tasks, setting))
             if prompts is not None:
                 with stages.stage(f"{name}, prompts", "prompts") as advance:
                     written = write_on(*loaded, prompts, answers, advance)
@@ -130,7 +121,7 @@ def evaluate(
     result = Evaluation(examples, both, recovery(both) if sparse else None, scores)
     if out is not None:
         _write(out, result, setting, context, model, checkpoint.source)
-    _check(result, min_recovery)
+    _check(result, options.min_recovery)
     return result
 
 
@@ -143,39 +134,29 @@ def _dense_side(checkpoint: Checkpoint) -> Side:
 
 
 def _sparse_side(
-    folder: Path,
-    checkpoint: Checkpoint,
-    setting: Setting,
-    against: str | None,
-    target: str | None,
-    plugin: Path | None,
-    context: int,
-    host_code: bool,
+    folder: Path, checkpoint: Checkpoint, runtime: str, options: EvaluationOptions, engine: EngineOptions
 ) -> Side:
-    """Return what loads OUT in the setting's runtime, and what tells it and what runs it from all others."""
-    if setting.runtime == "pytorch":
-        return lambda: (reference(folder, against), checkpoint.processor()), _fingerprint(folder, "PyTorch")
-    if setting.runtime == "onnxruntime":
-        kernel = library()
-        runs = "function body" if kernel is None else sha256(kernel)
-        return lambda: load_with_processor(folder), _fingerprint(folder, runs)
-    place, about = runnable(folder, setting.runtime, target)
-    _check_context(place, about, checkpoint, context)
-    runs = f"{gpu()[1]} {about['files'][ENGINE]['sha256']} {sha256(plugin) if plugin else ''}"
-    key = _fingerprint(folder, runs)
-    return lambda: (load_engine(folder, place, about, plugin, host_code=host_code), checkpoint.processor()), key
+    """Return what loads OUT in the runtime, and what tells it and what runs it from all others."""
+    if registry.builds(runtime):
+        served = _serve(folder, checkpoint, runnable(folder, runtime, engine.target), options.context, engine)
+    else:
+        served = registry.runtime(runtime).serve(folder, options.against)
+    processor = Checkpoint(str(folder), None, folder).processor
+    return lambda: (served.load(), processor()), _fingerprint(folder, served.runs)
 
 
-def _check_context(place: Path, about: dict[str, Any], checkpoint: Checkpoint, context: int) -> None:
-    """Refuse a context that the engine's profiles cannot take, before anything is asked."""
-    profiles = [Profile.parse(text) for text in about["engine"]["profiles"]]
-    most = max((p.tokens[2] for p in profiles if p.past[0] == 0 and p.batch[0] == 1), default=0)
+def _serve(folder: Path, checkpoint: Checkpoint, found: Runnable, context: int, options: EngineOptions) -> Served:
+    """Return OUT on an engine; a context that its profiles cannot take is refused, before anything is asked."""
+    most = max((p.tokens[2] for p in found.engine.shapes() if p.past[0] == 0 and p.batch[0] == 1), default=0)
     wanted = longest(checkpoint.config, context)
     if wanted > most:
         raise EvaluationError(
-            f"--context: must be at most {most}, what a profile of {place} takes in one call, got {wanted}. "
+            f"--context: must be at most {most}, what a profile of {found.place} takes in one call, got {wanted}. "
             "Lower it, or build the engine again with --profile."
         )
+    library = sha256(options.plugin) if options.plugin else ""
+    runs = f"{gpu()[1]} {found.manifest['files'][ENGINE]['sha256']} {library}"
+    return Served(lambda: load_engine(folder, found, options), runs)
 
 
 def _check_setting(checkpoint: Checkpoint, setting: Setting) -> None:

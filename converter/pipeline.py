@@ -39,6 +39,7 @@ from converter.evaluation.overflow import check_range
 from converter.evaluation.parity import Parity
 from converter.evaluation.parity import validate as compare
 from converter.evaluation.reference import make_sparse
+from converter.graph.export import Sparse
 from converter.graph.export import export as write_graph
 from converter.graph.supported import check_supported
 from converter.graph.trace import check_traceable
@@ -151,7 +152,7 @@ def run(
     with staged(out, _bytes(checkpoint, recipe)) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
         about = _about(checkpoint, found.recipe, found.plan)
-        _export(found.checkpoint, found.plan, found.params, found.recipe, about, folder, stages, embed_kernel)
+        _export(found, about, folder, stages, embed_kernel)
         parity = _validate(folder, found.checkpoint, found.params, found.recipe, None, stages)
         report = _report(found, folder, stages, parity)
         write_json(folder / REPORT, report)
@@ -184,8 +185,9 @@ def export(
         for name in [calibration_file.NAME, *([arrangement_file.NAME] if recipe.arranges() else [])]:
             shutil.copy(calibrated / name, folder)
         (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
-        _export(checkpoint, layers, params, recipe, about, folder, stages, embed_kernel)
-        report = _report(Fitted(checkpoint, recipe, layers, params), folder, stages, None)
+        found = Fitted(checkpoint, recipe, layers, params)
+        _export(found, about, folder, stages, embed_kernel)
+        report = _report(found, folder, stages, None)
         write_json(folder / REPORT, report)
         write_manifest(folder, about)
     return report
@@ -340,16 +342,8 @@ def fitted(
     return Fitted(checkpoint.on("cpu"), recipe, layers, params, curve)
 
 
-def _export(
-    checkpoint: Checkpoint,
-    layers: Plan,
-    params: dict[str, Params],
-    recipe: Recipe,
-    about: dict[str, Any],
-    folder: Path,
-    stages: Stages,
-    embed_kernel: bool,
-) -> None:
+def _export(found: Fitted, about: dict[str, Any], folder: Path, stages: Stages, embed_kernel: bool) -> None:
+    checkpoint, recipe, params = found.checkpoint, found.recipe, found.params
     name = about["source"]["name"].encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
     metadata = {
         "nmsparse.version": about["versions"]["nmsparse"],
@@ -358,9 +352,8 @@ def _export(
         "nmsparse.source_revision": about["source"]["revision"] or about["source"]["weights_sha256"],
     }
     with stages.stage("export", "tensors") as advance:
-        write_graph(
-            checkpoint, layers, params, recipe.storage(), recipe.phases, recipe.share, folder, metadata, advance
-        )
+        sparse = Sparse(checkpoint, found.plan, params, recipe.storage(), recipe.phases, recipe.share)
+        write_graph(sparse, folder, metadata, advance)
         if recipe.dtype == "float16":
             given = _validation(checkpoint, recipe, None)
             check_range(checkpoint.model(), params, recipe.storage(), recipe.phases, given)

@@ -79,7 +79,8 @@ def test_out_is_measured_beside_the_same_out_dense(
     assert found.returncode == 0, found.stderr
     assert "the function body of the op: our kernel is not built" in " ".join(found.stdout.split())
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert all(set(row) == {"name", "value", "unit", "goal", "met"} and row["value"] > 0 for row in rows)
+    fields = {"name", "value", "unit", "goal", "met", "call", "threads", "what"}
+    assert all(set(row) == fields and row["value"] > 0 for row in rows)
     calls = ["a token after 128", "prefill of 16", "prefill of 200"]
     assert [row["name"] for row in rows if row["unit"] == "tokens/s"] == [f"CPU, {c}, 1 threads: ours" for c in calls]
 

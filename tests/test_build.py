@@ -19,12 +19,13 @@ from conftest import PLAIN, WITH_RTX, make_tiny
 from polygraphy.json import load_json
 
 from converter import convert
-from converter.build import build_tensorrt_rtx as build
-from converter.build import validate_engine
+from converter.build import BuildReport, validate_engine
+from converter.build import build as build_engine
 from converter.errors import BuildError, OutputError, ValidationError
 from converter.graph.forms import form_of
 from converter.graph.lower import lower
 from converter.graph.widen import widen
+from converter.options import BuildOptions, EngineOptions
 from converter.runtimes import trial
 from converter.runtimes.engine import kinds
 from converter.runtimes.kernel import VARIABLE
@@ -34,6 +35,10 @@ from converter.signature import Form
 from converter.stages import Stages
 
 SHORT = ["batch=1,tokens=1:8:64,past=0:16:63"]
+
+
+def build(out: Path, target: str, profiles: list[str] = SHORT) -> BuildReport:
+    return build_engine(out, "tensorrt-rtx", BuildOptions(target=target, profile=profiles), Stages())
 
 
 @pytest.fixture(scope="module")
@@ -141,8 +146,7 @@ def test_bad_profiles(text: str, said: str) -> None:
 @pytest.mark.parametrize("pattern", ["2:4", "8:16"])
 def test_engines_of_every_dtype(converted: Callable[..., Path], dtype: str, pattern: str) -> None:
     out = converted(dtype, pattern=pattern)
-    about = build(out, ["sm_89"], SHORT, None, Stages())
-    engine, folder = about["engine"], out / "engines" / "tensorrt-rtx-sm_89"
+    engine, folder = build(out, "sm_89").to_json()["engine"], out / "engines" / "tensorrt-rtx-sm_89"
     half = {"float32": "float", "float16": "half", "bfloat16": "bf16"}[dtype]
     assert {tensor["dtype"] for tensor in engine["inputs"][3:]} == {half}
     assert engine["outputs"][0]["name"] == "logits"
@@ -181,7 +185,8 @@ def test_an_engine_that_cannot_run_here_is_looked_at(
     shutil.rmtree(out / "engines", ignore_errors=True)
     found = nmsparse("validate", out, "--runtime", "tensorrt-rtx")
     assert (found.returncode, "must have one engine tensorrt-rtx-*, got none" in found.stderr) == (16, True)
-    about = build(out, ["sm_89"], [*SHORT, "batch=1,tokens=1,past=0:16:63"], None, Stages())
+    engine = build(out, "sm_89", [*SHORT, "batch=1,tokens=1,past=0:16:63"]).written.engine
+    assert engine is not None
     script = (out / "engines" / "tensorrt-rtx-sm_89" / "validate.sh").read_text()
     assert [shlex.split(line) for line in script.splitlines() if line.startswith("polygraphy")] == trial.commands(2)
     hidden = {**os.environ, "PATH": ""}  # where there is a GPU, nmsparse does not find it
@@ -189,14 +194,14 @@ def test_an_engine_that_cannot_run_here_is_looked_at(
     assert found.returncode == 17
     said = " ".join(found.stderr.split())
     assert "a GPU must be here to run it, got none" in said
-    assert all(f"{count} {kind}" in said for kind, count in about["engine"]["layers"].items())
-    build(out, ["sm_80"], SHORT, None, Stages())
+    assert all(f"{count} {kind}" in said for kind, count in engine.layers.items())
+    build(out, "sm_80")
     with pytest.raises(BuildError, match="got tensorrt-rtx-sm_80, tensorrt-rtx-sm_89"):
-        validate_engine(out, "tensorrt-rtx", None, None, Stages())
+        validate_engine(out, "tensorrt-rtx", EngineOptions(), Stages())
     with (out / "engines" / "tensorrt-rtx-sm_80" / "model.engine").open("r+b") as file:
         file.write(b"other")
     with pytest.raises(OutputError, match=r"model\.engine: must have SHA-256"):
-        validate_engine(out, "tensorrt-rtx", "sm_80", None, Stages())
+        validate_engine(out, "tensorrt-rtx", EngineOptions(target="sm_80"), Stages())
 
 
 def sabotaged(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -236,10 +241,10 @@ def test_the_trial_tells_a_wrong_model_from_the_right_one(
     model = onnx.load(out / "model.onnx")
     for graph in (model, lower(model)):
         onnx.save(graph, tmp_path / "model.engine")
-        trial.run(tmp_path, "tensorrt", 2, None, lambda done, total: None)
+        trial.run(tmp_path, {}, 2, None, lambda done, total: None)
     onnx.save(sabotaged(model), tmp_path / "model.engine")
     with pytest.raises(ValidationError, match="profile 0: the engine must agree with ONNX Runtime"):
-        trial.run(tmp_path, "tensorrt", 2, None, lambda done, total: None)
+        trial.run(tmp_path, {}, 2, None, lambda done, total: None)
 
 
 @WITH_RTX
@@ -263,9 +268,9 @@ def test_what_cannot_be_built(converted: Callable[..., Path], monkeypatch: pytes
     with monkeypatch.context() as patch:
         patch.setattr(Profile, "shapes", lambda _, value: [(1,) * len(value.type.tensor_type.shape.dim)] * 3)
         with pytest.raises(BuildError, match="cannot build it: "):
-            build(out, ["sm_89"], SHORT, None, Stages())
+            build(out, "sm_89")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
         with pytest.raises(BuildError, match=r"Install nmsparse\[tensorrt-rtx\]"):
-            build(out, ["sm_89"], SHORT, None, Stages())
+            build(out, "sm_89")
     assert not (out / "engines").exists()

@@ -19,7 +19,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelF
 
 from converter import Recipe, convert, load
 from converter.bench import speed
-from converter.build import build_tensorrt, build_tensorrt_rtx
+from converter.build import build
 from converter.calibration import file as calibration_file
 from converter.calibration.allocate import measure
 from converter.calibration.texts import texts, windows
@@ -27,9 +27,9 @@ from converter.checkpoint import open_checkpoint
 from converter.delivery.inspect import inspect
 from converter.errors import BuildError, CalibrationError, CheckpointError, ExportError, RecipeError
 from converter.kinds import output
+from converter.options import BuildOptions
 from converter.pipeline import load_with_processor
 from converter.plan import plan
-from converter.runtimes.tensorrt import Options
 from converter.sparsity.linear import Params, install
 from converter.stages import Stages
 
@@ -228,13 +228,13 @@ def test_what_only_decoders_can_do(
         done = nmsparse(*command)
         assert done.returncode == CheckpointError.exit_code
         assert f"must be a causal language model for {command[0]}, got one that is not: encoder" in done.stderr
-    for build in (
+    for refused in (
         lambda: speed(out, None, None, None, Stages()),
-        lambda: build_tensorrt_rtx(out, ["sm_89"], [], None, Stages()),
-        lambda: build_tensorrt(out, ["batch=1,tokens=1,past=1"], None, None, None, Options(), Stages()),
+        lambda: build(out, "tensorrt-rtx", BuildOptions(target="sm_89"), Stages()),
+        lambda: build(out, "tensorrt", BuildOptions(profile=["batch=1,tokens=1,past=1"]), Stages()),
     ):
         with pytest.raises(BuildError, match="must be a decoder, got a model without a cache"):
-            build()
+            refused()
 
 
 def test_minilm(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,11 +19,12 @@ from test_cli import Command, refused
 from torch import Tensor
 
 from converter import convert
-from converter.build import build_tensorrt_rtx, runnable
+from converter.build import build, runnable
 from converter.errors import BuildError, DeviceError, EvaluationError
 from converter.evaluate import Evaluation, evaluate
 from converter.evaluation.tasks import Setting
-from converter.runtimes import engine_model
+from converter.options import BuildOptions, EngineOptions, EvaluationOptions
+from converter.runtimes import engine_model, tensorrt
 from converter.runtimes.engine_model import Engine, by_profile, load_engine
 from converter.runtimes.onnxruntime import session
 from converter.runtimes.profile import Profile, fitting
@@ -38,7 +40,7 @@ PROFILES = [f"batch=1,tokens=1,past=0:16:{CONTEXT - 1}", f"batch=1:2:3,tokens=1:
 def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("served")
     out = convert(str(make_tiny(folder / "model")), folder / "out", PLAIN.replace({"dtype": "float16"}))
-    build_tensorrt_rtx(out, ["sm_89"], PROFILES, None, Stages())
+    build(out, "tensorrt-rtx", BuildOptions(target="sm_89", profile=PROFILES), Stages())
     return out
 
 
@@ -126,8 +128,8 @@ def test_an_engine_that_this_machine_cannot_load_is_refused(
 
 
 def evaluated(out: Path, data: Path, runtime: str, context: int = CONTEXT) -> Evaluation:
-    setting = Setting(SETTING.tasks, prompts=SETTING.prompts, runtime=runtime)  # type: ignore[arg-type]
-    return evaluate(str(out), None, setting, data, None, context, 8, None, Stages())
+    setting = Setting(SETTING.tasks, prompts=SETTING.prompts, runtime=runtime)
+    return evaluate(str(out), setting, EvaluationOptions(data_dir=data, context=context), EngineOptions(), Stages())
 
 
 @WITH_RTX
@@ -161,19 +163,20 @@ def test_what_an_engine_cannot_be_asked(
 ) -> None:
     with pytest.raises(EvaluationError, match=r"--context: must be at most 32, what a profile of .* got 64"):
         evaluated(converted_again, data, "tensorrt-rtx", 64)
-    place, about = runnable(out, "tensorrt-rtx", None)
-    about = {**about, "runtime": "tensorrt", "engine": {**about["engine"], "embed_plugin": False}}
+    found = runnable(out, "tensorrt-rtx", None)
+    theirs = replace(found, runtime=tensorrt.RUNTIME, engine=replace(found.engine, own={"embed_plugin": False}))
     monkeypatch.setitem(sys.modules, "tensorrt", SimpleNamespace(Builder=None))
     with pytest.raises(BuildError, match=r"--plugin: must be given for .*, whose engine has not embedded it"):
-        load_engine(out, place, about, None)
+        load_engine(out, theirs, EngineOptions())
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     with pytest.raises(BuildError, match="tensorrt: must be installed, got"):
-        load_engine(out, place, about, None)
+        load_engine(out, theirs, EngineOptions())
 
 
 @pytest.fixture
 def converted_again(out: Path, tmp_path: Path) -> Path:
     """OUT with an engine of short calls."""
     again = Path(shutil.copytree(out, tmp_path / "out", ignore=shutil.ignore_patterns("engines")))
-    build_tensorrt_rtx(again, ["sm_89"], ["batch=1,tokens=1:8:32,past=0:16:63"], None, Stages())
+    options = BuildOptions(target="sm_89", profile=["batch=1,tokens=1:8:32,past=0:16:63"])
+    build(again, "tensorrt-rtx", options, Stages())
     return again

@@ -24,6 +24,7 @@ from converter.delivery.page import Line, Section, page
 from converter.delivery.report import Out, compare, read, report
 from converter.errors import OutputError
 from converter.graph.costs import LayerCost
+from converter.json_rows import HIGH, LOW, OURS, RATIO, SpeedRow, read_speed, row, write
 from converter.pipeline import convert
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -42,13 +43,13 @@ FITTED = {
     "training.learning_rate": 2e-3,
 }
 BENCH = [
-    {"name": f"CPU, {call}, {threads} threads: {what}", "value": value, "unit": "", "goal": None, "met": None}
+    SpeedRow(call, threads, what, value)
     for call, threads, ratio in (("a token after 128", 1, 1.31), ("prefill of 128", 2, 1.02))
     for what, value in (
-        ("ours", 40.0),
-        ("dense time / our time, low", ratio - 0.1),
-        ("dense time / our time", ratio),
-        ("dense time / our time, high", ratio + 0.1),
+        (OURS, 40.0),
+        (LOW, ratio - 0.1),
+        (RATIO, ratio),
+        (HIGH, ratio + 0.1),
     )
 ]
 # Of WCAG: how much lighter the lighter of a text's colour and the page's is, at the worst text.
@@ -165,7 +166,7 @@ def test_the_verdict_says_what_was_measured_and_what_was_not(out: Out, tmp_path:
     assert (
         "1.31 times as fast at best (a token after 128, one thread), 1.02 at worst (prefill of 128, 2 threads)" in text
     )
-    slow = [{**row, "value": 0.9} for row in BENCH]
+    slow = [replace(row, value=0.9) for row in BENCH]
     assert '<li class="bad">Beside the same model run dense: 0.90 times as fast' in report(out, slow)
     assert '<li class="bad">How fast it is was not measured' in report(out, [])
     failed = {"passed": False, "failures": ["layer 1 <is> off"]}
@@ -308,6 +309,11 @@ def test_patterns_and_mitigations_that_are_crossed_are_told_apart(tmp_path: Path
     assert [row[1:3] for row in pairs.rows][:2] == [("dense", "2:4 none"), ("dense", "2:4 var")]
 
 
+def test_rows_of_speed_are_read_as_they_were_written(tmp_path: Path) -> None:
+    write(tmp_path / "bench.json", (row.row("ratio") for row in BENCH))
+    assert read_speed(tmp_path / "bench.json") == BENCH
+
+
 def test_what_is_said_is_text_and_never_html() -> None:
     text = page(
         "<b>title", [Line("<i>good")], [Section("<s>", "<u>", head=("<q>",), rows=[("<p class=x>",)], verbatim="<a>")]
@@ -322,6 +328,11 @@ def test_bad_input(out: Out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         nmsparse("report", tmp_path)
     (tmp_path / "bench.json").write_text(json.dumps([{"name": "x"}]))
     with pytest.raises(OutputError, match="must be a file that --json wrote"):
+        nmsparse("report", out.folder, "--bench", tmp_path / "bench.json")
+    # Of an earlier nmsparse, of --tune, or of a benchmark.
+    write(tmp_path / "bench.json", [BENCH[0].row("tokens/s"), row("CPU, prefill of 128, 2 threads: ours", 1, "")])
+    said = r"each row must have call, threads and what, .* got one without: CPU, prefill of 128, 2 threads: ours\."
+    with pytest.raises(OutputError, match=said):
         nmsparse("report", out.folder, "--bench", tmp_path / "bench.json")
     with pytest.raises(OutputError, match="must be a file that can be written"):
         nmsparse("report", out.folder, "--to", tmp_path / "no" / "page.html")

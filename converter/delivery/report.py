@@ -15,10 +15,10 @@ from converter.delivery.manifest import MANIFEST, RECIPE, REPORT, exported, mani
 from converter.delivery.page import Chart, Line, Section, bars, heat, intervals, line, page
 from converter.errors import OutputError, said
 from converter.graph.costs import LayerCost, layer_costs
+from converter.json_rows import HIGH, LOW, RATIO, SpeedRow
 
 BLOCK = re.compile(r"\.(\d+)\.")
 Item = TypeVar("Item")
-SPEED = re.compile(r"CPU, (?P<call>.+), (?P<threads>\d+) threads: (?P<what>.+)")
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def _of(outs: Sequence[Out]) -> Iterator[None]:
         ) from error
 
 
-def report(out: Out, bench: Sequence[dict[str, Any]]) -> str:
+def report(out: Out, bench: Sequence[SpeedRow]) -> str:
     """Return the page of one OUT; `bench` are the rows that `nmsparse bench --json` wrote, or none.
 
     Raises:
@@ -87,7 +87,7 @@ def report(out: Out, bench: Sequence[dict[str, Any]]) -> str:
         return _report(out, bench)
 
 
-def _report(out: Out, bench: Sequence[dict[str, Any]]) -> str:
+def _report(out: Out, bench: Sequence[SpeedRow]) -> str:
     verdict = [
         Line(f"A token uses {out.used():.0%} of the weights of {len(out.costs)} layers ({out.patterns()})."),
         _parity_line(out),
@@ -285,17 +285,16 @@ def _training(out: Out) -> list[Section]:
     return [*sections, Section("What it took", head=("stage", "seconds", "peak memory, GB"), rows=rows)]
 
 
-def _speeds(bench: Sequence[dict[str, Any]]) -> dict[tuple[str, str], dict[str, float]]:
+def _speeds(bench: Sequence[SpeedRow]) -> dict[tuple[str, int], dict[str, float]]:
     """Return the measurements by call and threads: tokens a second, and the quartiles of dense time by ours."""
-    found: dict[tuple[str, str], dict[str, float]] = {}
+    found: dict[tuple[str, int], dict[str, float]] = {}
     for row in bench:
-        if said := SPEED.fullmatch(row["name"]):
-            found.setdefault((said["call"], said["threads"]), {})[said["what"]] = row["value"]
+        found.setdefault((row.call, row.threads), {})[row.what] = row.value
     return found
 
 
-def _speed_line(bench: Sequence[dict[str, Any]]) -> Line:
-    ratio = {key: figures["dense time / our time"] for key, figures in _speeds(bench).items()}
+def _speed_line(bench: Sequence[SpeedRow]) -> Line:
+    ratio = {key: figures[RATIO] for key, figures in _speeds(bench).items()}
     if not ratio:
         return Line(
             "How fast it is was not measured: run nmsparse bench with --json, and give the file here.", good=False
@@ -309,21 +308,21 @@ def _speed_line(bench: Sequence[dict[str, Any]]) -> Line:
     )
 
 
-def _on(threads: str) -> str:
-    return "one thread" if threads == "1" else f"{threads} threads"
+def _on(threads: int) -> str:
+    return "one thread" if threads == 1 else f"{threads} threads"
 
 
-def _bench(bench: Sequence[dict[str, Any]]) -> list[Section]:
+def _bench(bench: Sequence[SpeedRow]) -> list[Section]:
     speeds = _speeds(bench)
     if not speeds:
         return []
-    name = "dense time / our time"
     rows = [
-        (call, threads, *(f"{value:.2f}" for value in of_row.values())) for (call, threads), of_row in speeds.items()
+        (call, str(threads), *(f"{value:.2f}" for value in of_row.values()))
+        for (call, threads), of_row in speeds.items()
     ]
     chart = intervals(
         [f"{call}, {_on(threads)}" for call, threads in speeds],
-        [(s[f"{name}, low"], s[name], s[f"{name}, high"]) for s in speeds.values()],
+        [(s[LOW], s[RATIO], s[HIGH]) for s in speeds.values()],
         "times as fast as dense",
         "Time of the same model run dense by ours: median and quartiles of interleaved runs. Above 1 is faster.",
     )

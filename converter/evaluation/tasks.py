@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache as once
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lm_eval
 import numpy as np
@@ -20,9 +20,9 @@ from lm_eval.tasks import TaskManager
 
 from converter.errors import EvaluationError
 from converter.evaluation.harness import HarnessLM
+from converter.options import TaskOptions
 
 TASKS = "piqa,arc_easy,boolq,winogrande,wikitext"  # by default
-Runtime = Literal["onnxruntime", "pytorch", "tensorrt-rtx", "tensorrt"]
 COLUMNS = ("task", "example", "metric", "value", "weight", "predicted", "target")
 ARTICLE = re.compile(r"^ = [^=]+ = $", re.M)
 
@@ -43,7 +43,15 @@ class Setting:
     prompts: int = 0
     text: str = "python"
     images: str | None = None
-    runtime: Runtime = "onnxruntime"
+    runtime: str = "onnxruntime"
+
+
+def setting(options: TaskOptions, runtime: str) -> Setting:
+    """Return the setting that the options ask for; by default the tasks are `TASKS`, for images none."""
+    tasks = options.tasks if options.tasks is not None else "" if options.images else TASKS
+    names = tuple(name for name in tasks.split(",") if name)
+    same = {name: value for name, value in vars(options).items() if name != "tasks"}
+    return Setting(names, **same, runtime=runtime)
 
 
 @dataclass(frozen=True)

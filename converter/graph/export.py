@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -35,27 +36,37 @@ IR_DTYPES = {
 FOUR_BITS = ir.DataType.INT4
 
 
+@dataclass(frozen=True)
+class Sparse:
+    """A checkpoint, what calibration made of its layers, and how their weights are stored and when they are sparse.
+
+    With `share`, layers that read one tensor and choose the same of its channels are one node.
+    """
+
+    checkpoint: Checkpoint
+    plan: Plan
+    params: dict[str, Params]
+    storage: Storage
+    phases: Phases
+    share: bool
+
+
 def export(
-    checkpoint: Checkpoint,
-    plan: Plan,
-    params: dict[str, Params],
-    storage: Storage,
-    phases: Phases,
-    share: bool,
+    sparse: Sparse,
     folder: Path,
     metadata: dict[str, str],
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> None:
     """Write `model.onnx` and `model.onnx.data` into `folder`; the weight of one node at a time is in memory.
 
-    With `share`, layers that read one tensor and choose the same of its channels are one node.
     `progress` is called with the number of tensors written and their total.
 
     Raises:
         ExportError: when the model cannot be traced, a number is too large for float16, or the disk is full.
     """
+    checkpoint, plan, storage, phases = sparse.checkpoint, sparse.plan, sparse.storage, sparse.phases
     skeleton = checkpoint.skeleton()
-    params, tied, dtype = storage.every_layer(skeleton, params), tied_weights(skeleton), DTYPES[storage.dtype]
+    params, tied, dtype = storage.every_layer(skeleton, sparse.params), tied_weights(skeleton), DTYPES[storage.dtype]
     names = (name for name, _ in skeleton.named_parameters(remove_duplicate=False))
     biased = {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
     found = _form(biased, params, storage, phases)
@@ -75,10 +86,10 @@ def export(
     stamp(model, plan.blocks)
     if phases != "both":
         give_phase(model, phases)
-    if share:
+    if sparse.share:
         merge(model, params)
     outputs = {layer.name: layer.out_features for layer in plan.layers}
-    _attach_weights(model, checkpoint, outputs, set(nodes), biased, tied, params, storage)
+    _attach_weights(model, Layers(checkpoint, params, storage, tied, biased), outputs, set(nodes))
     _attach_patterns(model, params)
     model.functions[(DOMAIN, OP, "")] = function(found)
     model.opset_imports[DOMAIN] = VERSION
@@ -129,50 +140,58 @@ def _neutral(part: str, shape: tuple[int, ...]) -> Tensor:
     return torch.arange(shape[0]) if neutral == "order" else (torch.ones if neutral == "ones" else torch.zeros)(shape)
 
 
-def _attach_weights(
-    model: ir.Model,
-    checkpoint: Checkpoint,
-    outputs: dict[str, int],
-    transposed: set[str],
-    biased: set[str],
-    tied: dict[str, str],
-    params: dict[str, Params],
-    storage: Storage,
-) -> None:
-    dtype = DTYPES[storage.dtype]
-    most = max(len(parts(name.rpartition(".")[0])) for name in model.graph.initializers)  # layers of a node
+@dataclass(frozen=True)
+class Layers:
+    """Where the weights of layers come from: those with `params` are baked, `tied` names another tensor to read."""
 
-    def read(name: str) -> Tensor:
-        return checkpoint.read(tied.get(name, name))
+    checkpoint: Checkpoint
+    params: dict[str, Params]
+    storage: Storage
+    tied: dict[str, str]
+    biased: set[str]
 
-    @lru_cache(maxsize=most)
-    def baked(layer: str) -> Baked:
+    def read(self, name: str) -> Tensor:
+        """Return a tensor of the checkpoint."""
+        return self.checkpoint.read(self.tied.get(name, name))
+
+    def baked(self, layer: str) -> Baked:
+        """Return the inputs of a layer's op."""
         # Rounded before it is baked, so that bias and row sums belong to the weight that is stored.
-        fitted = params[layer].weight
-        weight = storage.rounded(read(f"{layer}.weight") if fitted is None else fitted)
-        bias = read(f"{layer}.bias").to(dtype).float() if layer in biased else None
-        return bake(weight, bias, params[layer])
+        fitted = self.params[layer].weight
+        weight = self.storage.rounded(self.read(f"{layer}.weight") if fitted is None else fitted)
+        dtype = DTYPES[self.storage.dtype]
+        bias = self.read(f"{layer}.bias").to(dtype).float() if layer in self.biased else None
+        return bake(weight, bias, self.params[layer])
 
-    @lru_cache(maxsize=most)
-    def integers(layer: str) -> tuple[Tensor, Tensor]:
-        return storage.quantized(baked(layer).w)
 
-    def of_layer(layer: str, part: str, shape: tuple[int, ...]) -> Tensor:
-        if storage.bits and part in {"weight", "weight_scale"}:
-            return integers(layer)[part == "weight_scale"]
-        own: Tensor | None = getattr(baked(layer), "w" if part == "weight" else part)
-        return _neutral(part, shape) if own is None else own
+@dataclass(frozen=True)
+class Initializers:
+    """What the initializers of the graph hold; `baked` remembers the layers of one node.
 
-    def content(name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+    The dense layers of `transposed` have their weight as the op has it; `outputs` are each layer's.
+    """
+
+    layers: Layers
+    baked: Callable[[str], Baked]
+    quantized: Callable[[str], tuple[Tensor, Tensor]]
+    outputs: dict[str, int]
+    transposed: set[str]
+
+    def tensor(self, name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+        """Return the content of the initializer of that name.
+
+        Raises:
+            ExportError: when it has another shape, or numbers that float16 has not.
+        """
         layer, _, part = name.rpartition(".")
-        layers = parts(layer)
-        if layers[0] in params and (part == "weight" or BY_NAME[part].per_output):
-            tensor = torch.cat([of_layer(one, part, (*shape[:-1], outputs[one])) for one in layers], -1)
-        elif layers[0] in params:
-            tensor = of_layer(layers[0], part, shape)
+        nodes = parts(layer)
+        if nodes[0] in self.layers.params and (part == "weight" or BY_NAME[part].per_output):
+            tensor = torch.cat([self._of_layer(one, part, (*shape[:-1], self.outputs[one])) for one in nodes], -1)
+        elif nodes[0] in self.layers.params:
+            tensor = self._of_layer(nodes[0], part, shape)
         else:
-            tensor = read(name)
-            if layer in transposed and part == "weight":
+            tensor = self.layers.read(name)
+            if layer in self.transposed and part == "weight":
                 tensor = tensor.t()
         if tuple(tensor.shape) != shape:
             raise ExportError(f"{name}: must have shape {shape} in the graph, got {tuple(tensor.shape)}.")
@@ -183,11 +202,26 @@ def _attach_weights(
             )
         return found
 
-    def lazy(name: str, shape: tuple[int, ...], kind: torch.dtype, stored: ir.DataType) -> ir.TensorProtocol:
-        tensor = content(name, shape, kind)
+    def stored(self, name: str, shape: tuple[int, ...], kind: torch.dtype, stored: ir.DataType) -> ir.TensorProtocol:
+        """Return the initializer's content as it is stored."""
+        tensor = self.tensor(name, shape, kind)
         # Torch has no numbers of four bits.
         return TorchTensor(tensor, name=name) if stored != FOUR_BITS else ir.tensor(tensor.numpy(), stored, name=name)
 
+    def _of_layer(self, layer: str, part: str, shape: tuple[int, ...]) -> Tensor:
+        if self.layers.storage.bits and part in {"weight", "weight_scale"}:
+            return self.quantized(layer)[part == "weight_scale"]
+        own: Tensor | None = getattr(self.baked(layer), "w" if part == "weight" else part)
+        return _neutral(part, shape) if own is None else own
+
+
+def _attach_weights(model: ir.Model, layers: Layers, outputs: dict[str, int], transposed: set[str]) -> None:
+    """Give every initializer that has none a content, which is read when it is written."""
+    most = max(len(parts(name.rpartition(".")[0])) for name in model.graph.initializers)  # layers of a node
+    remember, storage = lru_cache(maxsize=most), layers.storage
+    baked = remember(layers.baked)
+    quantized = remember(lambda layer: storage.quantized(baked(layer).w))
+    found = Initializers(layers, baked, quantized, outputs, transposed)
     kinds = {value: DTYPES[key] for key, value in IR_DTYPES.items()}
     kinds |= {ir.DataType.INT64: torch.int64, ir.DataType.INT8: torch.int8}
     for name, value in model.graph.initializers.items():
@@ -198,7 +232,10 @@ def _attach_weights(
             if value.dtype == ir.DataType.INT8 and storage.bits == 4:
                 value.type = ir.TensorType(FOUR_BITS)  # its own: copies of a block share theirs
             value.const_value = ir.LazyTensor(
-                partial(lazy, name, shape, kind, value.dtype), dtype=value.dtype, shape=ir.Shape(shape), name=name
+                partial(found.stored, name, shape, kind, value.dtype),
+                dtype=value.dtype,
+                shape=ir.Shape(shape),
+                name=name,
             )
 
 

@@ -6,7 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import onnx
 
 from converter.errors import BuildError
 from converter.runtimes.profile import Profile
+from converter.runtimes.protocol import EngineRecord
 
 ENGINE, LAYERS = "model.engine", "layers.txt"
 
@@ -23,8 +24,14 @@ class Built:
     """An engine: its bytes, what is known of it, and the list of its layers that its builder logged."""
 
     plan: Any
-    about: dict[str, Any]
+    about: EngineRecord
     layers: str
+
+    def write(self, place: Path, own: dict[str, Any]) -> EngineRecord:
+        """Write engine and list into the folder; return what is known of it, and what its runtime says besides."""
+        (place / ENGINE).write_bytes(self.plan)
+        (place / LAYERS).write_text(self.layers, "utf-8")
+        return replace(self.about, own=own)
 
 
 def build(
@@ -72,15 +79,26 @@ def build(
             raise
     if plan is None:
         raise BuildError(f"{path}: {product} cannot build it: {'; '.join(logger.errors[-3:])}")
-    about = {
-        "version": trt.__version__,
-        "profiles": [str(profile) for profile in profiles],
-        "network_layers": network.num_layers,
-        "layers": kinds(logger.layers),
-        "inputs": [_tensor(network.get_input(number)) for number in range(network.num_inputs)],
-        "outputs": [_tensor(network.get_output(number)) for number in range(network.num_outputs)],
-    }
+    about = EngineRecord(
+        version=trt.__version__,
+        profiles=[str(profile) for profile in profiles],
+        network_layers=network.num_layers,
+        layers=kinds(logger.layers),
+        inputs=[_tensor(network.get_input(number)) for number in range(network.num_inputs)],
+        outputs=[_tensor(network.get_output(number)) for number in range(network.num_outputs)],
+        bytes=plan.nbytes,
+    )
     return Built(plan, about, logger.layers)
+
+
+def load_plugin(trt: Any, library: Path) -> None:
+    """Make the plugin known to the bindings `trt`.
+
+    Raises:
+        BuildError: when the library cannot be loaded.
+    """
+    if trt.get_plugin_registry().load_library(str(library.resolve())) is None:
+        raise BuildError(f"--plugin: must be a library that TensorRT {trt.__version__} can load, got {library}.")
 
 
 def kinds(layers: str) -> dict[str, int]:

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from converter.checkpoint import Checkpoint
-from converter.errors import BuildError, DeviceError, ExportError
-from converter.runtimes import tensorrt, tensorrt_rtx
+from converter.errors import DeviceError, ExportError
+from converter.options import EngineOptions
 from converter.runtimes.decoder import PAST, CacheInput, GraphCausalLM, generation_config, graph_model
 from converter.runtimes.engine import ENGINE, log
 from converter.runtimes.profile import Profile, fitting
+from converter.runtimes.protocol import Runnable
 
 DTYPES = {"float": torch.float32, "half": torch.float16, "bf16": torch.bfloat16, "int64": torch.int64}
 ALIGNMENT = 256  # bytes, of every address that TensorRT is given
@@ -80,31 +81,26 @@ class Engine:
             raise ExportError(f"{self.place / ENGINE}: TensorRT cannot run it: {'; '.join(self.log.errors[-3:])}")
 
 
-def load_engine(
-    folder: Path, place: Path, about: dict[str, Any], plugin: Path | None, *, host_code: bool = False
-) -> GraphCausalLM:
-    """Return the engine of OUT in the folder `place`, whose manifest is `about`, ready to run.
+def load_engine(folder: Path, found: Runnable, options: EngineOptions) -> GraphCausalLM:
+    """Return the engine that was found for OUT, ready to run.
 
-    With `host_code` it may bring code for this CPU, as one that is version-compatible or has the plugin in it does.
+    Where the options allow host code it may bring some for this CPU, as one that is version-compatible or has the
+    plugin in it does.
 
     Raises:
         BuildError: when TensorRT or the plugin's library is missing.
         DeviceError: when this GPU cannot run it.
     """
-    engine, rtx = about["engine"], about["runtime"] == "tensorrt-rtx"
-    trt = tensorrt_rtx.bindings() if rtx else tensorrt.bindings()
-    if plugin is not None:
-        tensorrt.load_plugin(trt, plugin)
-    elif not rtx and not engine["embed_plugin"]:
-        raise BuildError(f"--plugin: must be given for {place}, whose engine has not embedded it, got none.")
-    inputs, outputs = ({t["name"]: DTYPES[t["dtype"]] for t in engine[side]} for side in ("inputs", "outputs"))
-    loaded = Engine(trt, place, inputs, outputs, host_code=host_code)
+    engine = found.engine
+    trt = found.runtime.ready(found.place, engine, options.plugin)
+    inputs, outputs = ({t["name"]: DTYPES[t["dtype"]] for t in side} for side in (engine.inputs, engine.outputs))
+    loaded = Engine(trt, found.place, inputs, outputs, host_code=options.allow_host_code)
     caches = [
         CacheInput(t["name"], t["shape"][1], t["shape"][3], inputs[t["name"]])
-        for t in engine["inputs"]
+        for t in engine.inputs
         if t["name"].startswith(PAST)
     ]
-    run = by_profile(loaded.run, [Profile.parse(text) for text in engine["profiles"]])
+    run = by_profile(loaded.run, engine.shapes())
     model = graph_model(Checkpoint(str(folder), None, folder).config, caches, run, loaded.device)
     model.generation_config = generation_config(folder)
     return model

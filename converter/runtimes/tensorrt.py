@@ -9,45 +9,102 @@ import json
 import re
 import shlex
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx
+import onnx_ir as ir
 
 from converter.errors import BuildError
-from converter.names import MODEL
-from converter.runtimes.engine import ENGINE, Built
+from converter.graph import dispatch as dispatch_table
+from converter.graph.plugin import to_plugin
+from converter.names import DATA, MODEL
+from converter.options import BuildOptions
+from converter.runtimes.engine import ENGINE, Built, load_plugin
 from converter.runtimes.engine import build as build_engine
 from converter.runtimes.profile import Profile
+from converter.runtimes.protocol import EngineRecord, EngineRuntime, Job, Written
+from converter.signature import DOMAIN, OP
 
-TIMING_CACHE, HARDWARE = "timing.cache", "AMPERE_PLUS"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What an engine may do besides: run on later TensorRTs, on other GPUs from Ampere on, or carry the plugin in it.
-
-    `workspace` bounds a layer's scratch memory on the GPU, in bytes; None leaves that to TensorRT.
-    """
-
-    workspace: int | None = None
-    version_compatible: bool = False
-    hardware_compatible: bool = False
-    embed_plugin: bool = False
+TIMING_CACHE, HARDWARE, BUILD = "timing.cache", "AMPERE_PLUS", "build.sh"
 
 
-def build(
-    folder: Path,
-    library: Path,
-    plugins: int,
-    profiles: Sequence[Profile],
-    options: Options,
-    cache: Path,
-    progress: Callable[[int, int], None],
-) -> Built:
-    """Return the engine of the graph with so many `plugins` in `folder`; the timing cache at `cache` is renewed.
+class TensorRT:
+    """Writes the graph with plugin nodes, and its engine where the plugin is given."""
+
+    environment: Mapping[str, str] = MappingProxyType({})
+
+    def folder(self, options: BuildOptions) -> str:
+        """Return the name of the folder.
+
+        Raises:
+            BuildError: when the dispatch table cannot be read.
+        """
+        dispatch_table.read(options.dispatch)
+        return self.folders(None)
+
+    def folders(self, _target: str | None) -> str:
+        """Return the same name: there is one engine."""
+        return "tensorrt"
+
+    def write(self, job: Job) -> Written:
+        """Write the graph, whose layers take the paths of the dispatch table for the target; and perhaps the engine.
+
+        Raises:
+            BuildError: when the plugin has no kernel for a layer, or as `build`.
+        """
+        options = job.options
+        with job.stages.stage("lower"):
+            graph = ir.load(job.folder / MODEL)
+            used = to_plugin(graph, dispatch_table.read(options.dispatch), options.target or dispatch_table.ANY)
+            ir.save(graph, job.place / MODEL, external_data=DATA)
+        inputs = onnx.load(job.place / MODEL, load_external_data=False).graph.input
+        (job.place / BUILD).write_text(script(inputs, job.profiles, options), "utf-8")
+        plugins = sum((node.domain, node.op_type) == (DOMAIN, OP) for node in graph.graph)
+        about = {
+            "profiles": [str(profile) for profile in job.profiles],
+            "plugins": plugins,
+            "target": options.target,
+            "dispatch": [row._asdict() for row in used],
+        }
+        said = f"{plugins} plugin nodes; "
+        if options.plugin is None:
+            return Written(f"{said}run {BUILD} where TensorRT and a GPU are", plugin=True, graph=about)
+        if (job.last / TIMING_CACHE).exists():
+            (job.place / TIMING_CACHE).write_bytes((job.last / TIMING_CACHE).read_bytes())
+        with job.stages.stage("build", "steps") as advance:
+            built = build(job, options.plugin, plugins, advance)
+        own = {
+            "workspace": options.workspace(),
+            "version_compatible": options.version_compatible,
+            "hardware_compatible": options.hardware_compatible,
+            "embed_plugin": options.embed_plugin,
+        }
+        engine = built.write(job.place, own)
+        return Written(f"{said}as many plugin layers in the engine", plugin=True, engine=engine, graph=about)
+
+    def ready(self, place: Path, engine: EngineRecord, plugin: Path | None) -> Any:
+        """Return the bindings, with the plugin loaded where it is given.
+
+        Raises:
+            BuildError: when TensorRT or the plugin's library is missing.
+        """
+        trt = bindings()
+        if plugin is not None:
+            load_plugin(trt, plugin)
+        elif not engine.own["embed_plugin"]:
+            raise BuildError(f"--plugin: must be given for {place}, whose engine has not embedded it, got none.")
+        return trt
+
+
+RUNTIME: EngineRuntime = TensorRT()
+
+
+def build(job: Job, library: Path, plugins: int, progress: Callable[[int, int], None]) -> Built:
+    """Return the engine of the graph with so many `plugins` that lies in the job's place; the timing cache is renewed.
 
     Raises:
         BuildError: when TensorRT, a GPU or the plugin's library is missing, when TensorRT cannot build the graph, or
@@ -55,13 +112,15 @@ def build(
     """
     trt = bindings()
     load_plugin(trt, library)
+    path, cache, options = job.place / MODEL, job.place / TIMING_CACHE, job.options
     timing: list[Any] = []
 
     def configure(config: Any) -> None:
         timing.append(config.create_timing_cache(cache.read_bytes() if cache.exists() else b""))
         config.set_timing_cache(timing[0], False)
-        if options.workspace is not None:
-            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+        workspace = options.workspace()
+        if workspace is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace)
         if options.version_compatible:
             config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
         if options.hardware_compatible:
@@ -69,8 +128,8 @@ def build(
         if options.embed_plugin:
             config.plugins_to_serialize = [str(library.resolve())]
 
-    graph = onnx.load(folder / MODEL, load_external_data=False)
-    built = build_engine(trt, graph, folder / MODEL, profiles, configure, progress)
+    graph = onnx.load(path, load_external_data=False)
+    built = build_engine(trt, graph, path, job.profiles, configure, progress)
     cache.write_bytes(bytes(timing[0].serialize()))
     runtime = trt.Runtime(trt.Logger(trt.Logger.ERROR))
     runtime.engine_host_code_allowed = True  # of our own engine: a version-compatible one brings its runtime along
@@ -79,8 +138,8 @@ def build(
     kinds = layer_kinds(layers)
     found = sum(count for kind, count in kinds.items() if kind.startswith("Plugin"))
     if found != plugins:
-        raise BuildError(f"{folder / MODEL}: the engine must have {plugins} plugin layers, got {found}.")
-    return Built(built.plan, built.about | {"layers": kinds}, layers)
+        raise BuildError(f"{path}: the engine must have {plugins} plugin layers, got {found}.")
+    return Built(built.plan, replace(built.about, layers=kinds), layers)
 
 
 def layer_kinds(information: str) -> dict[str, int]:
@@ -90,7 +149,7 @@ def layer_kinds(information: str) -> dict[str, int]:
     return dict(Counter(kind for _, kind in sorted(names)))
 
 
-def script(inputs: Sequence[onnx.ValueInfoProto], profiles: Sequence[Profile], options: Options) -> str:
+def script(inputs: Sequence[onnx.ValueInfoProto], profiles: Sequence[Profile], options: BuildOptions) -> str:
     """Return a shell script that builds the engine of the graph beside it with polygraphy and lists its layers.
 
     Its argument is the plugin's library. TensorRT takes an ONNX function for a plugin that it does not find, in
@@ -99,8 +158,8 @@ def script(inputs: Sequence[onnx.ValueInfoProto], profiles: Sequence[Profile], o
     convert = ["polygraphy", "convert", MODEL, "--convert-to", "trt", "--output", ENGINE, "--strongly-typed"]
     convert += ["--profiling-verbosity", "detailed"]
     convert += ["--load-timing-cache", TIMING_CACHE, "--save-timing-cache", TIMING_CACHE]
-    if options.workspace is not None:
-        convert += ["--pool-limit", f"workspace:{options.workspace}"]
+    if (workspace := options.workspace()) is not None:
+        convert += ["--pool-limit", f"workspace:{workspace}"]
     if options.version_compatible:
         convert += ["--version-compatible"]
     if options.hardware_compatible:
@@ -121,16 +180,6 @@ def script(inputs: Sequence[onnx.ValueInfoProto], profiles: Sequence[Profile], o
         f'{shlex.join(inspect)} --plugins "$plugin"',
     ]
     return "\n".join(lines) + "\n"
-
-
-def load_plugin(trt: Any, library: Path) -> None:
-    """Make the plugin known to TensorRT.
-
-    Raises:
-        BuildError: when the library cannot be loaded.
-    """
-    if trt.get_plugin_registry().load_library(str(library.resolve())) is None:
-        raise BuildError(f"--plugin: must be a library that TensorRT {trt.__version__} can load, got {library}.")
 
 
 def bindings() -> Any:

@@ -6,18 +6,76 @@ computes what the sparse model means, but its GEMMs are dense.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import onnx
 
-from converter.errors import BuildError, listing
+from converter.errors import BuildError, UsageError, listing
 from converter.graph.lower import lower
 from converter.names import MODEL, RTX_INSTALL
+from converter.options import BuildOptions
 from converter.runtimes.engine import Built
 from converter.runtimes.engine import build as build_engine
 from converter.runtimes.profile import Profile
+from converter.runtimes.protocol import EngineRecord, EngineRuntime, Job, Written
+
+NAME = "tensorrt-rtx"
+
+
+class TensorRTRTX:
+    """Builds one engine for all the targets."""
+
+    environment: Mapping[str, str] = MappingProxyType({"POLYGRAPHY_USE_TENSORRT_RTX": "1"})
+
+    def folder(self, options: BuildOptions) -> str:
+        """Return the name of the folder, which names the targets.
+
+        Raises:
+            UsageError: when there is no target.
+            BuildError: when TensorRT-RTX is not installed or does not know a target.
+        """
+        return f"{NAME}-{'+'.join(_targets(options))}"
+
+    def folders(self, target: str | None) -> str:
+        """Return the pattern of the names of engines for these targets, or for any."""
+        return f"{NAME}-{'*' if target is None else '+'.join(target.split(','))}"
+
+    def write(self, job: Job) -> Written:
+        """Write the engine.
+
+        Raises:
+            BuildError: when TensorRT-RTX cannot build the graph.
+        """
+        targets, workspace = _targets(job.options), job.options.workspace()
+        with job.stages.stage("build", "steps") as advance:
+            built = build(job.folder, targets, job.profiles, workspace, advance)
+        own = {"targets": list(targets), "workspace": workspace, "sparse_kernels": False}
+        engine = built.write(job.place, own)
+        said = (
+            f"{NAME} {engine.version} for {', '.join(targets)}: {engine.bytes / 1e9:.2f} GB\n"
+            "its GEMMs are dense: this runtime has no plugins, it computes what the sparse model means"
+        )
+        return Written(said, plugin=False, engine=engine)
+
+    def ready(self, place: Path, engine: EngineRecord, plugin: Path | None) -> Any:
+        """Return the bindings, which know no plugin.
+
+        Raises:
+            BuildError: when TensorRT-RTX is not installed.
+        """
+        return bindings()
+
+
+RUNTIME: EngineRuntime = TensorRTRTX()
+
+
+def _targets(options: BuildOptions) -> dict[str, Any]:
+    if options.target is None:
+        raise UsageError("--target: must be given with --runtime tensorrt-rtx, such as sm_89. Say which GPUs.")
+    return capabilities(options.target.split(","))
 
 
 def capabilities(targets: Sequence[str]) -> dict[str, Any]:

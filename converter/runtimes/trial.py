@@ -10,7 +10,7 @@ import shlex
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,19 +82,27 @@ def commands(profiles: int, place: str = "") -> list[list[str]]:
     ]
 
 
-def run(place: Path, runtime: str, profiles: int, plugin: Path | None, advance: Callable[[int, int], None]) -> None:
+def run(
+    place: Path,
+    environment: Mapping[str, str],
+    profiles: int,
+    plugin: Path | None,
+    advance: Callable[[int, int], None],
+) -> None:
     """Run the `commands` on the folder of an engine, from an empty one: no module is imported from either.
+
+    `environment` is that of the engine's runtime.
 
     Raises:
         ValidationError: with what polygraphy says of the first that fails.
     """
-    rtx = {"POLYGRAPHY_USE_TENSORRT_RTX": "1"} if runtime == "tensorrt-rtx" else {}
+    variables = {**os.environ, **environment}
     last = ["--plugins", str(plugin.resolve())] if plugin is not None else []
     main = "import sys; from polygraphy.tools import main; sys.exit(main())"
     with tempfile.TemporaryDirectory(prefix="nmsparse-") as nowhere:
         for number, (_, *command) in enumerate(commands(profiles, f"{place.resolve()}/")):
             tool = [sys.executable, "-P", "-c", main, *command, *last]
-            done = subprocess.run(tool, cwd=nowhere, env=os.environ | rtx, capture_output=True, text=True, check=False)
+            done = subprocess.run(tool, cwd=nowhere, env=variables, capture_output=True, text=True, check=False)
             if done.returncode:
                 said = "\n".join((done.stdout + done.stderr).strip().splitlines()[-20:])
                 raise ValidationError(
@@ -103,16 +111,16 @@ def run(place: Path, runtime: str, profiles: int, plugin: Path | None, advance: 
             advance(number + 1, profiles)
 
 
-def script(runtime: str, profiles: int) -> str:
-    """Return a shell script that runs the `commands`; for TensorRT its argument is the plugin's library."""
-    plugin = runtime == "tensorrt"
+def script(environment: Mapping[str, str], profiles: int, *, plugin: bool) -> str:
+    """Return a shell script that runs the `commands`; with `plugin` its argument is the plugin's library."""
     lines = [
         "#!/bin/sh",
         "# Compares the engine with ONNX Runtime, where a GPU is: sh validate.sh"
         + (" path/to/libnmsparse_tensorrt.so" if plugin else ""),
         "# Polygraphy lets an engine run code of its own on this CPU: run it on one that you trust.",
         "set -eu",
-        'plugin=$(realpath "$1")' if plugin else "export POLYGRAPHY_USE_TENSORRT_RTX=1",
+        *(f"export {name}={shlex.quote(value)}" for name, value in environment.items()),
+        *(['plugin=$(realpath "$1")'] if plugin else []),
         'cd "$(dirname "$0")"',
         *(shlex.join(command) + (' --plugins "$plugin"' if plugin else "") for command in commands(profiles)),
     ]
