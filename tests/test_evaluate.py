@@ -290,7 +290,7 @@ def test_evaluate_writes_resumes_and_judges(
     assert json.loads(again.stdout) == json.loads(found.stdout)
     gate = nmsparse(*command, "--min-recovery", "9", "--out", tmp_path / "third")
     assert gate.returncode == 19, gate.stderr
-    assert "accuracy: sparse / dense must be at least 50" in " ".join(gate.stderr.split())
+    assert "accuracy: sparse / dense must be at least 9" in " ".join(gate.stderr.split())
     assert (tmp_path / "third" / "results.json").exists()
 
 
