@@ -99,7 +99,7 @@ def test_commands_are_understood(page: Path) -> None:
         words = shlex.split(re.split(r" [|>] ", line)[0], comments=True)[1:]
         _, bound, _ = cli.app.parse_args(words, exit_on_error=False, print_error=False)
         options = bound.arguments.get("options")
-        if options is not None and options.recipe is None:
+        if isinstance(options, cli.RecipeOptions) and options.recipe is None:
             options.effective()
 
 
