@@ -13,7 +13,7 @@ PACKAGE = Path(converter.__file__).parent
 # Each may import those before it, and modules of its own folder.
 LAYERS = ["sparsity", "calibration", "graph", "runtimes", "evaluation", "delivery"]
 # What sees everything, and is seen by none of the folders.
-TOP = {"cli", "show", "pipeline", "build", "bench", "evaluate", "doctor", "__main__"}
+TOP = {"cli", "show", "pipeline", "build", "bench", "evaluate", "doctor", "registry", "served", "__main__"}
 
 
 def imported(path: Path) -> set[str]:
