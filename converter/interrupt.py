@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import signal
+import sys
 import threading
 from types import FrameType
+from typing import Any
 
 _asked = threading.Event()  # signals are the process's, and so is this
 
@@ -12,6 +14,7 @@ _asked = threading.Event()  # signals are the process's, and so is this
 def install() -> None:
     """Raise KeyboardInterrupt at SIGINT and SIGTERM, unless whoever started the process has it ignore them."""
     _asked.clear()
+    sys.unraisablehook = _unraisable
     for number in (signal.SIGINT, signal.SIGTERM):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, _interrupt)
@@ -25,6 +28,12 @@ def check() -> None:
     """
     if _asked.is_set():
         raise KeyboardInterrupt
+
+
+def _unraisable(about: Any) -> None:
+    """Say nothing of an interruption that came where Python can raise none, such as in a `__del__`: `check` has it."""
+    if not issubclass(about.exc_type, KeyboardInterrupt):
+        sys.__unraisablehook__(about)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:

@@ -22,6 +22,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from converter import interrupt
+
 Advance = Callable[[int, int], None]
 
 
@@ -61,6 +63,7 @@ class Stages:
             task = progress.add_task(name, total=None)
 
             def advance(done: int, total: int) -> None:
+                interrupt.check()
                 progress.update(task, completed=done, total=total)
 
             yield advance

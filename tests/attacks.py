@@ -369,7 +369,7 @@ def code(p: Place) -> list[Try]:
         map_ = {"auto_map": {"AutoConfig": "x.X", "AutoTokenizer": ["x.X", None], "AutoModelForCausalLM": "x.X"}}
         changes = {"model_type": "x"} if where == "config" else {"tokenizer_class": "X"}
         edit(folder / f"{where}.json", **(changes | map_))
-        found.append(Try(where, p.dry(folder), 11, "nmsparse runs no code of a checkpoint"))
+        found.append(Try(where, p.dry(folder), 11, "nmsparse never runs code from a checkpoint"))
     folder = p.model("code-known")  # transformers has the class itself, and the map is not looked at
     (folder / "x.py").write_text(python)
     edit(folder / "config.json", auto_map={"AutoConfig": "x.X", "AutoModelForCausalLM": "x.X"})

@@ -154,7 +154,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     """Run the command line here, without the seconds that the imports take: its exit code and what it wrote."""
     streams = [io.TextIOWrapper(io.BytesIO(), "utf-8", write_through=True) for _ in range(2)]
-    given, code = sys.argv, 0
+    given, code, hook = sys.argv, 0, sys.unraisablehook
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     sys.argv = ["nmsparse", *map(str, arguments)]
     try:
@@ -163,7 +163,7 @@ def in_process(*arguments: object) -> subprocess.CompletedProcess[str]:
     except SystemExit as end:
         code = int(end.code or 0)
     finally:
-        sys.argv = given
+        sys.argv, sys.unraisablehook = given, hook
         for number, handler in handlers.items():
             signal.signal(number, handler)
     texts = [stream.buffer.getvalue().decode("utf-8", "surrogateescape") for stream in streams]  # type: ignore[attr-defined]

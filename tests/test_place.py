@@ -234,27 +234,33 @@ def test_the_cache_is_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         private("evaluation")
 
 
+class Swallows:
+    def __del__(self) -> None:
+        signal.raise_signal(signal.SIGTERM)
+
+
 def interrupted_by_the_way(out: Path) -> None:
     with replacing(out) as staging:
         (staging / "file").write_text("new")
-        with suppress(BaseException):
-            signal.raise_signal(signal.SIGTERM)
+        Swallows()  # is freed at once
 
 
 def test_an_interruption_that_is_swallowed_ends_before_anything_takes_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
-    out = tmp_path / "out"
+    out, hook = tmp_path / "out", sys.unraisablehook
     try:
         interrupt.install()
         with pytest.raises(KeyboardInterrupt):
             interrupted_by_the_way(out)
         assert not list(tmp_path.iterdir())
+        assert not capfd.readouterr().err, "Python says of what it swallows"
         interrupt.install()
         with replacing(out):
             pass
         assert out.is_dir()
     finally:
+        sys.unraisablehook = hook
         for number, handler in zip((signal.SIGINT, signal.SIGTERM), handlers, strict=True):
             signal.signal(number, handler)
