@@ -16,6 +16,13 @@ from converter.sparsity.linear import Params, SparseLinear, bake, prune, token_s
 
 DTYPES = [torch.float16, torch.bfloat16]
 PLACES, PART = 1024, 256  # of a block of Select and Pack, and of one of Gemv
+# Of dtype, keep and group, shift_mode, permuted.
+PRUNINGS = pairs(
+    DTYPES,
+    [(8, 16), (2, 4), (5, 16), (1, 2), (16, 32), (3, 100), (200, 600)],
+    ["none", "static", "token_median"],
+    [False, True],
+)
 BLOCKS = {MMA: (32, 32), WGMMA: (64, 128)}  # tokens and channels of a block of metadata
 
 
@@ -106,12 +113,7 @@ def test_pack_is_the_pruned_input(
 
 @pytest.mark.parametrize(
     ("dtype", "keep", "group", "shift_mode", "permuted"),
-    pairs(
-        DTYPES,
-        [(8, 16), (2, 4), (5, 16), (1, 2), (16, 32), (3, 100), (200, 600)],
-        ["none", "static", "token_median"],
-        [False, True],
-    ),
+    PRUNINGS,
 )
 def test_select_prunes_as_the_reference(
     native: Native, dtype: torch.dtype, keep: int, group: int, shift_mode: str, permuted: bool
@@ -130,12 +132,7 @@ def test_select_prunes_as_the_reference(
 
 @pytest.mark.parametrize(
     ("dtype", "keep", "group", "shift_mode", "permuted"),
-    pairs(
-        DTYPES,
-        [(8, 16), (2, 4), (5, 16), (1, 2), (16, 32), (3, 100), (200, 600)],
-        ["none", "static", "token_median"],
-        [False, True],
-    ),
+    PRUNINGS,
 )
 def test_gemv_reads_the_kept_rows_and_no_other(
     native: Native, dtype: torch.dtype, keep: int, group: int, shift_mode: str, permuted: bool
