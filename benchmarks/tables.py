@@ -64,7 +64,7 @@ def rendered(name: str) -> str:
     table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
     known = [data["title"], data["machine"], data["date"]]
     if not data.get("short"):
-        known += [f"commit {data['commit']}", f"`{data['command']}`"]
+        known += [re.sub(r"^(?=[0-9a-f]{7}\b)", "commit ", data["commit"]), f"`{data['command']}`"]
     caption = "; ".join(part for part in known if "not recorded" not in part)
     missing = [key for key in ("machine", "commit", "command") if data[key] == "not recorded" and not data.get("short")]
     caption += f" ({' and '.join(missing)} not recorded)" if missing else ""
