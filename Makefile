@@ -66,7 +66,7 @@ GPU_BUILD := yes
 
 test: CPU_LIBRARIES := all
 test: what-it-takes check docs $(if $(filter yes,$(GPU_BUILD)),plugins) cpu-op chromium $(GGUF) $(ENCODER)/config.json $(BACKBONE) $(CLIENTS)/installed
-	@echo "== tests: about 13 minutes on two cores"
+	@echo "== tests: about 20 minutes on two cores"
 	env $(TEST_ENV) $(PYTEST)
 
 # Every combination in place of every pair, each model traced anew, and many more kills: for the night.
@@ -86,7 +86,7 @@ what-it-takes:
 	@echo "  1 min   fetches three models (290 MB) and, as root, installs Chromium; where it cannot, their tests are skipped"
 	@echo "  2 min   compiles the kernel for ONNX Runtime, where there is a C++ compiler"
 	@echo "  14 min  compiles the TensorRT plugin for five GPUs, in 9 GB of memory; make test GPU_BUILD=no leaves it out"
-	@echo "  13 min  runs the tests"
+	@echo "  20 min  runs the tests"
 
 # The pages of nmsparse report are tested in Debian's Chromium, which root alone can install.
 chromium:

@@ -66,7 +66,8 @@ def rendered(name: str) -> str:
     if not data.get("short"):
         known += [re.sub(r"^(?=[0-9a-f]{7}\b)", "commit ", data["commit"]), f"`{data['command']}`"]
     caption = "; ".join(part for part in known if "not recorded" not in part)
-    missing = [key for key in ("machine", "commit", "command") if data[key] == "not recorded" and not data.get("short")]
+    wanted = ("machine",) if data.get("short") else ("machine", "commit", "command")
+    missing = [key for key in wanted if data[key] == "not recorded"]
     caption += f" ({' and '.join(missing)} not recorded)" if missing else ""
     return f"{table}\n\n*{caption}.{' ' + data['note'] if data['note'] else ''}*\n"
 

@@ -17,7 +17,7 @@ import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
@@ -41,6 +41,7 @@ from converter.saved import (
     check_tied,
     has_head,
     left_over,
+    read_tensor,
     refuse_adapter,
     refuse_encoded,
     refuse_lost,
@@ -177,14 +178,12 @@ class Checkpoint:
         return torch.zeros(1, 2, dtype=torch.int64)
 
     def read(self, name: str) -> Tensor:
-        """Return one weight; the file is closed again, so that its pages do not stay in memory.
+        """Return one weight.
 
         Raises:
             CheckpointError: when it is NaN or infinite.
         """
-        with safe_open(self.files[name], "pt") as file:
-            tensor: Tensor = file.get_tensor(name)
-        return self.arrangement.of(name, self._finite(name, tensor))
+        return self.arrangement.of(name, self._finite(name, read_tensor(self.files[name], name)))
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         bad = tensor.numel() - int(tensor.isfinite().sum())

@@ -59,9 +59,9 @@ Revision = Annotated[str | None, Parameter(help="a branch, tag or commit of MODE
 Threads = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=1024))]
 Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=3600))]
 EmbedKernel = Annotated[
-    bool, Parameter(negative=(), help="put the CPU kernel's library into OUT: onnxruntime-genai then runs it by itself")
+    bool, Parameter(help="put the CPU kernel's library into OUT: onnxruntime-genai then runs it by itself")
 ]
-Group = Parameter(name="*")  # of options that stand on the command line each for itself
+Group = Parameter(name="*")  # of options that are each an option of its own on the command line
 if TYPE_CHECKING:
     Validated: TypeAlias = str
     Built: TypeAlias = str
@@ -70,7 +70,6 @@ else:  # the choices that are offered
     Validated, Built, Evaluated = (Literal[registry.names(use)] for use in ("validate", "build", "evaluate"))
 
 
-@Parameter(name="*")
 @dataclass(frozen=True, kw_only=True)
 class RecipeOptions:
     """The recipe on the command line; what is not given comes from --recipe, else from the defaults."""
@@ -122,7 +121,7 @@ def convert(
     model: str,
     out: Path,
     /,
-    options: RecipeOptions | None = None,
+    options: Annotated[RecipeOptions | None, Group] = None,
     *,
     model_revision: Revision = None,
     device: Device = "cpu",
@@ -146,7 +145,7 @@ def calibrate(
     model: str,
     out: Path,
     /,
-    options: RecipeOptions | None = None,
+    options: Annotated[RecipeOptions | None, Group] = None,
     *,
     model_revision: Revision = None,
     device: Device = "cpu",
@@ -382,9 +381,7 @@ def generate(
     /,
     *,
     max_new_tokens: Annotated[PositiveInt, Parameter(help="the most tokens to write")] = 128,
-    chat: Annotated[
-        bool, Parameter(negative="--no-chat", help="put PROMPT into the chat template of the model, if it has one")
-    ] = True,
+    chat: Annotated[bool, Parameter(negative="--no-chat")] = True,
     sample: bool = False,
     seed: Seed = 0,
 ) -> None:

@@ -148,12 +148,10 @@ def check_tied(model: nn.Module, tensors: dict[str, Stored], source: str) -> Non
     Raises:
         CheckpointError: naming the two.
     """
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        other = first.setdefault(id(parameter), name)
+    for name, other in tied_weights(model).items():
         if other == name or name not in tensors or other not in tensors:
             continue
-        one, two = (_read(tensors[which].path, which) for which in (other, name))
+        one, two = (read_tensor(tensors[which].path, which) for which in (other, name))
         if not torch.equal(one, two):
             raise CheckpointError(
                 f"{source}: {other} and {name} must be equal, as config.json ties them, got different weights. "
@@ -161,7 +159,16 @@ def check_tied(model: nn.Module, tensors: dict[str, Stored], source: str) -> Non
             )
 
 
-def _read(path: Path, name: str) -> Tensor:
+def tied_weights(model: nn.Module) -> dict[str, str]:
+    """Return the names of the parameters that are one tensor under several names, each with the one that is stored."""
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    return {name: names[0] for names in owners.values() if len(names) > 1 for name in names}
+
+
+def read_tensor(path: Path, name: str) -> Tensor:
+    """Return one tensor; the file is closed again, so that its pages do not stay in memory."""
     with safe_open(path, "pt") as file:
         tensor: Tensor = file.get_tensor(name)
     return tensor

@@ -24,6 +24,8 @@ def _table(*columns: str) -> Table:
 
 def layers(found: Sequence[tuple[LayerCost, str]]) -> None:
     """Print a row for the layers of each name and shape, then the paths that they take on TensorRT."""
+    from converter.graph.costs import span
+
     rows: dict[tuple[str, int, int], list[LayerCost]] = {}
     paths: dict[str, list[str]] = {}
     for cost, path in found:
@@ -33,15 +35,13 @@ def layers(found: Sequence[tuple[LayerCost, str]]) -> None:
             paths[path].append(name)
     table = _table("layers", "count", "in x out", "pattern", "used", "MFLOP", "MB")
     for (name, k, n), costs in [*rows.items(), (("all", 0, 0), [cost for cost, _ in found])]:
-        patterns = sorted({(cost.keep / cost.group, f"{cost.keep}:{cost.group}") for cost in costs})
-        span = " to ".join(dict.fromkeys((patterns[0][1], patterns[-1][1])))
         products, kept, size, read = (
             sum(getattr(cost, what) for cost in costs)
             for what in ("products", "sparse_products", "bytes", "sparse_bytes")
         )
         pairs = ((2 * products, 2 * kept), (size, read))
         figures = (f"{_millions(dense)} -> {_millions(sparse)}" for dense, sparse in pairs)
-        table.add_row(name, str(len(costs)), f"{k} x {n}" if k else "", span, f"{kept / products:.0%}", *figures)
+        table.add_row(name, str(len(costs)), f"{k} x {n}" if k else "", span(costs), f"{kept / products:.0%}", *figures)
     console = Console(emoji=False, highlight=False)
     console.print(table)
     console.print(

@@ -78,7 +78,7 @@ class Form:
         """Add the inputs that follow from the kind of shift and from how weights are stored."""
         shift = {"none": [], "static": ["shift"]}.get(self.shift_mode, ["row_sum"])
         scale = ["weight_scale"] if self.quantized else []
-        object.__setattr__(self, "inputs", frozenset(self.inputs) - {"X", "W"} | {*shift, *scale})
+        object.__setattr__(self, "inputs", self.inputs - {"X", "W"} | {*shift, *scale})
 
     def __contains__(self, name: str) -> bool:
         """Return whether the nodes have that optional input."""
@@ -92,11 +92,6 @@ class Form:
     def stored(self) -> tuple[OpInput, ...]:
         """Return the inputs that OUT stores for a layer, in order: W and the optional ones."""
         return tuple(row for row in TABLE if row.stored and (row.name == "W" or row.name in self))
-
-
-def form(dtype: str, shift_mode: str, variance: bool, inputs: Iterable[str] = (), weights: Weights = "dtype") -> Form:
-    """Return the form of nodes with these optional inputs."""
-    return Form(dtype, shift_mode, variance, frozenset(inputs), weights)
 
 
 def header() -> str:

@@ -14,7 +14,7 @@ from converter.delivery import accuracy
 from converter.delivery.manifest import MANIFEST, RECIPE, REPORT, exported, manifest
 from converter.delivery.page import Chart, Line, Section, bars, heat, intervals, line, page
 from converter.errors import OutputError, said
-from converter.graph.costs import LayerCost, layer_costs
+from converter.graph.costs import LayerCost, layer_costs, span
 from converter.json_rows import HIGH, LOW, RATIO, SpeedRow
 
 BLOCK = re.compile(r"\.(\d+)\.")
@@ -38,8 +38,7 @@ class Out:
 
     def patterns(self) -> str:
         """Return the pattern of all layers, or the two between which they are."""
-        found = sorted({(cost.keep / cost.group, f"{cost.keep}:{cost.group}") for cost in self.costs})
-        return " to ".join(dict.fromkeys((found[0][1], found[-1][1])))
+        return span(self.costs)
 
     def mitigation(self) -> str:
         """Return the methods that it was calibrated with, as a recipe has them."""

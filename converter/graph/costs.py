@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import onnx
@@ -50,6 +51,12 @@ def layer_costs(model: onnx.ModelProto) -> list[LayerCost]:
         name = weight.name.removesuffix(".weight")
         costs.append(LayerCost(name, k, n, keep, group, int(k * row), int(read), k * n, rows * n + thin))
     return costs
+
+
+def span(costs: Iterable[LayerCost]) -> str:
+    """Return the pattern of the layers, or the sparsest and the densest of theirs: `4:16 to 12:16`."""
+    found = sorted({(cost.keep / cost.group, f"{cost.keep}:{cost.group}") for cost in costs})
+    return " to ".join(dict.fromkeys((found[0][1], found[-1][1])))
 
 
 def _size(tensor: onnx.TensorProto) -> float:

@@ -19,11 +19,12 @@ from converter.graph.op import function
 from converter.graph.phase import give_phase
 from converter.graph.placeholders import LinearNode
 from converter.graph.stamp import stamp
-from converter.graph.trace import tied_weights, trace
+from converter.graph.trace import trace
 from converter.names import DATA, MODEL, Phases
 from converter.plan import Plan
 from converter.recipe import DTYPES
-from converter.signature import BY_NAME, DOMAIN, OP, TABLE, VERSION, Form, form
+from converter.saved import tied_weights
+from converter.signature import BY_NAME, DOMAIN, OP, TABLE, VERSION, Form
 from converter.sparsity.linear import Baked, Params, bake
 from converter.sparsity.quantize import Storage
 
@@ -127,7 +128,7 @@ def _form(biased: set[str], params: dict[str, Params], storage: Storage, phases:
         has.add("bias")
     if phases != "both":
         has.add("sparse")
-    return form(storage.dtype, shift_mode, variance, has, storage.weights)
+    return Form(storage.dtype, shift_mode, variance, frozenset(has), storage.weights)
 
 
 def _rank(params: Params | None) -> int:

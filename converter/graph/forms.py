@@ -8,7 +8,7 @@ import onnx
 import onnx.helper
 
 from converter.names import Weights
-from converter.signature import ATTRIBUTES, DOMAIN, INPUTS, OP, Form, form
+from converter.signature import ATTRIBUTES, DOMAIN, INPUTS, OP, Form
 
 WIDENED = "W_real"  # in the body: W in float32, where it is stored in fewer bits
 DTYPES = {
@@ -28,7 +28,8 @@ def form_of(model: onnx.ModelProto) -> Form:
     dtype, weights = DTYPES.get(weight.data_type, ""), "dtype"
     if widens(model):
         dtype, weights = "float32", onnx.TensorProto.DataType.Name(weight.data_type).lower()
-    return form(dtype, attributes["shift_mode"].decode(), bool(attributes["variance"]), given, cast(Weights, weights))
+    shift_mode, variance = attributes["shift_mode"].decode(), bool(attributes["variance"])
+    return Form(dtype, shift_mode, variance, frozenset(given), cast(Weights, weights))
 
 
 def widens(model: onnx.ModelProto) -> bool:

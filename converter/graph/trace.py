@@ -153,14 +153,6 @@ def _rope_types(module: nn.Module) -> list[Any]:
     return list(found.values()) if isinstance(found, dict) else [found]
 
 
-def tied_weights(model: nn.Module) -> dict[str, str]:
-    """Return the names of the parameters that are one tensor under several names, each with the one that is stored."""
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    return {name: names[0] for names in owners.values() if len(names) > 1 for name in names}
-
-
 def _fill(model: nn.Module, dtype: torch.dtype) -> None:
     """Replace every meta parameter by one of the same shape without content; tied ones stay tied."""
     done: dict[int, nn.Parameter] = {}

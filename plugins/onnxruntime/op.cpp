@@ -108,30 +108,41 @@ private:
     std::vector<void*> parts_;
 };
 
-// Of what several threads throw, which ONNX Runtime's must not see, one is thrown on.
-template <class Body>
-void parallel(Ort::KernelContext const& context, int64_t count, bool worth, Body const& body) {
-    if (count == 1 || !worth) {
-        for (int64_t i = 0; i < count; ++i) body(i);
-        return;
-    }
-    struct Work {
-        Body const& body;
-        std::mutex mutex;
-        std::exception_ptr error;
-    } work{body, {}, nullptr};
-    auto const call = [](void* data, size_t i) {
-        Work& work = *static_cast<Work*>(data);
-        try {
-            work.body(static_cast<int64_t>(i));
-        } catch (...) {
-            std::lock_guard<std::mutex> const lock(work.mutex);
-            work.error = std::current_exception();
+// ONNX Runtime's memory and threads for one call.
+class OfCall final : public cpu::Host {
+public:
+    OfCall(Ort::KernelContext const& context, Memory& memory) : context_(context), memory_(memory) {}
+
+    void* memory(int64_t bytes) override { return memory_.of<char>(bytes); }
+
+    // Of what several threads throw, which ONNX Runtime's must not see, one is thrown on.
+    void parallel(int64_t count, bool worth, cpu::Body const& body) override {
+        if (count == 1 || !worth) {
+            for (int64_t i = 0; i < count; ++i) body(i);
+            return;
         }
-    };
-    context.ParallelFor(call, count, 0, &work);
-    if (work.error != nullptr) std::rethrow_exception(work.error);
-}
+        struct Work {
+            cpu::Body const& body;
+            std::mutex mutex;
+            std::exception_ptr error;
+        } work{body, {}, nullptr};
+        auto const call = [](void* data, size_t i) {
+            Work& work = *static_cast<Work*>(data);
+            try {
+                work.body(static_cast<int64_t>(i));
+            } catch (...) {
+                std::lock_guard<std::mutex> const lock(work.mutex);
+                work.error = std::current_exception();
+            }
+        };
+        context_.ParallelFor(call, count, 0, &work);
+        if (work.error != nullptr) std::rethrow_exception(work.error);
+    }
+
+private:
+    Ort::KernelContext const& context_;
+    Memory& memory_;
+};
 
 // Refuses what does not hold every number from 0 to `count` - 1 once.
 void check_permutation(int64_t const* entries, int64_t count, OrtAllocator* allocator) {
@@ -283,9 +294,8 @@ private:
         layer.y = context.GetOutput(0, shape).GetTensorMutableData<float>();
         if (layer.tokens == 0 || layer.n == 0) return;
         if (!layer.sparse) layer.rank = 0;
-        Memory scratch(allocator_.get());
-        run_layer(layer, {[&](int64_t bytes) { return scratch.of<char>(bytes); },
-                          [&](int64_t count, bool worth, auto const& body) { parallel(context, count, worth, body); }});
+        OfCall host(context, memory);
+        run_layer(layer, host);
     }
 
     static cpu::Kind kind(Ort::ConstValue const& w) {

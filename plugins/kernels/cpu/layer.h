@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstdint>
-#include <functional>
 
 #include "../../op_spec.h"
 
@@ -107,14 +106,30 @@ void product(Way way, Lists const& lists, int64_t tokens, Weight const& w, Cut c
 void epilogue(Layer const& layer, Token const& token, float const* first, int64_t parts, int64_t stride,
               float const* residual, int64_t column, int64_t columns, float* y);
 
+// A reference to what is done for each i; it copies nothing, for it is made in every call.
+class Body {
+public:
+    template <class Function>
+    Body(Function const& function)
+        : function_(&function),
+          call_([](void const* of, int64_t i) { (*static_cast<Function const*>(of))(i); }) {}
+    void operator()(int64_t i) const { call_(function_, i); }
+
+private:
+    void const* function_;
+    void (*call_)(void const*, int64_t);
+};
+
 // Where a call has its memory and threads from.
-struct Host {
-    std::function<void*(int64_t bytes)> memory;  // until the call ends; throws where there is none
+class Host {
+public:
+    virtual ~Host() = default;
+    virtual void* memory(int64_t bytes) = 0;  // until the call ends; throws where there is none
     // Runs body(0) to body(count - 1), on several threads where that is `worth` it.
-    std::function<void(int64_t count, bool worth, std::function<void(int64_t)> const& body)> parallel;
+    virtual void parallel(int64_t count, bool worth, Body const& body) = 0;
 };
 
 // Writes y of every token of the layer.
-void run_layer(Layer const& layer, Host const& host);
+void run_layer(Layer const& layer, Host& host);
 
 }  // namespace nmsparse::cpu

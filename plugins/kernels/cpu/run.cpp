@@ -10,7 +10,7 @@ namespace nmsparse::cpu {
 namespace {
 
 template <class T>
-T* room(Host const& host, int64_t count) {
+T* room(Host& host, int64_t count) {
     return static_cast<T*>(host.memory(std::max<int64_t>(count, 1) * static_cast<int64_t>(sizeof(T))));
 }
 
@@ -35,7 +35,7 @@ void list_thin(Layer const& layer, Lists const& dropped, Lists const& thin, int6
 
 }  // namespace
 
-void run_layer(Layer const& layer, Host const& host) {
+void run_layer(Layer const& layer, Host& host) {
     int64_t const k = layer.k, n = layer.n, rank = layer.rank;
     // As many tokens in each chunk.
     int64_t const most = ceil_div(layer.tokens, ceil_div(layer.tokens, CHUNK));
