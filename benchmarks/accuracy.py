@@ -22,12 +22,12 @@ from rich.table import Table
 from scipy.stats import bootstrap
 
 from converter import json_rows
-from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.evaluation.perplexity import window_losses
 from converter.pipeline import calibration_text, fitted
 from converter.plan import plan
 from converter.recipe import Recipe, parse_set
+from converter.sources.texts import windows
 from converter.sparsity.linear import install
 from converter.stages import Stages
 

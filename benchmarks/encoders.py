@@ -22,12 +22,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter import json_rows
-from converter.calibration.texts import texts
 from converter.checkpoint import open_checkpoint
 from converter.kinds import completed
 from converter.pipeline import calibration_text, fitted
 from converter.plan import plan
 from converter.recipe import Recipe, parse_set
+from converter.sources.texts import texts
 from converter.sparsity.linear import install
 from converter.stages import Stages
 

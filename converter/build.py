@@ -10,7 +10,6 @@ from typing import Any
 from torch import Tensor
 
 from converter import registry
-from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint
 from converter.delivery.bundle import staged, write_manifest
 from converter.delivery.manifest import ENGINES, MANIFEST, check_files, context_length, manifest
@@ -22,6 +21,7 @@ from converter.runtimes.engine import ENGINE
 from converter.runtimes.gpu import gpu
 from converter.runtimes.profile import Profile, default_profiles
 from converter.runtimes.protocol import EngineRecord, Job, Runnable, Written
+from converter.sources.texts import windows
 from converter.stages import StageCost, Stages
 
 TEXT = "python"

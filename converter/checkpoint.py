@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
@@ -22,7 +21,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedConfig,
@@ -120,20 +118,14 @@ class Checkpoint:
         """
         return _processor(self.kind, self.folder, self.source)
 
-    def generation_config(self) -> GenerationConfig:
-        """Return how the model wants to be sampled; from the configuration where the checkpoint does not say.
+    def generation_config(self) -> GenerationConfig | None:
+        """Return how the model wants to be sampled, from the configuration where nothing else says; None of one that
+        writes no text.
 
         Raises:
             CheckpointError: when it cannot be read.
-        """
-        if not (self.folder / "generation_config.json").exists():
-            return GenerationConfig.from_model_config(self.config)
-        try:
-            return GenerationConfig.from_pretrained(self.folder)
-        except Exception as error:  # of JSON, and of transformers' own checks
-            raise CheckpointError(
-                f"{self.source}: generation_config.json must be transformers', got {said(error)}"
-            ) from error
+        """  # noqa: D205
+        return self.kind.sampling(self.folder, self.config, self.source) if self.kind.sampling else None
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without its weights: parameters on the meta device, buffers real.
@@ -173,9 +165,7 @@ class Checkpoint:
 
     def blank(self) -> Tensor:
         """Return an input of the model that says nothing: two tokens, or a black image."""
-        if self.kind.images:
-            return torch.zeros(1, *image_shape(self.processor()))
-        return torch.zeros(1, 2, dtype=torch.int64)
+        return self.kind.blank(self.processor)
 
     def read(self, name: str) -> Tensor:
         """Return one weight.
@@ -209,7 +199,8 @@ class Checkpoint:
             found.append("images and all else but text: OUT is the text model alone")
         if any("pooler." in name for name in self.files):
             found.append("the pooling layer: OUT gives the states of every token")
-        if self.kind.cached and (cache := self.generation_config().cache_implementation) not in {None, "dynamic"}:
+        generation = self.generation_config()
+        if generation is not None and (cache := generation.cache_implementation) not in {None, "dynamic"}:
             found.append(f"cache_implementation {cache} of generation_config.json: the graph keeps every position")
         if rest := left_over(self.skeleton(), self.files):
             found.append(f"{some(rest)}, which the {self.kind.name} of config.json has no place for")
@@ -223,19 +214,6 @@ class Checkpoint:
 def _read(folder: Path) -> list[Path]:
     """Return the files of a checkpoint, in the order of their names."""
     return sorted({path for pattern in WANTED for path in folder.glob(pattern)})
-
-
-def image_shape(processor: Any) -> tuple[int, ...]:
-    """Return `[C, H, W]` of what a processor makes of an image, whatever its size."""
-    try:
-        made = processor(np.zeros((480, 640, 3), np.uint8), return_tensors="pt")["pixel_values"].numpy()
-    except Exception as error:  # its settings may be anything
-        raise CheckpointError(
-            f"preprocessor_config.json: must make pixels of an image, got {said(error)}. Fetch it again."
-        ) from error
-    if not np.isfinite(made).all():
-        raise CheckpointError("preprocessor_config.json: pixels must be finite, got NaN or Inf. Is image_std 0?")
-    return tuple(made.shape[1:])
 
 
 def _sha256(paths: list[Path]) -> str:
@@ -348,11 +326,8 @@ def _from_hub(source: str, revision: str | None) -> Path:
 
 
 def _processor(kind: Kind, folder: Path, source: str) -> Any:
-    if kind.images:
-        # Pillow is enough: torchvision would have to be of the very version that PyTorch is of.
-        must = "come with an image processor (nmsparse[images] reads images)"
-        return from_saved(AutoImageProcessor, folder, source, must, backend="pil")
-    return from_saved(AutoTokenizer, folder, source, "come with a tokenizer")
+    auto, must, options = kind.opened_by
+    return from_saved(auto, folder, source, must, **options)
 
 
 def _unpacked(path: Path, kind: Kind) -> Path:

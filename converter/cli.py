@@ -397,9 +397,9 @@ def generate(
     import torch
     from transformers import TextStreamer
 
-    from converter.calibration.texts import check_ids
     from converter.kinds import positions
     from converter.pipeline import load_decoder
+    from converter.sources.texts import check_ids
 
     if not prompt or not is_utf8(prompt):
         raise UsageError(f"PROMPT: must have text, got {shortened(ascii(prompt)) if prompt else 'none'}. Give some.")
@@ -469,10 +469,10 @@ def perplexity(
     bos
         Begin each window with the token that begins a text, as some models always see it.
     """
-    from converter.calibration.texts import check_ids, windows
     from converter.evaluation.perplexity import perplexity as measure
     from converter.kinds import positions
     from converter.pipeline import load_decoder
+    from converter.sources.texts import check_ids, windows
 
     if context < 2:
         raise UsageError("--context: must be at least 2, got 1: the first token of a window is not predicted.")

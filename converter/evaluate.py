@@ -15,8 +15,6 @@ from transformers import PreTrainedModel
 
 from converter import registry
 from converter.build import runnable
-from converter.calibration.images import SOURCES
-from converter.calibration.texts import windows
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.delivery.bundle import write_json
 from converter.delivery.manifest import (
@@ -44,6 +42,8 @@ from converter.runtimes.engine import ENGINE
 from converter.runtimes.engine_model import load_engine
 from converter.runtimes.gpu import gpu
 from converter.runtimes.protocol import Runnable, Served
+from converter.sources.images import SOURCES
+from converter.sources.texts import windows
 from converter.stages import Stages
 
 TABLE = "compared.csv"
@@ -87,7 +87,7 @@ def evaluate(
     _check_setting(checkpoint, setting)
     if sparse:
         out = out or folder / EVALUATION
-        if not checkpoint.kind.images:
+        if checkpoint.kind is not CLASSIFIER:
             _same_tokenizer(folder, checkpoint)
     with stages.stage("tasks"):
         tasks = load_tasks(setting, options.data_dir)

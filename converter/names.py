@@ -12,3 +12,8 @@ BITS = {"int8": 8, "int4": 4}  # of a stored weight
 MODEL, DATA = "model.onnx", "model.onnx.data"
 WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a checkpoint
 RTX_INSTALL = "Install nmsparse[tensorrt-rtx] (Linux, x86-64)."
+
+
+def cache_names(kind: str, index: int) -> list[str]:
+    """Return the graph's names of a block's key and value, `kind` being past_key_values or present."""
+    return [f"{kind}.{index}.{part}" for part in ("key", "value")]

@@ -25,12 +25,11 @@ from converter.calibration.allocate import allocate, measured_with
 from converter.calibration.arrange import arrange
 from converter.calibration.blocks import siblings
 from converter.calibration.distill import distill
-from converter.calibration.images import images
 from converter.calibration.resume import resumable
-from converter.calibration.texts import check_ids, sampled, windows
+from converter.calibration.sample import sampled
 from converter.calibration.train import Curve
 from converter.calibration.walk import calibrate as walk
-from converter.checkpoint import Checkpoint, image_shape, open_checkpoint
+from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.delivery.bundle import staged, write_client_files, write_json, write_manifest
 from converter.delivery.manifest import RECIPE, REPORT, check_files, exported, is_bundle, made_from, versions
 from converter.errors import CalibrationError, CheckpointError, OutputError, shortened
@@ -43,7 +42,7 @@ from converter.graph.export import Sparse
 from converter.graph.export import export as write_graph
 from converter.graph.supported import check_supported
 from converter.graph.trace import check_traceable
-from converter.kinds import DECODER, completed, positions
+from converter.kinds import DECODER, completed, positions, vocabulary
 from converter.names import MODEL
 from converter.place import encodable, write_whole
 from converter.plan import Plan, plan
@@ -53,8 +52,7 @@ from converter.runtimes.onnxruntime import load_onnx
 from converter.sparsity.linear import Params
 from converter.stages import Stages
 
-VALIDATION_TOKENS, VALIDATION_IMAGES = 128, 2
-TEXT = "python"
+VALIDATION_TOKENS = 128
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
 
 
@@ -130,7 +128,7 @@ def require_decoder(source: Checkpoint, use: str) -> None:
     Raises:
         CheckpointError: when it is a model of another kind.
     """
-    if not source.kind.cached:
+    if source.kind is not DECODER:
         raise CheckpointError(
             f"{source.source}: must be a {DECODER.name} for {use}, got one that is not: {source.kind.name}. "
             "Call it in Python: converter.load."
@@ -208,10 +206,8 @@ def _check_client_files(out: Checkpoint, checkpoint: Checkpoint) -> None:
     """Refuse an OUT whose configuration or tokenizer cannot be read, or is not the checkpoint's."""
     if out.kind is not checkpoint.kind:
         raise OutputError(f"{out.source}: config.json must be of a {checkpoint.kind.name}, got a {out.kind.name}.")
-    if out.kind.cached:
-        out.generation_config()
-    processor = out.processor()
-    if not out.kind.images and processor.get_vocab() != checkpoint.tokenizer().get_vocab():
+    out.generation_config()
+    if vocabulary(out.processor()) != vocabulary(checkpoint.processor()):
         raise OutputError(f"{out.source}: the tokenizer must be that of {checkpoint.source}, got another.")
 
 
@@ -240,9 +236,9 @@ def begun(
         recipe, skeleton = completed(recipe, checkpoint.kind, checkpoint.config), checkpoint.skeleton()
         check_supported(skeleton)
         layers = plan(skeleton, recipe)
-        processor = checkpoint.processor()
+        checkpoint.processor()  # where there is none, this is said now
         if dry or layers.open or recipe.walks() or recipe.distils():
-            check_traceable(skeleton, image_shape(processor) if checkpoint.kind.images else ())
+            check_traceable(skeleton, checkpoint.blank())
             if recipe.dtype == "float16" and not dry:
                 given = _validation(checkpoint, recipe, None)
                 check_range(checkpoint.model(), {}, recipe.storage(), recipe.phases, given)
@@ -280,11 +276,7 @@ def calibration_text(checkpoint: Checkpoint, recipe: Recipe, state: Path | None,
 
 def _read(checkpoint: Checkpoint, source: str, count: int, window: int, field: str, seed: int) -> Tensor:
     """Return so many windows of a text, or images."""
-    if checkpoint.kind.images:
-        return images(source, checkpoint.processor(), count, seed)
-    ids = windows(source, checkpoint.tokenizer(), count, window, field, framed=not checkpoint.kind.cached)
-    check_ids(ids, checkpoint.config)
-    return ids
+    return checkpoint.kind.read(source, checkpoint.processor(), checkpoint.config, count, window, field, seed)
 
 
 def _written(checkpoint: Checkpoint, recipe: Recipe, count: int, state: Path | None, stages: Stages) -> Tensor:
@@ -366,7 +358,7 @@ def _validate(
 ) -> Parity:
     with stages.stage("validate", "comparisons") as advance:
         ids = _validation(checkpoint, recipe, text)
-        wanted = text_wanted(checkpoint.config) if checkpoint.kind.cached else 0
+        wanted = text_wanted(checkpoint.kind.boundaries(checkpoint.config))
         more = _validation(checkpoint, recipe, text, wanted) if wanted > ids.shape[1] else None
         parity = compare(folder, checkpoint.model(), params, recipe.storage(), recipe.phases, ids, advance, more)
     parity.check()
@@ -375,9 +367,8 @@ def _validate(
 
 def _validation(checkpoint: Checkpoint, recipe: Recipe, text: str | None, wanted: int = 0) -> Tensor:
     """Return what OUT is compared on: the images of the recipe, or `[1, S]` of a text, more of it where it has more."""
-    settings, pictures = recipe.calibration, checkpoint.kind.images
-    source = text or ((settings.source or "").split(",")[0] if pictures else TEXT)
-    count = VALIDATION_IMAGES if pictures else 1
+    source, count = checkpoint.kind.validated(recipe)
+    source = text or source
     # RoBERTa counts positions from after two that no token has.
     most = positions(checkpoint.config) or VALIDATION_TOKENS + 2
     least = min(VALIDATION_TOKENS, most - 2)

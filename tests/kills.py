@@ -109,7 +109,8 @@ def cases(checkpoint: Path, data: Path, work: Path) -> dict[str, Case]:
     from converter.graph.trace import trace
     from converter.signature import Form
 
-    trace(open_checkpoint(str(checkpoint)).skeleton(), {}, Form("float32", "none", False), torch.float32)
+    opened = open_checkpoint(str(checkpoint))
+    trace(opened.skeleton(), {}, Form("float32", "none", False), torch.float32, opened.blank())
     load_tasks(Setting(("piqa", "boolq")), data)
 
     def folder(place: Path) -> str:

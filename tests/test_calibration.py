@@ -12,7 +12,7 @@ from tokenizers.processors import TemplateProcessing
 
 from converter.calibration import file as calibration_file
 from converter.calibration.distill import distill
-from converter.calibration.texts import sampled, texts, windows
+from converter.calibration.sample import sampled
 from converter.calibration.train import train
 from converter.calibration.walk import calibrate
 from converter.checkpoint import open_checkpoint
@@ -21,6 +21,7 @@ from converter.pipeline import calibration_text, convert
 from converter.place import write_whole
 from converter.plan import plan
 from converter.recipe import Training
+from converter.sources.texts import texts, windows
 from converter.sparsity.linear import Params, SparseLinear, install
 from converter.sparsity.mitigations import Layer
 from converter.sparsity.statistics import LayerStats

@@ -13,12 +13,12 @@ import torch
 from conftest import PLAIN
 from test_calibration import METHODS, SHORT
 
-from converter.calibration.texts import windows
 from converter.checkpoint import open_checkpoint
 from converter.evaluation.perplexity import perplexity, window_losses
 from converter.pipeline import Fitted, calibration_text, fitted
 from converter.plan import plan
 from converter.recipe import Recipe
+from converter.sources.texts import windows
 from converter.sparsity.linear import install
 from converter.sparsity.pattern import mask
 from converter.stages import Stages

@@ -22,7 +22,6 @@ from converter.bench import speed
 from converter.build import build
 from converter.calibration import file as calibration_file
 from converter.calibration.allocate import measure
-from converter.calibration.texts import texts, windows
 from converter.checkpoint import open_checkpoint
 from converter.delivery.inspect import inspect
 from converter.errors import BuildError, CalibrationError, CheckpointError, ExportError, RecipeError
@@ -30,6 +29,7 @@ from converter.kinds import output
 from converter.options import BuildOptions
 from converter.pipeline import load_with_processor
 from converter.plan import plan
+from converter.sources.texts import texts, windows
 from converter.sparsity.linear import Params, install
 from converter.stages import Stages
 

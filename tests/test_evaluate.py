@@ -21,7 +21,6 @@ from test_cli import refused
 from tokenizers import decoders
 from transformers import AutoModelForCausalLM
 
-from converter.calibration.texts import windows
 from converter.errors import OutputError
 from converter.evaluation.answers import Answers
 from converter.evaluation.greedy import compared, write_on
@@ -29,6 +28,7 @@ from converter.evaluation.harness import HarnessLM
 from converter.evaluation.statistics import anova, paired, recovery
 from converter.evaluation.tasks import Setting, ask, load_tasks
 from converter.runtimes.onnxruntime import load_onnx
+from converter.sources.texts import windows
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 PROMPTS = {

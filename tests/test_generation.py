@@ -29,10 +29,11 @@ from converter import convert, load
 from converter.checkpoint import open_checkpoint
 from converter.errors import ExportError, ValidationError
 from converter.evaluation import parity
-from converter.evaluation.boundaries import MOST, boundaries, generated, text_wanted
+from converter.evaluation.boundaries import MOST, generated, text_wanted
 from converter.evaluation.limits import LIMITS
 from converter.evaluation.parity import Parity, validate
 from converter.graph.trace import check_blocks
+from converter.kinds.decoder import boundaries
 from converter.plan import find_blocks
 from converter.runtimes.decoder import GraphCausalLM, generation_config
 from converter.runtimes.onnxruntime import OnnxEncoder, OnnxVision, decoder, session
@@ -253,10 +254,10 @@ def test_boundaries_are_those_that_a_text_can_cross() -> None:
     assert boundaries(Phi3Config(max_position_embeddings=4096)) == {}
     assert boundaries(Phi3Config(max_position_embeddings=131072)) == {"original_max_position_embeddings": 4096}
     assert boundaries(MistralConfig(max_position_embeddings=32768)) == {"sliding_window": 4096}
-    assert text_wanted(MistralConfig(max_position_embeddings=32768)) == 4096
+    assert text_wanted(boundaries(MistralConfig(max_position_embeddings=32768))) == 4096
     far = MistralConfig(max_position_embeddings=131072, sliding_window=32768)
     assert boundaries(far) == {"sliding_window": 32768}
-    assert text_wanted(far) == 0
+    assert text_wanted(boundaries(far)) == 0
     yarn = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64}
     for family, rope in (("llama", yarn), ("gemma3_text", {"full_attention": LONGROPE})):
         config = AutoConfig.for_model(family, sliding_window=None)

@@ -22,12 +22,12 @@ from sklearn.datasets import load_digits, load_sample_images
 from transformers import AutoConfig, AutoModel, AutoModelForImageClassification, ViTImageProcessorPil
 
 from converter import convert, load
-from converter.calibration.images import drawn, images
 from converter.checkpoint import open_checkpoint
 from converter.delivery import report as pages
 from converter.errors import CalibrationError, CheckpointError, EvaluationError
 from converter.evaluation.classify import labelled
 from converter.pipeline import load_with_processor
+from converter.sources.images import drawn, images
 
 Command = Callable[..., "subprocess.CompletedProcess[str]"]
 TINY = {

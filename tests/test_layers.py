@@ -11,7 +11,7 @@ import converter
 
 PACKAGE = Path(converter.__file__).parent
 # Each may import those before it, and modules of its own folder.
-LAYERS = ["sparsity", "calibration", "graph", "runtimes", "evaluation", "delivery"]
+LAYERS = ["sparsity", "sources", "kinds", "calibration", "graph", "runtimes", "evaluation", "delivery"]
 # What sees everything, and is seen by none of the folders.
 TOP = {"cli", "show", "pipeline", "build", "bench", "evaluate", "doctor", "registry", "served", "__main__"}
 

@@ -121,15 +121,7 @@ def _loss(model: PreTrainedModel, ids: Tensor, generator: torch.Generator) -> Te
     draws itself, as is a classifier of images, which have no labels here. An encoder has no loss: its states under
     random signs have gradients whose (g . e)^2 is, on average, the square of what the error does to them.
     """
-    found, y = kind(model), output(model, ids[None])[0].float()
-    if found.cached:
-        return nn.functional.cross_entropy(y[:-1], ids[1:], reduction="sum")
-    if found.output == "logits":
-        y = y.reshape(-1, y.shape[-1])
-        drawn = y.detach().softmax(-1).multinomial(1, generator=generator)[:, 0]
-        return nn.functional.cross_entropy(y, drawn, reduction="sum")
-    signs = torch.randint(2, y.shape, generator=generator, device=y.device) * 2 - 1
-    return (y * signs).sum()
+    return kind(model).loss(output(model, ids[None])[0].float(), ids, generator)
 
 
 def choose(effects: dict[str, list[float]], kept: dict[str, list[int]], limit: int) -> dict[str, int]:

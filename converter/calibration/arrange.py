@@ -43,7 +43,7 @@ def arrange(
     Raises:
         CalibrationError: when an activation is not finite.
     """
-    sample = (windows[:1] if kind(model).images else windows[:1, :SAMPLE]).to(model.device)
+    sample = kind(model).cut(windows[:1], 1, SAMPLE).to(model.device)
     found = wiring(model, plan, sample)
     wanted = {layer.name for layer in plan.sparse if layer.name in found.feeds or layer.name in found.readers}
     if not wanted:

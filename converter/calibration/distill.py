@@ -43,10 +43,7 @@ def distill(
         CalibrationError: when there is no text left to train on, too little memory, or training fails.
     """
     settings = recipe.training
-    pieces, what = windows.to(model.device), "images"
-    if not kind(model).images:
-        pieces = pieces.reshape(-1, min(settings.window, windows.shape[1]))
-        what = f"windows of {pieces.shape[1]}"
+    pieces, what = kind(model).pieces(windows.to(model.device), settings.window)
     held_out, text = pieces[-settings.held_out :], pieces[: -settings.held_out]
     if len(text) < settings.batch:
         raise CalibrationError(

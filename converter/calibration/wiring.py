@@ -20,7 +20,8 @@ from transformers import PreTrainedModel
 
 from converter.arrangement import Arrangement, Orders
 from converter.calibration.blocks import Call, block_calls, first_hidden, run_block, watched
-from converter.kinds import kind, output
+from converter.kinds import kind as kind_of_model
+from converter.kinds import output
 from converter.plan import Plan, find_blocks, signature
 
 CODE = 256  # bits; a row that is not there is read off once in 1e8 blocks of 40,000 rows and 20,000 channels
@@ -223,7 +224,7 @@ def _kinds(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, width: in
     most = max(sum(isinstance(m, nn.Linear) for m in block.modules()) for block in blocks)
     runs = 2 + CODE + most
     # What else a block is given depends on how many rows and tokens there are; of an image model it is nothing.
-    calls = block_calls(model, blocks, ids if kind(model).images else ids[:, :1].expand(runs, 1))
+    calls = block_calls(model, blocks, kind_of_model(model).cut(ids, runs, 1))
     found: dict[str, _Kind | None] = {}
     kinds = []
     for block, call in zip(blocks, calls, strict=True):

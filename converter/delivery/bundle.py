@@ -73,10 +73,8 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str, kernel:
     processor.save_pretrained(folder)
     if kernel is not None:
         shutil.copy(kernel, folder / kernel.name)
-    if checkpoint.kind.images:
-        return
     path = folder / "tokenizer_config.json"
-    settings = json.loads(path.read_text("utf-8"))
+    settings = json.loads(path.read_text("utf-8")) if path.exists() else {}  # of images there is none
     if settings.get("tokenizer_class") == "TokenizersBackend":
         # The name that transformers 4, and so optimum, knows for the same thing.
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -84,8 +82,8 @@ def write_client_files(folder: Path, checkpoint: Checkpoint, dtype: str, kernel:
         for key in ("backend", "is_local", "local_files_only"):
             settings.pop(key, None)
         path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    if checkpoint.kind.cached:
-        generation = checkpoint.generation_config()
+    generation = checkpoint.generation_config()
+    if generation is not None:
         generation.cache_implementation = None  # the graph keeps every position
         generation.save_pretrained(folder)
         about = genai_config(config, generation, processor)

@@ -6,19 +6,18 @@ rotary frequencies switch, a family's own `generate` drops its cache.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from converter.checkpoint import quiet
 from converter.evaluation.limits import Limits
-from converter.kinds import positions
+from converter.kinds.decoder import boundaries
 
-WINDOWS = ("sliding_window", "attention_chunk_size")
-SWITCH = "original_max_position_embeddings"
 BEFORE, AFTER = 4, 8  # tokens that are written before the boundary and after it
 PADDING = 3  # of the second row, on the left
 # Tokens. 4096 took 73 s with 135 million parameters on one core: as much as calibration with so much text.
@@ -37,25 +36,9 @@ class Generated:
     error: float = 0.0  # the largest of the logits, relative to the token's largest
 
 
-def boundaries(config: PreTrainedConfig) -> dict[str, int]:
-    """Return the lengths, by the name that the configuration has for each, that a text can cross.
-
-    Rotary frequencies that are rescaled once and for all (yarn, llama3) switch nowhere. A length that is not below the
-    model's positions is none.
-    """
-    text = config.get_text_config()
-    found = {name: getattr(text, name, None) for name in (*WINDOWS, SWITCH)}
-    ropes = getattr(text, "rope_parameters", None) or {}
-    for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
-        if rope.get("rope_type") == "longrope":
-            found[SWITCH] = rope.get(SWITCH) or found[SWITCH]
-    most = positions(config)
-    return {name: at for name, at in found.items() if at and (most is None or at < most)}
-
-
-def text_wanted(config: PreTrainedConfig) -> int:
-    """Return how many tokens of text `generated` can use."""
-    return max((at for at in boundaries(config).values() if at <= MOST), default=0)
+def text_wanted(lengths: Mapping[str, int]) -> int:
+    """Return how many tokens of text `generated` can use across such lengths."""
+    return max((at for at in lengths.values() if at <= MOST), default=0)
 
 
 def generated(model: PreTrainedModel, graph: PreTrainedModel, ids: Tensor, limits: Limits) -> Generated:

@@ -9,12 +9,11 @@ import pandas as pd
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from converter.calibration.images import drawn, pixels
-from converter.checkpoint import image_shape
 from converter.errors import EvaluationError
 from converter.evaluation.answers import Answers
 from converter.evaluation.harness import Advance
 from converter.evaluation.tasks import COLUMNS
+from converter.sources.images import drawn, image_shape, pixels
 
 TASK, TOP = "images", 5
 

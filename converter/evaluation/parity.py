@@ -34,17 +34,15 @@ from converter.evaluation.boundaries import generated
 from converter.evaluation.limits import LIMITS, Limits
 from converter.evaluation.overflow import ADVICE, beyond_float16
 from converter.evaluation.reference import (
-    Array,
     layer_inputs,
-    model_feeds,
     round_model,
-    run_model,
     sparse_layer,
     use_fitted,
 )
 from converter.graph.forms import DTYPES, widens
 from converter.graph.merge import parts
 from converter.kinds import kind as kind_of_model
+from converter.kinds.kind import Array
 from converter.names import MODEL, Phases
 from converter.quiet import quiet
 from converter.runtimes.onnxruntime import decoder, session
@@ -137,10 +135,10 @@ def validate(
         unfitted = use_fitted(model, rounded)
         if dtype == "float16" and _overflows(report, model, ids):
             return report
-        feeds = model_feeds(model, ids, kind)
+        feeds = kind_of_model(model).feeds(model, ids, kind)
         dense = session(_dense(graph), folder, prepack=False)
         _compare_dense(report, dense, model, feeds)
-        if kind_of_model(model).cached:
+        if kind_of_model(model).boundaries(model.config):
             _compare_generated(report, dense, model, ids if text is None else text)
         del dense
         progress(1, 4)
@@ -237,7 +235,7 @@ def _dense(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 def _compare_dense(report: Parity, dense: Any, model: PreTrainedModel, feeds: Any) -> None:
     found = _compare(
-        lambda feed: run_model(model, feed),
+        lambda feed: kind_of_model(model).run(model, feed),
         dense,
         feeds,
         lambda number, _, array: _seen(feeds[number], array),
@@ -436,11 +434,12 @@ def _compare_layers(
 def _report_sparse(
     report: Parity, folder: Path, graph: onnx.ModelProto, model: PreTrainedModel, ids: Tensor, kind: Any
 ) -> None:
-    feeds, name = model_feeds(model, ids, kind), kind_of_model(model).output
+    found_kind = kind_of_model(model)
+    feeds, name = found_kind.feeds(model, ids, kind), found_kind.output
     ort = session(graph, folder, prepack=False)
-    for phase, feed in zip(kind_of_model(model).calls, feeds, strict=True):
+    for phase, feed in zip(found_kind.calls, feeds, strict=True):
         found = _seen(feed, ort.run([name], feed)[0].astype(np.float32))
-        expected = _seen(feed, run_model(model, feed)[name])
+        expected = _seen(feed, found_kind.run(model, feed)[name])
         error = _relative(float(np.abs(found - expected).max()), float(np.abs(expected).max()))
         report.sparse[f"{phase}_{name}_error"] = error
         if not np.isfinite(error):

@@ -1,4 +1,4 @@
-"""The PyTorch side of parity: the reference model, and the inputs that both sides are given, on real text."""
+"""The PyTorch side of parity: the reference model, and the inputs of its layers on real text."""
 
 from __future__ import annotations
 
@@ -6,21 +6,16 @@ from collections import OrderedDict
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
-from converter.graph.capture import PIXELS, capture_of
 from converter.graph.merge import parts
-from converter.graph.trace import cache_names
-from converter.kinds import kind as kind_of_model
-from converter.kinds import output
+from converter.kinds import kind
+from converter.kinds.kind import Feed
 from converter.names import Phases
 from converter.sparsity.linear import Params, SparseLinear, install
 from converter.sparsity.quantize import Storage
-
-Array = np.ndarray[Any, Any]
 
 
 def round_weights(model: nn.Module, storage: Storage) -> None:
@@ -84,99 +79,22 @@ def make_sparse(model: nn.Module, params: dict[str, Params], storage: Storage, p
             install(model, name, layer, phases=phases)
 
 
-def model_feeds(model: PreTrainedModel, ids: Tensor, kind: Any) -> list[Any]:
-    """Return inputs of the whole graph: a prefill of two rows, one padded on the left, then one token more for both.
+def layer_inputs(model: PreTrainedModel, names: list[str], ids: Tensor, dtype: Any) -> list[Feed]:
+    """Return the inputs `[T, K]` of nodes, called as their `parts` are, from the sparse model, in each call of it."""
+    feeds: list[Feed] = []
+    seen: Feed = OrderedDict()
+    handles = []
+    for name in names:
 
-    `kind` is the numpy dtype of the cache. Without a cache it is one call, of two rows, one padded on the right, or of
-    the images.
-    """
-    if kind_of_model(model).images:
-        return [OrderedDict([(PIXELS, ids.numpy().astype(kind))])]
-    pad, length = 3, min(ids.shape[1], 64)
-    text = ids[0, :length]
-    if not kind_of_model(model).cached:
-        mask = torch.ones(2, length, dtype=torch.int64)
-        mask[1, -pad:] = 0
-        given = {"input_ids": text.expand(2, -1) * mask, "attention_mask": mask}
-        given["token_type_ids"] = (torch.arange(length) >= length // 2).to(torch.int64).expand(2, -1)
-        return [OrderedDict((name, given[name].contiguous().numpy()) for name in capture_of(model).inputs(model))]
-    rows = torch.stack([text, torch.cat([text.new_zeros(pad), text[: length - pad]])])
-    mask = torch.ones_like(rows)
-    mask[1, :pad] = 0
-    prefill, decode = slice(0, length - 1), slice(length - 1, length)
-    positions = (mask.cumsum(-1) - 1).clamp_min(0)
-    out = model(
-        input_ids=rows[:, prefill],
-        attention_mask=mask[:, prefill],
-        position_ids=positions[:, prefill],
-        past_key_values=DynamicCache(),
-        use_cache=True,
-    )
-    feeds = []
-    for part, cache in ((prefill, None), (decode, out.past_key_values)):
-        feed: OrderedDict[str, Array] = OrderedDict(
-            input_ids=rows[:, part].numpy(),
-            attention_mask=mask[:, : part.stop].contiguous().numpy(),
-            position_ids=positions[:, part].contiguous().numpy(),
-        )
-        for index, layer in enumerate(out.past_key_values.layers):
-            for name, tensor in zip(cache_names("past_key_values", index), (layer.keys, layer.values), strict=True):
-                feed[name] = (tensor if cache else tensor[:, :, :0]).contiguous().numpy().astype(kind)
-        feeds.append(feed)
-    return feeds
+        def note(_module: nn.Module, args: Any, name: str = name) -> None:
+            seen[f"{name}.X"] = args[0].reshape(-1, args[0].shape[-1]).numpy().astype(dtype)
 
-
-def run_model(model: PreTrainedModel, feed: Any) -> dict[str, Array]:
-    """Return logits (or states) and cache under the names of the graph's outputs, computed by torch."""
-    found = kind_of_model(model)
-    if not found.cached:
-        given = {name: torch.from_numpy(array) for name, array in feed.items()}
-        out = model(**{name: part.float() if part.is_floating_point() else part for name, part in given.items()})
-        return {found.output: getattr(out, found.output).numpy()}
-    cache = DynamicCache()
-    count = sum(name.startswith("past_key_values.") for name in feed) // 2
-    for index in range(count):
-        key, value = (torch.from_numpy(feed[n]).float() for n in cache_names("past_key_values", index))
-        if key.shape[2]:
-            cache.update(key, value, index)
-    out = model(
-        input_ids=torch.from_numpy(feed["input_ids"]),
-        attention_mask=torch.from_numpy(feed["attention_mask"]),
-        position_ids=torch.from_numpy(feed["position_ids"]),
-        past_key_values=cache,
-        use_cache=True,
-    )
-    outputs = {"logits": out.logits.numpy()}
-    for index, layer in enumerate(out.past_key_values.layers):
-        for name, tensor in zip(cache_names("present", index), (layer.keys, layer.values), strict=True):
-            outputs[name] = tensor.numpy()
-    return outputs
-
-
-def layer_inputs(model: PreTrainedModel, names: list[str], ids: Tensor, kind: Any) -> list[Any]:
-    """Return the inputs `[T, K]` of nodes, called as their `parts` are, from the sparse model: of a prefill, a decode.
-
-    Without a cache there is one call.
-    """
-    feeds: list[Any] = []
-    cached = kind_of_model(model).cached
-    cache = DynamicCache()
-    for part in (ids[:, :-1], ids[:, -1:]) if cached else (ids,):
-        seen: OrderedDict[str, Array] = OrderedDict()
-        handles = []
-        for name in names:
-
-            def note(_module: nn.Module, args: Any, name: str = name, seen: Any = seen) -> None:
-                seen[f"{name}.X"] = args[0].reshape(-1, args[0].shape[-1]).numpy().astype(kind)
-
-            handles.append(model.get_submodule(parts(name)[0]).register_forward_pre_hook(note))
-        if cached:
-            model(input_ids=part, past_key_values=cache, use_cache=True)
-        else:
-            output(model, part)
-        for handle in handles:
-            handle.remove()
-        feeds.append(seen)
+        handles.append(model.get_submodule(parts(name)[0]).register_forward_pre_hook(note))
+    for _ in kind(model).steps(model, ids):
+        feeds.append(OrderedDict(seen))
+        seen.clear()
+    for handle in handles:
+        handle.remove()
     return feeds
 
 

@@ -12,7 +12,7 @@ import torch
 from onnx_ir.tensor_adapters import TorchTensor
 from torch import Tensor
 
-from converter.checkpoint import Checkpoint, image_shape
+from converter.checkpoint import Checkpoint
 from converter.errors import ExportError
 from converter.graph.merge import merge, parts
 from converter.graph.op import function
@@ -82,8 +82,7 @@ def export(
         for layer in plan.layers
         if layer.name in params or f"{layer.name}.weight" not in tied
     }
-    image = image_shape(checkpoint.processor()) if checkpoint.kind.images else ()
-    model = trace(skeleton, nodes, found, dtype, image)
+    model = trace(skeleton, nodes, found, dtype, checkpoint.blank())
     stamp(model, plan.blocks)
     if phases != "both":
         give_phase(model, phases)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from converter.graph.placeholders import BLOCK, ENTER, LEAVE
-from converter.graph.trace import cache_names
+from converter.names import cache_names
 from converter.signature import DOMAIN
 
 

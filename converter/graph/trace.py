@@ -20,23 +20,24 @@ from onnxscript.optimizer import optimize_ir
 from onnxscript.rewriter import RewritePass
 from onnxscript.rewriter.rules.fusion._rms_normalization import rms_normalization_ruleset
 from onnxscript.rewriter.rules.fusion._rotary_embedding import partial_embedding_rules, rotary_embedding_rules
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from converter.errors import ConverterError, ExportError, said
-from converter.graph.capture import PIXELS, capture_of
+from converter.graph.attention import use_onnx_attention
 from converter.graph.placeholders import LinearNode, TracedBlock, TracedLinear, placeholder
 from converter.kinds import kind
+from converter.kinds.kind import Wrapped
 from converter.plan import find_blocks, signature
 from converter.signature import OPSET, Form
 
 
 def trace(
-    model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtype: torch.dtype, image: tuple[int, ...] = ()
+    model: PreTrainedModel, nodes: dict[str, LinearNode], form: Form, dtype: torch.dtype, blank: Tensor
 ) -> ir.Model:
     """Return the graph of a skeleton, with placeholder blocks and without weights; `model` is used up.
 
-    A model of images takes those of the shape `image [C, H, W]`.
+    `blank` is an input of the model, of whose content nothing is read.
 
     Raises:
         ExportError: when the model does not have the shape of a decoder with a key/value cache, or of an encoder, or
@@ -49,13 +50,12 @@ def trace(
         assert isinstance(linear, nn.Linear)
         model.set_submodule(layer, TracedLinear(linear, node, form, dtype))
     with _told(model):
-        program, own = _captured(model, dtype, image)
+        program, wrapped = _captured(model, dtype, blank)
         logging.getLogger("torch.onnx").setLevel(logging.ERROR)  # it warns that torchvision is not there
         onnx_program = torch.onnx.export(program, opset_version=OPSET, optimize=False, verbose=False)
         assert onnx_program is not None
         traced_model = onnx_program.model
-        how = capture_of(model)
-        _name(traced_model, own if how.caches else [], how.inputs(model), kind(model).output)
+        _name(traced_model, wrapped)
         _forget_weights(traced_model, model, blocks_name)
         # It warns of every weight without content.
         logging.getLogger("onnx_ir.passes.common.initializer_deduplication").setLevel(logging.ERROR)
@@ -65,14 +65,14 @@ def trace(
     return traced_model
 
 
-def check_traceable(model: PreTrainedModel, image: tuple[int, ...] = ()) -> None:
-    """Refuse a skeleton that cannot be traced; it is used up. This takes a second, and spares a calibration.
+def check_traceable(model: PreTrainedModel, blank: Tensor) -> None:
+    """Refuse a skeleton that cannot be traced on `blank`; it is used up. This takes a second, and spares a calibration.
 
     Raises:
         ExportError: saying what torch.export says.
     """
     with _told(model):
-        _captured(model, torch.float32, image)
+        _captured(model, torch.float32, blank)
 
 
 @contextmanager
@@ -90,9 +90,9 @@ def _told(model: PreTrainedModel) -> Iterator[None]:
 
 
 def _captured(
-    model: PreTrainedModel, dtype: torch.dtype, image: tuple[int, ...]
-) -> tuple[torch.export.ExportedProgram, list[int]]:
-    """Return what torch.export makes of the skeleton, and the blocks in it, like one of which is every other."""
+    model: PreTrainedModel, dtype: torch.dtype, blank: Tensor
+) -> tuple[torch.export.ExportedProgram, Wrapped]:
+    """Return what torch.export makes of the skeleton, of blocks that are alike only the first, and how it is called."""
     _, blocks = find_blocks(model)
     _fill(model, dtype)
     kinds = [signature(block) for block in blocks]
@@ -104,10 +104,16 @@ def _captured(
             traced.append(TracedBlock(bare[index], index, None if like == index else traced[like]))
             blocks[index] = traced[index]
         own = [index for index, like in enumerate(likes) if like == index]
-        program = capture_of(model).program(model, len(blocks), own, image, dtype)
+        with torch.no_grad():
+            if getattr(model, "_supports_sdpa", False):  # else its own attention is traced as it is
+                use_onnx_attention(model, dtype)
+            wrapped = kind(model).wrap(model, len(blocks), own, blank, dtype)
+            program = torch.export.export(
+                wrapped.module, (), wrapped.examples, dynamic_shapes=wrapped.free, strict=False
+            )
         differing = [block.index for block in traced if block.differs()]
         if not differing:
-            return program, own
+            return program, wrapped
         likes[differing[0]] = differing[0]
 
 
@@ -137,7 +143,7 @@ def check_blocks(model: PreTrainedModel) -> None:
         raise ExportError(
             f"{type(model).__name__}: must be a model whose blocks are all attention blocks, each its own."
         )
-    if capture_of(model).interface and not getattr(model, "_supports_sdpa", False):
+    if kind(model).interface and not getattr(model, "_supports_sdpa", False):
         raise ExportError(f"{type(model).__name__}: must support transformers' attention interface, got none.")
     ropes = {str(rope) for module in model.modules() for rope in _rope_types(module)}
     if any("dynamic" in rope for rope in ropes):
@@ -165,36 +171,17 @@ def _fill(model: nn.Module, dtype: torch.dtype) -> None:
                 setattr(module, name, done[id(parameter)])
 
 
-def cache_names(kind: str, index: int) -> list[str]:
-    """Return the names of a block's key and value, `kind` being past_key_values or present."""
-    return [f"{kind}.{index}.{part}" for part in ("key", "value")]
-
-
-def _name(model: ir.Model, own: list[int], inputs: list[str], output: str) -> None:
+def _name(model: ir.Model, wrapped: Wrapped) -> None:
     """Give inputs, outputs and their dimensions the names that optimum and onnxruntime-genai expect."""
-    past = [name for index in own for name in cache_names("past_key_values", index)]
-    present = [name for index in own for name in cache_names("present", index)]
-    for value, name in zip(model.graph.inputs, inputs + past, strict=True):
+    for value, name in zip(model.graph.inputs, wrapped.inputs, strict=True):
         value.name = name
-    for value, name in zip(model.graph.outputs, [output, *present], strict=True):
+    for value, name in zip(model.graph.outputs, wrapped.outputs, strict=True):
         value.name = name
-    ids = model.graph.inputs[0].shape
-    assert ids is not None
-    names = {str(ids[0]): "batch_size"}
-    if inputs != [PIXELS]:
-        names[str(ids[1])] = "sequence_length"
-    sums: dict[str, str] = {}
-    if own:
-        mask, key = model.graph.inputs[1].shape, model.graph.inputs[3].shape
-        assert mask is not None
-        assert key is not None
-        total = "past_sequence_length + sequence_length"
-        names[str(key[2])] = "past_sequence_length"
-        sums = {str(mask[1]): total, f"{key[2]} + {ids[1]}": total, f"{ids[1]} + {key[2]}": total}
+    names = wrapped.dims([[str(dim) for dim in value.shape or ()] for value in model.graph.inputs])
     computed = [value for node in model.graph for value in node.outputs]
     for value in {*model.graph.inputs, *model.graph.outputs, *computed}:
         if value.shape is not None:
-            value.shape = ir.Shape([_renamed(dim, names | sums) for dim in value.shape])
+            value.shape = ir.Shape([_renamed(dim, names) for dim in value.shape])
 
 
 def _renamed(dim: int | ir.SymbolicDim, names: dict[str, str]) -> int | str | None:

@@ -230,6 +230,7 @@ def _graph_class(family: type[PreTrainedModel]) -> Any:
 def generation_config(folder: Path) -> GenerationConfig:
     """Return how the model in `folder` wants to be sampled; one that asks for a cache of fixed size is warned of."""
     found = Checkpoint(str(folder), None, folder).generation_config()
+    assert found is not None, "only a causal language model is loaded so"
     if found.cache_implementation not in {None, "dynamic"}:
         logging.getLogger(__name__).warning(
             "%s: cache_implementation %s is left out: the graph keeps every position.",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
 from converter.checkpoint import Checkpoint
 from converter.errors import ExportError
 from converter.graph.widen import is_bfloat16, widen
-from converter.kinds import kind_of
+from converter.kinds import CLASSIFIER, DECODER, ENCODER, IMAGE_ENCODER, MASKED, kind_of
 from converter.names import MODEL
 from converter.runtimes import arguments
 from converter.runtimes.decoder import PAST, CacheInput, GraphCausalLM, generation_config, graph_model
@@ -180,13 +180,22 @@ class OnnxVision(PreTrainedModel):
         return arguments.returned(self.config, out, return_dict)
 
 
-def load_onnx(folder: Path) -> GraphCausalLM | OnnxEncoder | OnnxVision:
+# By the name of the kind; each is made of the checkpoint's configuration and a session.
+MODELS: dict[str, Callable[[PreTrainedConfig, onnxruntime.InferenceSession], PreTrainedModel]] = {
+    DECODER.name: decoder,
+    MASKED.name: OnnxEncoder,
+    ENCODER.name: OnnxEncoder,
+    CLASSIFIER.name: OnnxVision,
+    IMAGE_ENCODER.name: OnnxVision,
+}
+
+
+def load_onnx(folder: Path) -> PreTrainedModel:
     """Return the model in OUT, ready to run."""
     config = Checkpoint(str(folder), None, folder).config
     run = session(onnx.load(folder / MODEL, load_external_data=False), folder)
     kind = kind_of(config, str(folder))
-    if not kind.cached:
-        return OnnxVision(config, run) if kind.images else OnnxEncoder(config, run)
-    model = decoder(config, run)
-    model.generation_config = generation_config(folder)
+    model = MODELS[kind.name](config, run)
+    if kind.sampling is not None:
+        model.generation_config = generation_config(folder)
     return model

@@ -1,67 +1,39 @@
-"""The kinds of models: how each is opened, what its graph gives, and what a difference of two of its outputs means."""
+"""The kinds of models: which there are, and which one a model is. Each has a module that gives what `kind.py` says."""
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForImageClassification,
-    AutoModelForMaskedLM,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from converter.errors import CalibrationError, CheckpointError, RecipeError, shortened
+from converter.errors import CheckpointError, shortened
+from converter.kinds.decoder import DECODER
+from converter.kinds.encoder import ENCODER, MASKED
+from converter.kinds.kind import Kind, positions
+from converter.kinds.vision import CLASSIFIER, IMAGE_ENCODER
 from converter.recipe import Recipe
 
-
-def _of_logits(found: Tensor, wanted: Tensor) -> Tensor:
-    """Return the mean over the rows of KL(wanted || found), in nats, of logits `[..., V]`."""
-    logs, targets = (part.flatten(0, -2).log_softmax(-1) for part in (found, wanted))
-    return nn.functional.kl_div(logs, targets, reduction="batchmean", log_target=True)
-
-
-def _of_states(found: Tensor, wanted: Tensor) -> Tensor:
-    """Return the mean over the tokens of the squared error relative to the token's length, of states `[B, S, H]`."""
-    return ((found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-30)).mean()
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A kind of models; `output` is what the graph gives, `calls` how it is called, each one a phase of parity.
-
-    `source` is the calibration text when the recipe names none, `distance` what distillation makes small; `images` are
-    what the model is given instead of text.
-    """
-
-    name: str
-    auto: Any
-    output: str
-    calls: tuple[str, ...]
-    source: str | None
-    distance: Callable[[Tensor, Tensor], Tensor]
-    images: bool = False
-
-    @property
-    def cached(self) -> bool:
-        """Whether calls follow each other over a key/value cache."""
-        return "decode" in self.calls
-
-
-DECODER = Kind("causal language model", AutoModelForCausalLM, "logits", ("prefill", "decode"), "self", _of_logits)
-MASKED = Kind("masked language model", AutoModelForMaskedLM, "logits", ("text",), "python", _of_logits)
-ENCODER = Kind("encoder", AutoModel, "last_hidden_state", ("text",), "python", _of_states)
-CLASSIFIER = Kind(
-    "image classifier", AutoModelForImageClassification, "logits", ("images",), None, _of_logits, images=True
-)
-IMAGE_ENCODER = Kind("image encoder", AutoModel, "last_hidden_state", ("images",), None, _of_states, images=True)
+__all__ = [
+    "CLASSIFIER",
+    "DECODER",
+    "ENCODER",
+    "IMAGE_ENCODER",
+    "KINDS",
+    "MASKED",
+    "Kind",
+    "causal_class",
+    "completed",
+    "kind",
+    "kind_of",
+    "output",
+    "positions",
+    "vocabulary",
+    "without_head",
+    "without_pooler",
+]
+KINDS = (DECODER, MASKED, ENCODER, CLASSIFIER, IMAGE_ENCODER)
 
 
 def kind_of(config: PreTrainedConfig, where: str) -> Kind:
@@ -121,12 +93,6 @@ def _names(mapping: Any, config: PreTrainedConfig) -> tuple[str, ...]:
     return (found,) if isinstance(found, str) else tuple(found)
 
 
-def positions(config: PreTrainedConfig) -> int | None:
-    """Return how many tokens a call of the model may have in all, or None where nothing bounds them."""
-    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found
-
-
 def without_head(found: Kind) -> Kind | None:
     """Return the kind of the bare model of a kind with a head, or None where that is not one of ours."""
     return {MASKED.name: ENCODER, CLASSIFIER.name: IMAGE_ENCODER}.get(found.name)
@@ -144,22 +110,13 @@ def without_pooler(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def takes_segments(model: PreTrainedModel) -> bool:
-    """Return whether the model tells several texts in one call apart, by `token_type_ids`."""
-    segments = getattr(model.config, "type_vocab_size", 0)
-    return segments > 1 and "token_type_ids" in inspect.signature(model.forward).parameters
-
-
 def output(model: PreTrainedModel, given: Tensor, *, last: bool = False) -> Tensor:
     """Return what the model gives for token ids `[B, S]` or pixels `[B, C, H, W]`.
 
     With `last`, for the last token alone where it can be.
     """
     found = kind(model)
-    options: dict[str, Any] = {"pixel_values" if found.images else "input_ids": given}
-    if found.cached:
-        options |= {"use_cache": False, "logits_to_keep": 1} if last else {"use_cache": False}
-    result: Tensor = getattr(model(**options), found.output)
+    result: Tensor = getattr(found.call(model, given, last), found.output)
     return result
 
 
@@ -173,26 +130,11 @@ def completed(recipe: Recipe, found: Kind, config: PreTrainedConfig) -> Recipe:
         CalibrationError: when a window of text is longer than the model's positions, or an image model has no images.
     """
     recipe = recipe if recipe.calibration.source else recipe.replace({"calibration.source": found.source})
-    most = positions(config)
-    if not found.images and recipe.windows() and most is not None and recipe.calibration.window > most:
-        raise CalibrationError(
-            f"calibration.window: must be at most {most}, the positions of the model, got {recipe.calibration.window}. "
-            f"Give --set calibration.window={most} or less."
-        )
-    if found.cached:
-        return recipe
-    if recipe.phases != "both":
-        raise RecipeError(f"phases: must be both for a model without a cache, got {recipe.phases}. Leave it out.")
-    if found.images:
-        if recipe.calibration.source in {None, "self", "python"}:
-            raise CalibrationError(
-                f"calibration.source: must be images for an {found.name}, got {recipe.calibration.source}. "
-                "Give --calibration with a folder of them, or hub:NAME[:CONFIG[:SPLIT]]."
-            )
-        return recipe
-    if "self" in (recipe.calibration.source or "").split(","):
-        raise RecipeError(
-            "calibration.source: must be a text for an encoder, got self: it cannot write. "
-            "Give --calibration FILE, or python."
-        )
+    found.check(found.name, recipe, config)
     return recipe
+
+
+def vocabulary(processor: Any) -> dict[str, int]:
+    """Return the tokens that what makes a model's input knows; none of a processor of images."""
+    found: dict[str, int] = processor.get_vocab() if hasattr(processor, "get_vocab") else {}
+    return found

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from converter.calibration.texts import hub_name
-from converter.checkpoint import image_shape
-from converter.errors import CalibrationError, said
+from converter.errors import CalibrationError, CheckpointError, said
+from converter.sources.texts import hub_name
 
 SOURCES = "a folder of images, in one folder for each class where they have classes, or hub:NAME[:CONFIG[:SPLIT]]"
 
@@ -89,3 +89,16 @@ def pixels(row: Any, source: str, processor: Any, shape: tuple[int, ...]) -> Ten
             "Let its preprocessor_config.json resize or crop them to one size."
         )
     return made
+
+
+def image_shape(processor: Any) -> tuple[int, ...]:
+    """Return `[C, H, W]` of what a processor makes of an image, whatever its size."""
+    try:
+        made = processor(np.zeros((480, 640, 3), np.uint8), return_tensors="pt")["pixel_values"].numpy()
+    except Exception as error:  # its settings may be anything
+        raise CheckpointError(
+            f"preprocessor_config.json: must make pixels of an image, got {said(error)}. Fetch it again."
+        ) from error
+    if not np.isfinite(made).all():
+        raise CheckpointError("preprocessor_config.json: pixels must be finite, got NaN or Inf. Is image_std 0?")
+    return tuple(made.shape[1:])
