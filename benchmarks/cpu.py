@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 
 from converter import json_rows
-from converter.graph.dense import dense
+from converter.graph.dense import densify
 from converter.names import BITS, MODEL, Weights
 from converter.runtimes.kernel import library
 from converter.runtimes.onnxruntime import ACCURACY
@@ -113,7 +113,7 @@ def one_product(w: np.ndarray, what: str, weights: Weights) -> onnx.ModelProto:
         return model([node], stored, [x], [y])
     names = [{"weight_scale": "scale"}.get(name, name) for name in INPUTS]
     made = model([op(what, [n if n in {"X", *stored} else "" for n in names], "Y")], stored, [x], [y])
-    return dense(made) if what in {"MatMul", "MatMulNBits"} else made
+    return densify(made) if what in {"MatMul", "MatMulNBits"} else made
 
 
 def selections(k: int, n: int, pattern: str) -> onnx.ModelProto:

@@ -39,7 +39,7 @@ from converter import json_rows
 from converter.checkpoint import open_checkpoint
 from converter.delivery.manifest import GENAI, exported
 from converter.graph.costs import layer_costs
-from converter.graph.dense import dense
+from converter.graph.dense import densify
 from converter.names import MODEL, Weights
 from converter.runtimes.kernel import library
 from converter.runtimes.onnxruntime import session
@@ -172,7 +172,7 @@ def serve(what: str, folder: Path, threads: int) -> None:
     graph = onnx.load(folder / MODEL, load_external_data=False)
     head = json.loads((folder / GENAI).read_text())["model"]["decoder"]["head_size"]
     before = psutil.Process().memory_info().rss
-    run = session(dense(graph) if what == "dense" else graph, folder, threads=threads)
+    run = session(densify(graph) if what == "dense" else graph, folder, threads=threads)
     print("ready", flush=True)
     for line in sys.stdin:
         kind, count = line.split()
@@ -222,7 +222,7 @@ def bound(out: Path) -> float:
     """Return the bytes of the weights that a token reads dense / those that it reads sparse."""
     graph = exported(out)
     sizes = {t.name: 4 * math.prod(t.dims) for t in graph.graph.initializer}
-    nodes = dense(graph).graph.node
+    nodes = densify(graph).graph.node
     sizes |= {node.output[0]: sizes.get(node.input[0], 0) for node in nodes if node.op_type == "Transpose"}
     whole = sum(sizes.get(node.input[1], 0) for node in nodes if node.op_type == "MatMul")
     return whole / (whole - sum(cost.bytes - cost.sparse_bytes for cost in layer_costs(graph)))

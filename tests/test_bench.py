@@ -15,7 +15,7 @@ from conftest import PLAIN, make_tiny
 
 from converter import convert, pipeline
 from converter.errors import BuildError, OutputError, UsageError
-from converter.graph.dense import dense
+from converter.graph.dense import densify
 from converter.names import MODEL
 from converter.runtimes.kernel import VARIABLE
 from converter.runtimes.onnxruntime import call_feed, session
@@ -55,10 +55,11 @@ def test_the_dense_graph_is_the_op_with_every_channel_kept(
         if node.op_type == "SparseLinear":
             attributes = {a.name: a for a in node.attribute}
             attributes["keep"].i = attributes["group"].i
-    assert not [node for node in dense(graph).graph.node if node.domain]
+    assert not [node for node in densify(graph).graph.node if node.domain]
     ids = torch.randint(256, (1, 9), generator=torch.Generator().manual_seed(0))
     found, expected = (
-        run.run(["logits"], call_feed(run, ids, None))[0] for run in (session(g, folder) for g in (dense(graph), whole))
+        run.run(["logits"], call_feed(run, ids, None))[0]
+        for run in (session(g, folder) for g in (densify(graph), whole))
     )
     error = np.abs(found.astype(np.float32) - expected).max() / np.abs(expected).max()
     assert error < (1e-5 if dtype == "float32" and "weights" not in settings else 2e-2)
@@ -67,7 +68,7 @@ def test_the_dense_graph_is_the_op_with_every_channel_kept(
 def test_integers_that_no_dense_kernel_takes_are_not_timed(tiny: Path, tmp_path: Path) -> None:
     out = convert(str(tiny), tmp_path / "out", PLAIN.replace({"weights": "int8", "block": 0}))
     with pytest.raises(BuildError, match=r"down_proj.weight: must have a scale for each 16, 32, .* got 96"):
-        dense(onnx.load(out / MODEL, load_external_data=False))
+        densify(onnx.load(out / MODEL, load_external_data=False))
 
 
 def test_out_is_measured_beside_the_same_out_dense(

@@ -16,7 +16,7 @@ from conftest import PLAIN, make_tiny
 from converter import convert
 from converter.errors import BuildError, RecipeError
 from converter.graph.costs import layer_costs
-from converter.graph.dense import dense
+from converter.graph.dense import densify
 from converter.graph.forms import form_of
 from converter.graph.lower import lower
 from converter.names import Weights
@@ -87,7 +87,7 @@ def test_a_model_of_fewer_bits_agrees_with_pytorch(weights: str, bytes_: float, 
     # The same run dense: activations are float32, and the peer of a benchmark reads its weights widened.
     ids = {"input_ids": np.arange(6)[None] + 5, "attention_mask": np.ones((1, 6), np.int64)}
     feeds = {**ids, "position_ids": np.arange(6)[None]}
-    peer = session(dense(graph), out)
+    peer = session(densify(graph), out)
     for value in peer.get_inputs()[3:]:
         feeds[value.name] = np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
     assert np.isfinite(peer.run(None, feeds)[0]).all()

@@ -12,7 +12,7 @@ from converter.signature import DOMAIN, INPUTS, OP
 BLOCKS = (16, 32, 64, 128, 256)
 
 
-def dense(model: onnx.ModelProto) -> onnx.ModelProto:
+def densify(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return the model with each `SparseLinear` as a MatMul of all channels: what the op means where `sparse` is false.
 
     A token's own shift cancels, and what corrects for dropped channels is left out. Integers are dequantized by the

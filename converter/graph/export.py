@@ -82,12 +82,11 @@ def export(
         for layer in plan.layers
         if layer.name in params or f"{layer.name}.weight" not in tied
     }
-    model = trace(skeleton, nodes, found, dtype, checkpoint.blank())
-    stamp(model, plan.blocks)
+    model = stamp(trace(skeleton, nodes, found, dtype, checkpoint.blank()), plan.blocks)
     if phases != "both":
-        give_phase(model, phases)
+        model = give_phase(model, phases)
     if sparse.share:
-        merge(model, params)
+        model = merge(model, params)
     outputs = {layer.name: layer.out_features for layer in plan.layers}
     _attach_weights(model, Layers(checkpoint, params, storage, tied, biased), outputs, set(nodes))
     _attach_patterns(model, params)

@@ -21,8 +21,8 @@ def parts(name: str) -> list[str]:
     return [f"{module}{dot}{part}" for part in names.split("+")]
 
 
-def merge(model: ir.Model, params: Mapping[str, Params]) -> None:
-    """Merge nodes of one module in place; the weights of the result have no content, and are named for its `parts`.
+def merge(model: ir.Model, params: Mapping[str, Params]) -> ir.Model:
+    """Return `model` with nodes of one module merged, whose weights have no content and are named for their `parts`.
 
     A Split, which every runtime knows, parts its output again.
     """
@@ -40,6 +40,7 @@ def merge(model: ir.Model, params: Mapping[str, Params]) -> None:
             mates = [(name, node) for name, node in mates if name not in alike]
             if len(alike) > 1 and first.residual_in is None:
                 _merged(graph, list(alike), list(alike.values()))
+    return model
 
 
 def _choose_alike(one: Params, other: Params) -> bool:

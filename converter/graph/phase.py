@@ -9,8 +9,8 @@ import onnx_ir as ir
 from converter.signature import DOMAIN, INPUTS, OP
 
 
-def give_phase(model: ir.Model, phases: Literal["prefill", "decode"]) -> None:
-    """Give every `SparseLinear` node of `model` one shared input `sparse`: is this call of that phase?
+def give_phase(model: ir.Model, phases: Literal["prefill", "decode"]) -> ir.Model:
+    """Return `model` with one input `sparse` that all `SparseLinear` nodes share: is this call of that phase?
 
     A call with more than one token a sequence is a prefill. It is computed once, from the shape of `input_ids`.
     """
@@ -28,3 +28,4 @@ def give_phase(model: ir.Model, phases: Literal["prefill", "decode"]) -> None:
     for node in nodes:
         node.resize_inputs(position + 1)
         node.replace_input_with(position, sparse.outputs[0])
+    return model

@@ -21,8 +21,8 @@ UNKNOWN = {
 }
 
 
-def to_plugin(model: ir.Model, dispatch: Sequence[Row], sm: str) -> list[Row]:
-    """Make plugin nodes of the op's nodes in place, without the function that stands for the op; return the rows used.
+def to_plugin(model: ir.Model, dispatch: Sequence[Row], sm: str) -> tuple[ir.Model, list[Row]]:
+    """Return `model` with plugin nodes for the op's and without the op's function, and the rows of `dispatch` used.
 
     Where the paths of a node meet is what the table `dispatch` says for a compute capability `sm`. A node has the
     inputs that there are, with `inputs` to say which. The rows of its W are in the order of its permutation, which is
@@ -67,7 +67,7 @@ def to_plugin(model: ir.Model, dispatch: Sequence[Row], sm: str) -> list[Row]:
         for index, value in enumerate(given.values()):
             node.replace_input_with(index, value)
         node.resize_inputs(len(given))
-    return list(dict.fromkeys(used))
+    return model, list(dict.fromkeys(used))
 
 
 def _check(given: dict[str, ir.Value], group: int) -> None:

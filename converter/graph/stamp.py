@@ -9,8 +9,8 @@ from converter.names import cache_names
 from converter.signature import DOMAIN
 
 
-def stamp(model: ir.Model, blocks: str) -> None:
-    """Expand every placeholder of `model` in place and remove the marks; `blocks` is the name of the list of blocks.
+def stamp(model: ir.Model, blocks: str) -> ir.Model:
+    """Return `model` with every placeholder expanded and without marks; `blocks` is the name of the list of blocks.
 
     A node of the first block is copied when it depends on the block's input, its cache or its parameters; what does
     not (shapes, the mask, rotary tables) is shared, as it was in the model.
@@ -29,6 +29,7 @@ def stamp(model: ir.Model, blocks: str) -> None:
         if op in {ENTER, LEAVE}:
             _bypass(graph, node)
     _sort_caches(graph, len(marks) - len(bodies))
+    return model
 
 
 class _Body:

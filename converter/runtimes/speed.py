@@ -15,7 +15,7 @@ import onnx
 import onnxruntime
 import torch
 
-from converter.graph.dense import dense
+from converter.graph.dense import densify
 from converter.runtimes.onnxruntime import call_feed, session
 
 PAST = 128  # tokens in the cache of the token that is decoded
@@ -54,7 +54,7 @@ def measured(
 
     `model` is the graph of OUT, whose weights lie in `folder`. The tokens are random.
     """
-    runs = [session(graph, folder, threads=threads) for graph in (model, dense(model))]
+    runs = [session(graph, folder, threads=threads) for graph in (model, densify(model))]
     vocabulary = next(v for v in model.graph.output if v.name == "logits").type.tensor_type.shape.dim[-1].dim_value
     ids = torch.randint(vocabulary, (1, max(past + 1, *prefill)), generator=torch.Generator().manual_seed(0))
     caches = runs[0].run(None, call_feed(runs[0], ids[:, :past], None))[1:]

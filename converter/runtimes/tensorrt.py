@@ -58,8 +58,8 @@ class TensorRT:
         """
         options = job.options
         with job.stages.stage("lower"):
-            graph = ir.load(job.folder / MODEL)
-            used = to_plugin(graph, dispatch_table.read(options.dispatch), options.target or dispatch_table.ANY)
+            rows, target = dispatch_table.read(options.dispatch), options.target or dispatch_table.ANY
+            graph, used = to_plugin(ir.load(job.folder / MODEL), rows, target)
             ir.save(graph, job.place / MODEL, external_data=DATA)
         inputs = onnx.load(job.place / MODEL, load_external_data=False).graph.input
         (job.place / BUILD).write_text(script(inputs, job.profiles, options), "utf-8")
