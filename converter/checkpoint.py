@@ -125,7 +125,7 @@ class Checkpoint:
         Raises:
             CheckpointError: when it cannot be read.
         """  # noqa: D205
-        return self.kind.sampling(self.folder, self.config, self.source) if self.kind.sampling else None
+        return self.kind.sampling(self.folder, lambda: self.config, self.source) if self.kind.sampling else None
 
     def skeleton(self) -> PreTrainedModel:
         """Return the model without its weights: parameters on the meta device, buffers real.

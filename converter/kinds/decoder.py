@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -146,14 +146,14 @@ def _steps(model: PreTrainedModel, ids: Tensor) -> Iterator[None]:
         yield
 
 
-def _sampling(folder: Path, config: PreTrainedConfig, source: str) -> GenerationConfig:
+def sampling(folder: Path, config: Callable[[], PreTrainedConfig], source: str) -> GenerationConfig:
     """Return how the model wants to be sampled; from the configuration where the checkpoint does not say.
 
     Raises:
         CheckpointError: when it cannot be read.
     """
     if not (folder / "generation_config.json").exists():
-        return GenerationConfig.from_model_config(config)
+        return GenerationConfig.from_model_config(config())
     try:
         return GenerationConfig.from_pretrained(folder)
     except Exception as error:  # of JSON, and of transformers' own checks
@@ -196,6 +196,6 @@ DECODER = Kind(
     feeds=_feeds,
     run=_run,
     steps=_steps,
-    sampling=_sampling,
+    sampling=sampling,
     boundaries=boundaries,
 )

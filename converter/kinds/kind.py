@@ -73,7 +73,7 @@ class Kind:
     steps: Callable[[PreTrainedModel, Tensor], Iterator[None]]  # makes one of `calls` after the other
 
     interface: bool = True  # must have transformers' attention interface; else its own attention is traced
-    sampling: Callable[[Path, PreTrainedConfig, str], GenerationConfig] | None = None
+    sampling: Callable[[Path, Callable[[], PreTrainedConfig], str], GenerationConfig] | None = None
     boundaries: Callable[[PreTrainedConfig], dict[str, int]] = field(default=lambda _: {})  # see `decoder.boundaries`
 
 

@@ -19,6 +19,7 @@ from transformers.models.auto.auto_factory import _get_model_class
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from converter.checkpoint import Checkpoint
+from converter.kinds.decoder import sampling
 from converter.runtimes import arguments
 
 PAST = "past_key_values."
@@ -229,8 +230,7 @@ def _graph_class(family: type[PreTrainedModel]) -> Any:
 
 def generation_config(folder: Path) -> GenerationConfig:
     """Return how the model in `folder` wants to be sampled; one that asks for a cache of fixed size is warned of."""
-    found = Checkpoint(str(folder), None, folder).generation_config()
-    assert found is not None, "only a causal language model is loaded so"
+    found = sampling(folder, lambda: Checkpoint(str(folder), None, folder).config, str(folder))
     if found.cache_implementation not in {None, "dynamic"}:
         logging.getLogger(__name__).warning(
             "%s: cache_implementation %s is left out: the graph keeps every position.",
