@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +28,7 @@ from transformers import (
 
 from converter.arrangement import Arrangement
 from converter.errors import CheckpointError, DeviceError, OutputError, said
+from converter.hugging_face import from_saved, quiet
 from converter.kinds import DECODER, Kind, kind_of, without_head, without_pooler
 from converter.names import WANTED
 from converter.place import encodable, private, replacing
@@ -292,25 +291,6 @@ def _is(asked: Callable[[], bool]) -> bool:
         return False
 
 
-def from_saved(auto: Any, folder: Path, source: str, must: str, **options: Any) -> Any:
-    """Return what transformers' class `auto` makes of a folder, by its own code and none that lies in the folder.
-
-    Raises:
-        CheckpointError: saying what `source` must do, when it does not, or needs its own code.
-    """
-    try:
-        with quiet():
-            return auto.from_pretrained(folder, trust_remote_code=False, **options)
-    except Exception as error:  # transformers, tokenizers, JSON, safetensors and the system all raise here
-        got = said(error)
-        if "trust_remote_code" in str(error):
-            got = (
-                "one that needs its own Python code. nmsparse never runs code from a checkpoint: "
-                "save it as one of transformers' own models where you trust it."
-            )
-        raise CheckpointError(f"{source}: must {must}, got {got}") from error
-
-
 def _config(folder: Path, source: str) -> PreTrainedConfig:
     config: PreTrainedConfig = from_saved(AutoConfig, folder, source, "hold a config.json that transformers knows")
     return config
@@ -367,20 +347,3 @@ def _unpacked(path: Path, kind: Kind) -> Path:
     except (OSError, SafetensorError) as error:
         raise OutputError(f"{folder}: cannot be written: {said(error)}. Free some space, or set HF_HOME.") from error
     return folder
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Silence what transformers says by the way: its warnings and progress bars."""
-    from transformers.utils import logging
-
-    level: Any = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        logging.enable_progress_bar()

@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList
 
 from converter.calibration.products import bfloat16_products
-from converter.checkpoint import quiet
 from converter.errors import CalibrationError
+from converter.hugging_face import quiet
 from converter.sources.texts import check_ids
 
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from converter.checkpoint import quiet
 from converter.evaluation.limits import Limits
+from converter.hugging_face import quiet
 from converter.kinds.decoder import boundaries
 
 BEFORE, AFTER = 4, 8  # tokens that are written before the boundary and after it

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from converter.errors import CheckpointError, said
+from converter.hugging_face import from_saved
 from converter.kinds import text
 from converter.kinds.kind import BATCH, PAST, SEQUENCE, Array, Feed, Kind, Wrapped, of_logits, positions
 from converter.names import cache_names
@@ -154,10 +154,10 @@ def sampling(folder: Path, config: Callable[[], PreTrainedConfig], source: str) 
     """
     if not (folder / "generation_config.json").exists():
         return GenerationConfig.from_model_config(config())
-    try:
-        return GenerationConfig.from_pretrained(folder)
-    except Exception as error:  # of JSON, and of transformers' own checks
-        raise CheckpointError(f"{source}: generation_config.json must be transformers', got {said(error)}") from error
+    found: GenerationConfig = from_saved(
+        GenerationConfig, folder, source, "hold a generation_config.json that transformers can read"
+    )
+    return found
 
 
 def boundaries(config: PreTrainedConfig) -> dict[str, int]:
