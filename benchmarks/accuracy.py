@@ -22,9 +22,10 @@ from rich.table import Table
 from scipy.stats import bootstrap
 
 from converter import json_rows
+from converter.calibration.fitting import Means, fit
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.evaluation.perplexity import window_losses
-from converter.pipeline import calibration_text, fitted
+from converter.pipeline import calibration_text
 from converter.plan import plan
 from converter.recipe import Recipe, parse_set
 from converter.sources.texts import windows
@@ -82,7 +83,7 @@ def measure(
     """Return the loss of each window of each of the `tests` with the recipe calibrated on `text`."""
     layers = plan(checkpoint.skeleton(), recipe)
     with tempfile.TemporaryDirectory() as scratch:
-        found = fitted(checkpoint, layers, recipe, text, Path(scratch), None, stages)
+        found = fit(checkpoint, layers, recipe, Means(text, Path(scratch)), stages)
     model = found.checkpoint.on(checkpoint.device).model()
     for name, layer in found.params.items():
         install(model, name, layer.on(model.device), phases=found.recipe.phases)

@@ -22,9 +22,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter import json_rows
+from converter.calibration.fitting import Means, fit
 from converter.checkpoint import open_checkpoint
 from converter.kinds import completed
-from converter.pipeline import calibration_text, fitted
+from converter.pipeline import calibration_text
 from converter.plan import plan
 from converter.recipe import Recipe, parse_set
 from converter.sources.texts import texts
@@ -77,7 +78,7 @@ def main(
         with tempfile.TemporaryDirectory() as scratch:
             written = calibration_text(checkpoint, recipe, None, stages) if recipe.windows() else None
             layers = plan(checkpoint.skeleton(), recipe)
-            found = fitted(checkpoint, layers, recipe, written, Path(scratch), None, stages)
+            found = fit(checkpoint, layers, recipe, Means(written, Path(scratch)), stages)
         sparse = found.checkpoint.model()
         for name, params in found.params.items():
             install(sparse, name, params)

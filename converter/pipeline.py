@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -21,14 +21,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from converter import arrangement as arrangement_file
 from converter.calibration import file as calibration_file
-from converter.calibration.allocate import allocate, measured_with
-from converter.calibration.arrange import arrange
-from converter.calibration.blocks import siblings
-from converter.calibration.distill import distill
+from converter.calibration.fitting import Fitted, Means, fit
 from converter.calibration.resume import resumable
 from converter.calibration.sample import sampled
-from converter.calibration.train import Curve
-from converter.calibration.walk import calibrate as walk
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.delivery.bundle import staged, write_client_files, write_json, write_manifest
 from converter.delivery.manifest import RECIPE, REPORT, check_files, exported, is_bundle, made_from, versions
@@ -54,17 +49,6 @@ from converter.stages import Stages
 
 VALIDATION_TOKENS = 128
 WIDTH = {"float32": 4, "float16": 2, "bfloat16": 2}
-
-
-@dataclass(frozen=True)
-class Fitted:
-    """What calibration leaves; in recipe and plan every pattern is chosen, and `curve` is that of training."""
-
-    checkpoint: Checkpoint
-    recipe: Recipe
-    plan: Plan
-    params: dict[str, Params]
-    curve: Curve = field(default_factory=list)
 
 
 def convert(
@@ -180,7 +164,7 @@ def export(
         params = calibration_file.read(calibrated / calibration_file.NAME)
         about = _about(checkpoint, recipe, layers)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
-        for name in [calibration_file.NAME, *([arrangement_file.NAME] if recipe.arranges() else [])]:
+        for name in [calibration_file.NAME, *([arrangement_file.NAME] if recipe.at("arrange") else [])]:
             shutil.copy(calibrated / name, folder)
         (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
         found = Fitted(checkpoint, recipe, layers, params)
@@ -237,7 +221,7 @@ def begun(
         check_supported(skeleton)
         layers = plan(skeleton, recipe)
         checkpoint.processor()  # where there is none, this is said now
-        if dry or layers.open or recipe.walks() or recipe.distils():
+        if dry or layers.open or recipe.needs_text():
             check_traceable(skeleton, checkpoint.blank())
             if recipe.dtype == "float16" and not dry:
                 given = _validation(checkpoint, recipe, None)
@@ -249,9 +233,9 @@ def begun(
 
 def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Path, stages: Stages) -> Fitted:
     with resumable(checkpoint, recipe, stages.console.print) if recipe.trains() else nullcontext() as state:
-        wanted = layers.open or recipe.walks() or recipe.distils()
+        wanted = layers.open or recipe.needs_text()
         text = calibration_text(checkpoint, recipe, state, stages) if wanted else None
-        found = fitted(checkpoint, layers, recipe, text, folder, state, stages)
+        found = fit(checkpoint, layers, recipe, Means(text, folder, state), stages)
     calibration_file.write(folder / calibration_file.NAME, found.params)
     (folder / RECIPE).write_text(found.recipe.to_yaml(), "utf-8")
     return found
@@ -290,48 +274,6 @@ def _written(checkpoint: Checkpoint, recipe: Recipe, count: int, state: Path | N
     if kept is not None:
         write_whole(kept, lambda path: save_file({"text": text.contiguous()}, path))
     return text
-
-
-def fitted(
-    checkpoint: Checkpoint,
-    layers: Plan,
-    recipe: Recipe,
-    text: Tensor | None,
-    scratch: Path,
-    state: Path | None,
-    stages: Stages,
-) -> Fitted:
-    """Return what the recipe makes of the checkpoint on the windows or images `text`; None when it needs none.
-
-    `scratch` is a folder for hidden states; `state`, where given, one from which an interrupted call goes on. All of it
-    runs where the checkpoint puts its model; the result is on the CPU.
-    """
-    groups = siblings(checkpoint.model(), layers.sparse, checkpoint.blank()) if recipe.share else []
-    layers = layers.sharing(groups)
-    if layers.open:
-        assert text is not None
-        with stages.stage("allocate", "windows") as advance:
-            if (used := measured_with(recipe)) != recipe.criterion:
-                stages.console.print(f"effects are measured with {used}: {recipe.criterion} needs statistics")
-            chosen = allocate(checkpoint.model(), layers, recipe, text, advance)
-        recipe = recipe.replace({"patterns": {**recipe.patterns, **chosen}})
-        layers = plan(checkpoint.skeleton(), recipe).sharing(groups)
-    walked = text[: recipe.calibration.count] if text is not None and recipe.walks() else None
-    if recipe.arranges():
-        assert walked is not None
-        with stages.stage("arrange", "blocks") as advance:
-            arrangement = arrange(checkpoint.model(), layers, walked, recipe.calibration.batch, scratch, advance)
-        arrangement.write(scratch / arrangement_file.NAME)
-        checkpoint, layers = checkpoint.arranged(arrangement), layers.arranged(arrangement.layers)
-    with stages.stage("calibrate", "blocks") as advance:
-        params = walk(checkpoint.model(), layers, recipe, walked, scratch, state, advance)
-    curve: Curve = []
-    if recipe.distils():
-        assert text is not None
-        with stages.stage("distill", "steps") as advance:
-            params, curve = distill(checkpoint.model(), params, text, recipe, state and state / "distill.pt", advance)
-    params = {name: layer.on("cpu") for name, layer in params.items()}
-    return Fitted(checkpoint.on("cpu"), recipe, layers, params, curve)
 
 
 def _export(found: Fitted, about: dict[str, Any], folder: Path, stages: Stages, embed_kernel: bool) -> None:
@@ -410,7 +352,9 @@ def _source(folder: Path, recipe: Recipe, moved: str | None) -> Checkpoint:
             f"{folder} was made from others: give them with --model, or convert again."
         )
     return (
-        checkpoint.arranged(arrangement_file.read(folder / arrangement_file.NAME)) if recipe.arranges() else checkpoint
+        checkpoint.arranged(arrangement_file.read(folder / arrangement_file.NAME))
+        if recipe.at("arrange")
+        else checkpoint
     )
 
 

@@ -21,7 +21,7 @@ from converter.errors import RecipeError, listing, said, shortened
 from converter.names import Phases, Weights
 from converter.presets import preset
 from converter.sparsity.criteria import criterion
-from converter.sparsity.mitigations import Mitigation, mitigations
+from converter.sparsity.mitigations import Mitigation, Phase, mitigations
 from converter.sparsity.pattern import Pattern
 from converter.sparsity.quantize import Storage
 
@@ -187,7 +187,7 @@ class Recipe(_Frozen):
                 f"every activation, got {'+'.join(self.mitigation)}. Set mitigation to none to compare in PyTorch; "
                 "it cannot be exported."
             )
-        if chosen.sequence_norm and self.refits():
+        if chosen.sequence_norm and any(method.phase == "block" for method in methods):
             raise RecipeError(
                 f"mitigation: must be without refit with the criterion {self.criterion}, got "
                 f"{'+'.join(self.mitigation)}: refit takes tokens one by one. Leave out refit."
@@ -201,7 +201,7 @@ class Recipe(_Frozen):
         if self.weights != "dtype" and self.dtype != "float32":
             raise ValueError(f"weights must be dtype with dtype {self.dtype}, got {self.weights}")
         whole, piece = self.calibration.window, self.training.window
-        if self.distils() and whole % min(piece, whole):
+        if self.at("model") and whole % min(piece, whole):
             raise ValueError(f"training.window must divide calibration.window ({whole}), got {piece}")
         if self.allocation.budget and not self.menu():
             raise ValueError(
@@ -246,13 +246,10 @@ class Recipe(_Frozen):
         wanted = criterion(self.criterion).needs_statistics
         return wanted or any(method.needs_statistics for method in self.methods())
 
-    def refits(self) -> bool:
-        """Return whether each weight is fitted anew to the pruned inputs of its layer."""
-        return any(method.refits for method in self.methods())
-
-    def arranges(self) -> bool:
-        """Return whether the checkpoint is reordered so that the channels of a group lie side by side."""
-        return any(method.arranges for method in self.methods())
+    def at(self, phase: Phase) -> list[Mitigation]:
+        """Return the mitigations that do their work in `phase`; what is trained does it where the objective says."""
+        trained: Phase = "model" if self.training.objective == "logits" else "block"
+        return [method for method in self.methods() if (trained if method.trains else method.phase) == phase]
 
     def trains(self) -> tuple[str, ...]:
         """Return the names of the `Params` that are trained once every layer is fitted."""
@@ -262,17 +259,17 @@ class Recipe(_Frozen):
         """Return how many windows of calibration text are used in all."""
         window = self.calibration.window
         fitting = self.calibration.count if self.walks() else 0
-        training = self.training.tokens // window if self.distils() else 0
+        training = self.training.tokens // window if self.at("model") else 0
         allocating = self.allocation.tokens // window if self.allocation.budget else 0
         return max(fitting, training, allocating)
 
     def walks(self) -> bool:
         """Return whether fitting goes block by block over calibration text."""
-        return self.needs_statistics() or (bool(self.trains()) and self.training.objective == "layer")
+        return self.needs_statistics() or bool(self.at("block"))
 
-    def distils(self) -> bool:
-        """Return whether all layers are trained at once against the dense model's tokens."""
-        return bool(self.trains()) and self.training.objective == "logits"
+    def needs_text(self) -> bool:
+        """Return whether any step of fitting looks at calibration text, but for the allocation."""
+        return self.walks() or bool(self.at("model"))
 
     def low_rank(self) -> int:
         """Return the rank of what `distill` adds to a weight, 0 for a full update."""

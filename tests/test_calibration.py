@@ -23,7 +23,7 @@ from converter.plan import plan
 from converter.recipe import Training
 from converter.sources.texts import texts, windows
 from converter.sparsity.linear import Params, SparseLinear, install
-from converter.sparsity.mitigations import Layer
+from converter.sparsity.mitigations import Given
 from converter.sparsity.statistics import LayerStats
 from converter.stages import Stages
 
@@ -180,7 +180,7 @@ def test_training_lowers_the_divergence_and_is_the_same_for_a_seed(
     recipe = PLAIN.replace({"mitigation": mitigation, **SHORT, "training.learning_rate": rate})
     ids = torch.randint(3, 200, (12, 16), generator=torch.Generator().manual_seed(0))
     start = {
-        layer.name: recipe.methods()[0].fit(Params(2, 8), Layer(torch.empty(layer.out_features, layer.in_features)))
+        layer.name: recipe.methods()[0].fit(Params(2, 8), Given(torch.empty(layer.out_features, layer.in_features)))
         for layer in plan(checkpoint.skeleton(), recipe).sparse
     }
     runs = [distill(checkpoint.model(), start, ids, recipe)[0] for _ in range(2)]

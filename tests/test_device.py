@@ -13,9 +13,11 @@ import torch
 from conftest import PLAIN
 from test_calibration import METHODS, SHORT
 
+from converter.calibration.fitting import Fitted, Means
+from converter.calibration.fitting import fit as fit_checkpoint
 from converter.checkpoint import open_checkpoint
 from converter.evaluation.perplexity import perplexity, window_losses
-from converter.pipeline import Fitted, calibration_text, fitted
+from converter.pipeline import calibration_text
 from converter.plan import plan
 from converter.recipe import Recipe
 from converter.sources.texts import windows
@@ -55,7 +57,8 @@ def fit(source: Path, recipe: Recipe, scratch: Path, device: str) -> tuple[Fitte
     checkpoint, stages = open_checkpoint(str(source)).on(device), Stages()
     text = calibration_text(checkpoint, recipe, None, stages)
     scratch.mkdir()
-    found = fitted(checkpoint, plan(checkpoint.skeleton(), recipe), recipe, text, scratch, None, stages)
+    layers = plan(checkpoint.skeleton(), recipe)
+    found = fit_checkpoint(checkpoint, layers, recipe, Means(text, scratch), stages)
     model = found.checkpoint.model()
     for name, params in found.params.items():
         install(model, name, params)
@@ -112,7 +115,7 @@ def test_the_real_model_on_a_gpu(gguf: Path) -> None:
         layers = plan(checkpoint.skeleton(), PLAIN)
         model = checkpoint.model()
         dense = perplexity(model, text, lambda done, total: None).perplexity
-        result = fitted(checkpoint, layers, PLAIN, None, Path(), None, Stages())
+        result = fit_checkpoint(checkpoint, layers, PLAIN, Means(None, Path()), Stages())
         for name, params in result.params.items():
             install(model, name, params.on(device))
         found.append((dense, perplexity(model, text, lambda done, total: None).perplexity))

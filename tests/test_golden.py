@@ -11,7 +11,7 @@ import torch
 from converter.calibration.refit import Sums, gain, refit, solve
 from converter.sparsity.criteria import CRITERIA
 from converter.sparsity.linear import Params, SparseLinear, apply, bake, prune, token_scale
-from converter.sparsity.mitigations import MITIGATIONS, Layer, mitigations
+from converter.sparsity.mitigations import MITIGATIONS, Given, mitigations
 from converter.sparsity.pattern import Pattern, mask
 from converter.sparsity.permutation import decorrelate
 from converter.sparsity.statistics import LayerStats
@@ -72,7 +72,7 @@ def statistics() -> LayerStats:
 
 def fitted(name: str, variant: str) -> Params:
     (method,) = mitigations([name], {name: variant})
-    return method.fit(Params(2, 4), Layer(torch.tensor(WEIGHT), statistics(), rank=1))
+    return method.fit(Params(2, 4), Given(torch.tensor(WEIGHT), statistics(), rank=1))
 
 
 T = 7 - math.sqrt(50)
@@ -257,7 +257,7 @@ def test_permutation() -> None:
     # group; 1 is large with 2 (4 * .07 = .27) less than with 0 (.56); 3 is left.
     (method,) = mitigations(["permute"], {"permute": "layer"})
     scaled = Params(1, 2, channel_scale=torch.tensor([1.0, 1.0, 4.0, 1.0]))
-    found = method.fit(scaled, Layer(torch.tensor(WEIGHT), statistics())).permutation
+    found = method.fit(scaled, Given(torch.tensor(WEIGHT), statistics())).permutation
     assert found is not None
     assert found.tolist() == [1, 2, 0, 3]
     # Groups (0,3) and (1,2) of x = (4,-1,2,3): kept 4 and 2: y = 4 + 6 + 10 = 20; 0 + 0 + 20 = 20

@@ -27,7 +27,7 @@ from converter.recipe import Recipe
 from converter.signature import VARIANCE_FLOOR
 from converter.sparsity.criteria import criterion
 from converter.sparsity.linear import Params, ranked
-from converter.sparsity.mitigations import Layer
+from converter.sparsity.mitigations import Given
 from converter.sparsity.pattern import Pattern
 
 Number = TypeVar("Number", int, float)
@@ -177,7 +177,7 @@ def _menu(model: nn.Module, layer: LayerPlan, recipe: Recipe) -> _Menu:
     params = Params(layer.keep, layer.group, channel_scale=chosen.scale(readers_of(model, layer), None))
     for method in recipe.methods():
         if method.role in MEASURED and not method.needs_statistics and not method.trains:
-            params = method.fit(params, Layer(weight))
+            params = method.fit(params, Given(weight))
     groups: dict[int, tuple[list[int], list[int]]] = {}
     for number, text in enumerate(recipe.menu()):
         keep, group = Pattern.parse(text).at(layer.in_features, layer.name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from converter.plan import LayerPlan, Plan
 from converter.recipe import Recipe
 from converter.sparsity.criteria import criterion
 from converter.sparsity.linear import Params, install
-from converter.sparsity.mitigations import Layer
+from converter.sparsity.mitigations import Given
 from converter.sparsity.statistics import LayerStats
 
 
@@ -52,8 +52,8 @@ def calibrate(
         return params
     with torch.no_grad(), tempfile.TemporaryDirectory(prefix="hidden-", dir=scratch) as folder:
         batches = list(windows.split(recipe.calibration.batch))
-        by_block = recipe.trains() and not recipe.distils()
-        if (recipe.refits() or by_block) and len(batches) < 2:
+        steps = block_steps(recipe)
+        if steps and len(batches) < 2:
             raise CalibrationError(
                 f"calibration: must have at least two batches of windows, to hold one out, got {len(batches)}."
                 " Give more --set calibration.tokens=N or a smaller --set calibration.batch=B."
@@ -62,24 +62,46 @@ def calibrate(
         for index in range(len(text.blocks)):
             layers = [layer for layer in plan.sparse if layer.name.startswith(f"{plan.blocks}.{index}.")]
             together = {layer.name for layer in layers if recipe.needs_together() and not layer.arranged}
-            run = partial(text.run, index)
             stats = statistics(text, index, layers, together, gram=recipe.needs_gram())
             dense = {layer.name: _linear(model, layer.name) for layer in layers}
             for layer in layers:
                 params[layer.name] = fit(model, layer, recipe, stats[layer.name])
             for name in dense:
                 install(model, name, params[name])
-            if recipe.refits():
-                for name, weight in _refitted(model, params, dense, run, len(batches)).items():
-                    params[name] = replace(params[name], weight=weight)
-                    install(model, name, params[name], dense[name])
-            if by_block:
-                params |= _trained(model, params, dense, run, len(batches), recipe, state, index)
+            block = Block(model, dense, partial(text.run, index), len(batches), recipe, state, index)
+            for step in steps:
+                params |= step(block, {name: params[name] for name in dense})
                 for name in dense:
                     install(model, name, params[name], dense[name])
             text.advance(index)
             progress(index + 1, len(text.blocks))
     return params
+
+
+@dataclass(frozen=True)
+class Block:
+    """Block `index` of a model, sparse by now: its `dense` layers, and `run`, which gives its output on a batch.
+
+    The last of the `batches` is held out.
+    """
+
+    model: nn.Module
+    dense: dict[str, nn.Linear]
+    run: Callable[[int], Tensor]
+    batches: int
+    recipe: Recipe
+    state: Path | None
+    index: int
+
+
+BlockStep = Callable[[Block, dict[str, Params]], dict[str, Params]]
+
+
+def block_steps(recipe: Recipe) -> list[BlockStep]:
+    """Return what the mitigations of the phase `block` do, in order, once every layer of a block has its `Params`."""
+    methods = recipe.at("block")
+    fits = [_refitted] if any(not method.trains for method in methods) else []
+    return [*fits, *([_trained] if any(method.trains for method in methods) else [])]
 
 
 def fit(model: nn.Module, layer: LayerPlan, recipe: Recipe, stats: LayerStats | None) -> Params:
@@ -94,7 +116,7 @@ def fit(model: nn.Module, layer: LayerPlan, recipe: Recipe, stats: LayerStats | 
     scale = chosen.scale(readers, stats)
     params = Params(layer.keep, layer.group, channel_scale=scale, sequence_norm=chosen.sequence_norm)
     for method in recipe.methods():
-        params = method.fit(params, Layer(weight, stats, recipe.rank, layer.arranged, readers))
+        params = method.fit(params, Given(weight, stats, recipe.rank, layer.arranged, readers))
     return params
 
 
@@ -104,44 +126,31 @@ def readers_of(model: nn.Module, layer: LayerPlan) -> Tensor:
     return weights[0] if len(weights) == 1 else torch.cat(weights)
 
 
-def _refitted(
-    model: nn.Module,
-    params: dict[str, Params],
-    dense: dict[str, nn.Linear],
-    run: Callable[[int], Tensor],
-    batches: int,
-) -> dict[str, Tensor | None]:
-    """Return the weight of each layer refitted to its pruned inputs; the last batch is held out."""
+def _refitted(block: Block, params: dict[str, Params]) -> dict[str, Params]:
+    """Return the parameters with each weight that gains by it refitted to its layer's pruned inputs."""
     sums = {
-        name: [Sums.of(linear.in_features, linear.weight.device) for _ in range(2)] for name, linear in dense.items()
+        name: [Sums.of(linear.in_features, linear.weight.device) for _ in range(2)]
+        for name, linear in block.dense.items()
     }
-    for number in range(batches):
-        held_out = number == batches - 1
+    for number in range(block.batches):
+        held_out = number == block.batches - 1
         chosen = {name: pair[held_out] for name, pair in sums.items()}
-        with watched(model, {name: partial(s.update, params=params[name]) for name, s in chosen.items()}):
-            run(number)
-    return {name: refit(sums[name][0], sums[name][1], linear.weight.data) for name, linear in dense.items()}
+        with watched(block.model, {name: partial(s.update, params=params[name]) for name, s in chosen.items()}):
+            block.run(number)
+    weights = {name: refit(sums[name][0], sums[name][1], linear.weight.data) for name, linear in block.dense.items()}
+    return {name: replace(params[name], weight=weight) for name, weight in weights.items()}
 
 
-def _trained(
-    model: nn.Module,
-    params: dict[str, Params],
-    dense: dict[str, nn.Linear],
-    run: Callable[[int], Tensor],
-    batches: int,
-    recipe: Recipe,
-    state: Path | None,
-    index: int,
-) -> dict[str, Params]:
-    """Return the trained parameters of block `index`, from `state` where an interrupted run has left them."""
-    kept = None if state is None else state / f"block-{index}.safetensors"
+def _trained(block: Block, params: dict[str, Params]) -> dict[str, Params]:
+    """Return the trained parameters, from `state` where an interrupted run has left them."""
+    kept = None if block.state is None else block.state / f"block-{block.index}.safetensors"
     if kept is not None and kept.exists():
-        device = next(iter(dense.values())).weight.device
+        device = next(iter(block.dense.values())).weight.device
         return {name: layer.on(device) for name, layer in calibration_file.read(kept).items()}
-    found = train_block(model, dense, {name: params[name] for name in dense}, run, batches, recipe)
+    trained = train_block(block.model, block.dense, params, block.run, block.batches, block.recipe)
     if kept is not None:
-        write_whole(kept, lambda path: calibration_file.write(path, found))
-    return found
+        write_whole(kept, lambda path: calibration_file.write(path, trained))
+    return trained
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:

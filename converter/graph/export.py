@@ -88,7 +88,7 @@ def export(
     if sparse.share:
         model = merge(model, params)
     outputs = {layer.name: layer.out_features for layer in plan.layers}
-    _attach_weights(model, Layers(checkpoint, params, storage, tied, biased), outputs, set(nodes))
+    _attach_weights(model, WeightSource(checkpoint, params, storage, tied, biased), outputs, set(nodes))
     _attach_patterns(model, params)
     model.functions[(DOMAIN, OP, "")] = function(found)
     model.opset_imports[DOMAIN] = VERSION
@@ -140,7 +140,7 @@ def _neutral(part: str, shape: tuple[int, ...]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Layers:
+class WeightSource:
     """Where the weights of layers come from: those with `params` are baked, `tied` names another tensor to read."""
 
     checkpoint: Checkpoint
@@ -170,7 +170,7 @@ class Initializers:
     The dense layers of `transposed` have their weight as the op has it; `outputs` are each layer's.
     """
 
-    layers: Layers
+    layers: WeightSource
     baked: Callable[[str], Baked]
     quantized: Callable[[str], tuple[Tensor, Tensor]]
     outputs: dict[str, int]
@@ -214,7 +214,7 @@ class Initializers:
         return _neutral(part, shape) if own is None else own
 
 
-def _attach_weights(model: ir.Model, layers: Layers, outputs: dict[str, int], transposed: set[str]) -> None:
+def _attach_weights(model: ir.Model, layers: WeightSource, outputs: dict[str, int], transposed: set[str]) -> None:
     """Give every initializer that has none a content, which is read when it is written."""
     most = max(len(parts(name.rpartition(".")[0])) for name in model.graph.initializers)  # layers of a node
     remember, storage = lru_cache(maxsize=most), layers.storage

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -13,9 +14,13 @@ from converter.sparsity.linear import Params
 from converter.sparsity.permutation import decorrelate
 from converter.sparsity.statistics import LayerStats
 
+# When a mitigation does its work: it reorders the checkpoint before anything is fitted; it sets the `Params` of each
+# layer; it goes over the layers of a block, once each has its `Params`; or over those of the whole model.
+Phase = Literal["arrange", "layer", "block", "model"]
+
 
 @dataclass(frozen=True)
-class Layer:
+class Given:
     """What a method may look at: the weight `[N, K]`, the statistics of the input, and the recipe's rank.
 
     `arranged` says that the channels of its groups lie side by side as they should. `readers [N', K]` holds the weights
@@ -33,16 +38,15 @@ class Layer:
 class Mitigation:
     """One method: `role` is the part of the op that it sets (two of one role exclude each other).
 
-    `trains` names the `Params` that are trained against the dense model once every layer is fitted. What is `own` gives
-    a layer inputs that it cannot share with others.
+    `fit` sets what a layer starts with, whatever the phase. `trains` names the `Params` that are trained against the
+    dense model in it. A method that is `own` gives a layer inputs that it cannot share with others.
     """
 
     role: str
-    fit: Callable[[Params, Layer], Params]
+    fit: Callable[[Params, Given], Params]
+    phase: Phase = "layer"
     needs_statistics: bool = False
     needs_together: bool = False
-    refits: bool = False
-    arranges: bool = False
     trains: tuple[str, ...] = ()
     own: bool = False
 
@@ -54,28 +58,28 @@ def _static(params: Params, shift: Tensor) -> Params:
     return replace(params, shift_mode="static", shift=shift.float())
 
 
-def _channel_shift(params: Params, layer: Layer) -> Params:
+def _channel_shift(params: Params, layer: Given) -> Params:
     assert layer.stats is not None
     return _static(params, layer.stats.channel_mean())
 
 
-def _scalar_shift(params: Params, layer: Layer) -> Params:
+def _scalar_shift(params: Params, layer: Given) -> Params:
     assert layer.stats is not None
     return _static(params, torch.full_like(layer.stats.channel_sum, layer.stats.mean_of_medians()))
 
 
-def _learned_shift(params: Params, layer: Layer) -> Params:
+def _learned_shift(params: Params, layer: Given) -> Params:
     return _static(params, layer.weight.new_zeros(layer.weight.shape[1]))
 
 
-def _learned_affine(params: Params, layer: Layer) -> Params:
+def _learned_affine(params: Params, layer: Given) -> Params:
     out_features = layer.weight.shape[0]
     return replace(
         params, output_scale=layer.weight.new_ones(out_features), output_shift=layer.weight.new_zeros(out_features)
     )
 
 
-def _channel_balance(params: Params, layer: Layer) -> Params:
+def _channel_balance(params: Params, layer: Given) -> Params:
     """Divide the scores by s_j = sqrt(max|X_j| / max|W_j|): x / s is ranked, and s cancels in the product."""
     assert layer.stats is not None
     readers = layer.weight if layer.readers is None else layer.readers
@@ -84,7 +88,7 @@ def _channel_balance(params: Params, layer: Layer) -> Params:
     return replace(params, channel_scale=(scale / balance).float())
 
 
-def _regroup(params: Params, layer: Layer) -> Params:
+def _regroup(params: Params, layer: Given) -> Params:
     if layer.arranged or params.group == layer.weight.shape[1]:
         return params  # parted already, or there is one group only
     assert layer.stats is not None
@@ -95,7 +99,7 @@ def _regroup(params: Params, layer: Layer) -> Params:
     return replace(params, permutation=decorrelate(moments, params.group))
 
 
-def _low_rank(params: Params, layer: Layer) -> Params:
+def _low_rank(params: Params, layer: Given) -> Params:
     out_features, in_features = layer.weight.shape
     if not 0 < layer.rank < min(in_features, out_features):
         raise RecipeError(
@@ -131,9 +135,9 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     },
     # Source: arXiv:2509.22166 sec. 3.3: a shift of each channel, trained from zero. Deviation: against the dense
     # model's logits, with all layers at once.
-    "l_pts": {"": Mitigation("shift", _learned_shift, trains=("shift",), own=True)},
+    "l_pts": {"": Mitigation("shift", _learned_shift, "model", trains=("shift",), own=True)},
     # Source: arXiv:2509.22166 table 5, which gives no formula; its code trains y * (1 + gamma) + beta from zero.
-    "ls": {"": Mitigation("output affine", _learned_affine, trains=("output_scale", "output_shift"))},
+    "ls": {"": Mitigation("output affine", _learned_affine, "model", trains=("output_scale", "output_shift"))},
     # Source: arXiv:2509.22166 eq. (5).
     "var": {"": Mitigation("variance", lambda params, _: replace(params, variance=True))},
     # Source: arXiv:2509.22166 (PCS), with the maximum over the calibration tokens, not over the batch at run time.
@@ -142,20 +146,20 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
     # converter/calibration/arrange.py), and leaves an input of the op to the other layers.
     "permute": {
         "layer": Mitigation("permutation", _regroup, needs_statistics=True, needs_together=True),
-        "folded": Mitigation("permutation", _regroup, needs_statistics=True, needs_together=True, arranges=True),
+        "folded": Mitigation("permutation", _regroup, "arrange", needs_statistics=True, needs_together=True),
     },
     # Source: arXiv:2509.22166 app. A (R-Sparse): what is dropped goes through the truncated SVD of W. `trained` goes on
     # from there; the authors' code trains from random factors.
     "r_sparse": {
         "svd": Mitigation(REPAIR, _low_rank, own=True),
-        "trained": Mitigation(REPAIR, _low_rank, trains=("residual_in", "residual_out"), own=True),
+        "trained": Mitigation(REPAIR, _low_rank, "model", trains=("residual_in", "residual_out"), own=True),
     },
     # Ours: the weight is fitted to the pruned inputs, see converter/calibration/refit.py.
-    "refit": {"": Mitigation(REPAIR, lambda params, _: params, needs_statistics=True, refits=True)},
+    "refit": {"": Mitigation(REPAIR, lambda params, _: params, "block", needs_statistics=True)},
     # Ours: see converter/calibration/distill.py.
     "distill": {
-        "full": Mitigation("trained weight", lambda params, _: params, trains=("weight",)),
-        "low_rank": Mitigation("trained weight", lambda params, _: params, trains=("weight",)),
+        "full": Mitigation("trained weight", lambda params, _: params, "model", trains=("weight",)),
+        "low_rank": Mitigation("trained weight", lambda params, _: params, "model", trains=("weight",)),
     },
 }
 
