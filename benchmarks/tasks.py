@@ -20,11 +20,10 @@ from rich.table import Table
 from converter import json_rows
 from converter.delivery.manifest import is_bundle
 from converter.evaluate import evaluate
-from converter.evaluation.statistics import Paired
-from converter.evaluation.tasks import Setting
 from converter.options import EngineOptions, EvaluationOptions
 from converter.pipeline import run
 from converter.recipe import Recipe, parse_set
+from converter.records import Paired, Setting
 from converter.stages import Stages
 
 CHOICES = ("piqa", "arc_easy", "boolq", "winogrande")

@@ -16,13 +16,14 @@ from converter.delivery.manifest import ENGINES, MANIFEST, check_files, context_
 from converter.errors import BuildError, DeviceError, OutputError, UsageError, listing
 from converter.names import MODEL
 from converter.options import BuildOptions, EngineOptions
+from converter.records import StageCost
 from converter.runtimes import trial
 from converter.runtimes.engine import ENGINE
 from converter.runtimes.gpu import gpu
 from converter.runtimes.profile import Profile, default_profiles
 from converter.runtimes.protocol import EngineRecord, Job, Runnable, Written
 from converter.sources.texts import windows
-from converter.stages import StageCost, Stages
+from converter.stages import Stages
 
 TEXT = "python"
 
@@ -71,14 +72,14 @@ def build(folder: Path, runtime: str, options: BuildOptions, stages: Stages) -> 
             trial.write(folder, profiles, _text(folder), place)
             script = trial.script(builder.environment, len(profiles), plugin=written.plugin)
             (place / trial.SCRIPT).write_text(script, "utf-8")
-        sha256 = manifest(folder)["files"][MODEL]["sha256"]
+        sha256 = manifest(folder).files[MODEL].sha256
         report = BuildReport(runtime, written, profiles, sha256, stages.costs)
         write_manifest(place, report.to_json())
     return report
 
 
 def validate_engine(folder: Path, runtime: str, options: EngineOptions, stages: Stages) -> dict[str, Any]:
-    """Return the manifest of an engine of OUT that has run on what `build` wrote, and came near ONNX Runtime on it.
+    """Return what the manifest says of an engine of OUT that has run, and came near ONNX Runtime on what `build` wrote.
 
     Raises:
         OutputError, BuildError, DeviceError: as `runnable`.
@@ -95,7 +96,7 @@ def validate_engine(folder: Path, runtime: str, options: EngineOptions, stages: 
     with stages.stage("validate", "profiles") as advance:
         environment, profiles = found.runtime.environment, len(found.engine.profiles)
         trial.run(found.place, environment, profiles, options.plugin, advance)
-    return found.manifest
+    return found.manifest.more
 
 
 def runnable(folder: Path, runtime: str, target: str | None) -> Runnable:
@@ -109,9 +110,9 @@ def runnable(folder: Path, runtime: str, target: str | None) -> Runnable:
     check_files(folder)
     builder = registry.engine_runtime(runtime)
     place = _built(folder, builder.folders(target))
-    check_files(place)
-    about = manifest(place)
-    if about["model_sha256"] != manifest(folder)["files"][MODEL]["sha256"]:
+    found = check_files(place)
+    about = found.more
+    if about.get("model_sha256") != manifest(folder).files[MODEL].sha256:
         raise BuildError(f"{place}: must be built of {folder / MODEL}, got another graph's. Build it again.")
     if "engine" not in about:
         raise BuildError(f"{place}: the engine must be of nmsparse build --plugin, got another. Run validate.sh on it.")
@@ -123,7 +124,7 @@ def runnable(folder: Path, runtime: str, target: str | None) -> Runnable:
         said = ", ".join(f"{count} {kind}" for kind, count in engine.layers.items())
         size = f"{engine.version}, {engine.bytes / 1e9:.2f} GB, layers by type and output: {said}"
         raise DeviceError(f"{place}: a GPU must be here to run it, got none. Its files are as they were built: {size}.")
-    return Runnable(place, builder, engine, about)
+    return Runnable(place, builder, engine, found)
 
 
 def _built(folder: Path, name: str) -> Path:

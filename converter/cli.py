@@ -31,6 +31,7 @@ from converter.stages import Stages
 
 if TYPE_CHECKING:
     from converter.recipe import Recipe
+    from converter.records import Report
 
 app = App(
     name="nmsparse",
@@ -208,7 +209,9 @@ def validate(
 
     found = stage(out, given.model, given.text, Stages())
     if json_output:
-        print(json.dumps(found.summary() | {"parity_layers": [asdict(layer) for layer in found.layers]}, indent=2))
+        print(
+            json.dumps(asdict(found.summary()) | {"parity_layers": [asdict(layer) for layer in found.layers]}, indent=2)
+        )
     else:
         show.parity(found.summary())
 
@@ -566,9 +569,9 @@ def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bo
     print(recipe.to_yaml())
 
 
-def _show_report(out: Path, report: dict[str, Any], json_output: bool) -> None:
+def _show_report(out: Path, report: Report, json_output: bool) -> None:
     if json_output:
-        print(json.dumps(report, indent=2))
+        print(json.dumps(report.to_json(), indent=2))
         return
     from converter.delivery.manifest import GENAI
 

@@ -21,9 +21,9 @@ from converter.delivery.manifest import (
     EVALUATION,
     EXAMPLES,
     RESULTS,
+    about,
     check_files,
     is_bundle,
-    made_from,
     manifest,
     sha256,
 )
@@ -32,12 +32,13 @@ from converter.evaluation.answers import Answers
 from converter.evaluation.classify import classify, labelled
 from converter.evaluation.greedy import PROMPT, compared, write_on
 from converter.evaluation.harness import HarnessLM, longest
-from converter.evaluation.statistics import Paired, compare, f1, recovery
-from converter.evaluation.tasks import Setting, ask, load_tasks
+from converter.evaluation.statistics import compare, f1, recovery
+from converter.evaluation.tasks import ask, load_tasks
 from converter.kinds import CLASSIFIER
 from converter.options import EngineOptions, EvaluationOptions
 from converter.pipeline import require_decoder
 from converter.place import private, replacing
+from converter.records import Paired, Results, Setting
 from converter.runtimes.engine import ENGINE
 from converter.runtimes.engine_model import load_engine
 from converter.runtimes.gpu import gpu
@@ -155,7 +156,7 @@ def _serve(folder: Path, checkpoint: Checkpoint, found: Runnable, context: int, 
             "Lower it, or build the engine again with --profile."
         )
     library = sha256(options.plugin) if options.plugin else ""
-    runs = f"{gpu()[1]} {found.manifest['files'][ENGINE]['sha256']} {library}"
+    runs = f"{gpu()[1]} {found.manifest.files[ENGINE].sha256} {library}"
     return Served(lambda: load_engine(folder, found, options), runs)
 
 
@@ -175,9 +176,9 @@ def _check_setting(checkpoint: Checkpoint, setting: Setting) -> None:
 
 
 def _dense(folder: Path, against: str | None) -> Checkpoint:
-    source = made_from(folder)
+    source = about(folder).source
     try:
-        return open_checkpoint(against or source["name"], None if against else source["revision"])
+        return open_checkpoint(against or source.name, None if against else source.revision)
     except CheckpointError as error:
         raise CheckpointError(f"{error} Say with --against where the dense checkpoint is now.") from error
 
@@ -193,7 +194,7 @@ def _same_tokenizer(folder: Path, checkpoint: Checkpoint) -> None:
 
 def _fingerprint(folder: Path, runs: str) -> str:
     """Return what tells this OUT and what `runs` it from all others."""
-    files = json.dumps(manifest(folder)["files"], sort_keys=True)
+    files = json.dumps({name: asdict(entry) for name, entry in manifest(folder).files.items()}, sort_keys=True)
     return f"sparse {hashlib.sha256(files.encode()).hexdigest()} {runs}"
 
 
@@ -211,10 +212,9 @@ def _write(out: Path, result: Evaluation, setting: Setting, context: int, model:
         with replacing(out) as staging:
             result.examples.to_parquet(staging / EXAMPLES)
             pd.DataFrame(map(asdict, result.compared)).to_csv(staging / TABLE, index=False)
-            about = {"model": model, "dense": dense, "setting": asdict(setting), "context": context}
             versions = {package: version(package) for package in ("nmsparse", "lm-eval", "torch", "onnxruntime")}
-            found = {"recovery": result.recovery, "f1": result.f1, "compared": [asdict(one) for one in result.compared]}
-            write_json(staging / RESULTS, {**about, "versions": versions, **found})
+            results = Results(model, dense, setting, context, versions, result.recovery, result.f1, result.compared)
+            write_json(staging / RESULTS, asdict(results))
     except OSError as error:
         raise OutputError(f"{out}: cannot be written: {error}. Choose another with --out.") from error
 

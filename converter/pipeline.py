@@ -26,7 +26,7 @@ from converter.calibration.resume import resumable
 from converter.calibration.sample import sampled
 from converter.checkpoint import Checkpoint, open_checkpoint
 from converter.delivery.bundle import staged, write_client_files, write_json, write_manifest
-from converter.delivery.manifest import RECIPE, REPORT, check_files, exported, is_bundle, made_from, versions
+from converter.delivery.manifest import RECIPE, REPORT, about, check_files, exported, is_bundle, versions
 from converter.errors import CalibrationError, CheckpointError, OutputError, shortened
 from converter.evaluation.boundaries import text_wanted
 from converter.evaluation.overflow import check_range
@@ -42,6 +42,7 @@ from converter.names import MODEL
 from converter.place import encodable, write_whole
 from converter.plan import Plan, plan
 from converter.recipe import Recipe, from_yaml
+from converter.records import About, LayerCounts, Permutations, Report, Source
 from converter.runtimes.genai import embedded
 from converter.runtimes.onnxruntime import load_onnx
 from converter.sparsity.linear import Params
@@ -128,7 +129,7 @@ def run(
     stages: Stages,
     *,
     embed_kernel: bool = False,
-) -> dict[str, Any]:
+) -> Report:
     """Convert, and return the report that lies in OUT."""
     checkpoint, recipe, layers = begun(model, recipe, revision, device, stages)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
@@ -137,8 +138,8 @@ def run(
         _export(found, about, folder, stages, embed_kernel)
         parity = _validate(folder, found.checkpoint, found.params, found.recipe, None, stages)
         report = _report(found, folder, stages, parity)
-        write_json(folder / REPORT, report)
-        write_manifest(folder, about)
+        write_json(folder / REPORT, report.to_json())
+        write_manifest(folder, asdict(about))
     return report
 
 
@@ -147,12 +148,12 @@ def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, devic
     checkpoint, recipe, layers = begun(model, recipe, revision, device, stages)
     with staged(out, 0) as folder:
         found = _calibrate(checkpoint, layers, recipe, folder, stages)
-        write_manifest(folder, _about(checkpoint, found.recipe, found.plan))
+        write_manifest(folder, asdict(_about(checkpoint, found.recipe, found.plan)))
 
 
 def export(
     calibrated: Path, out: Path, changes: Mapping[str, Any], stages: Stages, *, embed_kernel: bool = False
-) -> dict[str, Any]:
+) -> Report:
     """Write OUT from what `calibrate` (or `convert`) left in `calibrated`, its recipe changed; return its report."""
     with stages.stage("checkpoint"):
         check_files(calibrated)
@@ -170,8 +171,8 @@ def export(
         found = Fitted(checkpoint, recipe, layers, params)
         _export(found, about, folder, stages, embed_kernel)
         report = _report(found, folder, stages, None)
-        write_json(folder / REPORT, report)
-        write_manifest(folder, about)
+        write_json(folder / REPORT, report.to_json())
+        write_manifest(folder, asdict(about))
     return report
 
 
@@ -276,14 +277,14 @@ def _written(checkpoint: Checkpoint, recipe: Recipe, count: int, state: Path | N
     return text
 
 
-def _export(found: Fitted, about: dict[str, Any], folder: Path, stages: Stages, embed_kernel: bool) -> None:
+def _export(found: Fitted, about: About, folder: Path, stages: Stages, embed_kernel: bool) -> None:
     checkpoint, recipe, params = found.checkpoint, found.recipe, found.params
-    name = about["source"]["name"].encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
+    name = about.source.name.encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
     metadata = {
-        "nmsparse.version": about["versions"]["nmsparse"],
-        "nmsparse.recipe_sha256": about["recipe_sha256"],
+        "nmsparse.version": about.versions["nmsparse"],
+        "nmsparse.recipe_sha256": about.recipe_sha256,
         "nmsparse.source": name,
-        "nmsparse.source_revision": about["source"]["revision"] or about["source"]["weights_sha256"],
+        "nmsparse.source_revision": about.source.revision or about.source.weights_sha256,
     }
     with stages.stage("export", "tensors") as advance:
         sparse = Sparse(checkpoint, found.plan, params, recipe.storage(), recipe.phases, recipe.share)
@@ -320,20 +321,21 @@ def _validation(checkpoint: Checkpoint, recipe: Recipe, text: str | None, wanted
     return _read(checkpoint, source, count, least, "text", recipe.seed)
 
 
-def _about(checkpoint: Checkpoint, recipe: Recipe, layers: Plan) -> dict[str, Any]:
+def _about(checkpoint: Checkpoint, recipe: Recipe, layers: Plan) -> About:
     """Return what the manifest says besides the files."""
     local = Path(checkpoint.source).exists()
-    return {
-        "versions": versions(),
-        "source": {
-            "name": str(Path(checkpoint.source).resolve()) if local else checkpoint.source,
-            "revision": checkpoint.revision,
-            "weights_sha256": checkpoint.fingerprint(),
-        },
-        "recipe_sha256": recipe.sha256(),
-        "layers": {"sparse": len(layers.sparse), "dense": len(layers.layers) - len(layers.sparse)},
-        "left_out": checkpoint.left_out,
-    }
+    name = str(Path(checkpoint.source).resolve()) if local else checkpoint.source
+    return About(
+        versions=versions(),
+        source=Source(name, checkpoint.revision, checkpoint.fingerprint()),
+        recipe_sha256=recipe.sha256(),
+        layers=_counts(layers),
+        left_out=checkpoint.left_out,
+    )
+
+
+def _counts(layers: Plan) -> LayerCounts:
+    return LayerCounts(len(layers.sparse), len(layers.layers) - len(layers.sparse))
 
 
 def _source(folder: Path, recipe: Recipe, moved: str | None) -> Checkpoint:
@@ -343,12 +345,12 @@ def _source(folder: Path, recipe: Recipe, moved: str | None) -> Checkpoint:
         CheckpointError: when its weights are not the ones that the manifest names.
         CalibrationError: when the folder's arrangement cannot be read.
     """
-    source = made_from(folder)
-    checkpoint = open_checkpoint(moved or source["name"], None if moved else source["revision"])
+    source = about(folder).source
+    checkpoint = open_checkpoint(moved or source.name, None if moved else source.revision)
     found = checkpoint.fingerprint()
-    if found != source["weights_sha256"]:
+    if found != source.weights_sha256:
         raise CheckpointError(
-            f"{checkpoint.source}: weights must have SHA-256 {source['weights_sha256']}, got {found}. "
+            f"{checkpoint.source}: weights must have SHA-256 {source.weights_sha256}, got {found}. "
             f"{folder} was made from others: give them with --model, or convert again."
         )
     return (
@@ -364,17 +366,17 @@ def _bytes(checkpoint: Checkpoint, recipe: Recipe) -> int:
     return int(1.1 * numbers * WIDTH[recipe.dtype]) + 50_000_000
 
 
-def _report(found: Fitted, folder: Path, stages: Stages, parity: Parity | None) -> dict[str, Any]:
-    return {
-        "recipe": found.recipe.model_dump(mode="json"),
-        "layers": {"sparse": len(found.plan.sparse), "dense": len(found.plan.layers) - len(found.plan.sparse)},
-        "permutations": {
-            "folded": len(found.checkpoint.arrangement.layers),
-            "inputs": sum(layer.permutation is not None for layer in found.params.values()),
-        },
-        "training": found.curve,
-        "stages": [asdict(cost) for cost in stages.costs],
-        "bytes": sum(path.stat().st_size for path in folder.iterdir()),
-        "parity": None if parity is None else parity.summary(),
-        "parity_layers": [] if parity is None else [asdict(layer) for layer in parity.layers],
-    }
+def _report(fitted: Fitted, folder: Path, stages: Stages, parity: Parity | None) -> Report:
+    return Report(
+        recipe=fitted.recipe.model_dump(mode="json"),
+        layers=_counts(fitted.plan),
+        permutations=Permutations(
+            folded=len(fitted.checkpoint.arrangement.layers),
+            inputs=sum(layer.permutation is not None for layer in fitted.params.values()),
+        ),
+        training=fitted.curve,
+        stages=list(stages.costs),
+        bytes=sum(path.stat().st_size for path in folder.iterdir()),
+        parity=None if parity is None else parity.summary(),
+        parity_layers=[] if parity is None else parity.layers,
+    )

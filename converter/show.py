@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from converter.evaluate import Evaluation
     from converter.graph.costs import LayerCost
     from converter.plan import LayerPlan
+    from converter.records import ParitySummary, Report
     from converter.runtimes.speed import Speed
     from converter.runtimes.tune import Timing
 
@@ -119,41 +120,40 @@ def evaluation(found: Evaluation) -> None:
         console.print("p: of McNemar's exact test where all is right or wrong, else of the paired t-test")
 
 
-def report(about: dict[str, Any]) -> None:
+def report(about: Report) -> None:
     """Print what a conversion took, its parity, and what OUT is."""
     table = _table("stage", "seconds", "peak memory")
-    for cost in about["stages"]:
-        table.add_row(cost["stage"], f"{cost['seconds']:.1f}", f"{cost['peak_bytes'] / 1e9:.2f} GB")
+    for cost in about.stages:
+        table.add_row(cost.stage, f"{cost.seconds:.1f}", f"{cost.peak_bytes / 1e9:.2f} GB")
     console = Console(emoji=False)
     console.print(table)
-    if about["parity"] is not None:
-        parity(about["parity"])
-    if about["recipe"]["dtype"] == "bfloat16":
+    if about.parity is not None:
+        parity(about.parity)
+    if about.recipe["dtype"] == "bfloat16":
         console.print("ONNX Runtime's CPU provider has no bfloat16 kernels: nmsparse runs it in float32 there")
-    counts = about["layers"]
-    console.print(f"{counts['sparse']} layers sparse, {counts['dense']} dense, {about['bytes'] / 1e9:.2f} GB")
-    if any(about["permutations"].values()):
+    console.print(f"{about.layers.sparse} layers sparse, {about.layers.dense} dense, {about.bytes / 1e9:.2f} GB")
+    if about.permutations.folded or about.permutations.inputs:
         console.print(
-            "permutations: {folded} folded into the weights, {inputs} op inputs".format(**about["permutations"])
+            f"permutations: {about.permutations.folded} folded into the weights, {about.permutations.inputs} op inputs"
         )
     console.print(
         "Without our kernels it runs as ONNX functions of standard ops: correct everywhere, slower than dense."
     )
 
 
-def parity(summary: dict[str, Any]) -> None:
+def parity(found: ParitySummary) -> None:
     """Print how far ONNX Runtime is from PyTorch, beside what is allowed."""
-    limits = summary["limits"]
-    table = _table(f"parity, {summary['dtype']}, {summary['tokens']} tokens", "worst", "limit")
-    table.add_row("mask: share of flips", f"{summary['largest_flip_share']:.2g}", f"{limits['flips']:g}")
-    table.add_row("mask: margin of a flip", f"{summary['largest_flip_margin']:.2g}", f"{limits['margin']:g}")
-    table.add_row(f"value, {summary['layers']} layers", f"{summary['largest_layer_error']:.2g}", f"{limits['layer']:g}")
-    for phase, error in summary["dense_error"].items():
-        table.add_row(f"whole graph run dense, {phase}", f"{error:.2g}", f"{limits['model']:g}")
-    for boundary, tokens in summary["generated"].items():
+    limits = found.limits
+    table = _table(f"parity, {found.dtype}, {found.tokens} tokens", "worst", "limit")
+    table.add_row("mask: share of flips", f"{found.largest_flip_share:.2g}", f"{limits.flips:g}")
+    table.add_row("mask: margin of a flip", f"{found.largest_flip_margin:.2g}", f"{limits.margin:g}")
+    table.add_row(f"value, {found.layers} layers", f"{found.largest_layer_error:.2g}", f"{limits.layer:g}")
+    for phase, error in found.dense_error.items():
+        table.add_row(f"whole graph run dense, {phase}", f"{error:.2g}", f"{limits.model:g}")
+    for boundary, tokens in found.generated.items():
         table.add_row(f"written across {boundary}", f"{tokens} tokens equal", "all")
-    for boundary, why in summary["not_tried"].items():
+    for boundary, why in found.not_tried.items():
         table.add_row(f"written across {boundary}", "not tried", why)
-    for name, value in summary["sparse_not_judged"].items():
+    for name, value in found.sparse_not_judged.items():
         table.add_row(f"whole graph, {name.replace('_', ' ')}", f"{value:.3g}", "not judged")
     Console(emoji=False).print(table)

@@ -23,18 +23,9 @@ from rich.progress import (
 )
 
 from converter import interrupt
+from converter.records import StageCost
 
 Advance = Callable[[int, int], None]
-
-
-@dataclass(frozen=True)
-class StageCost:
-    """What one stage took; the bytes are the process's largest resident memory and the GPU's while it ran."""
-
-    stage: str
-    seconds: float
-    peak_bytes: int
-    gpu_peak_bytes: int = 0
 
 
 @dataclass

@@ -105,8 +105,9 @@ def cases(checkpoint: Path, data: Path, work: Path) -> dict[str, Case]:
     from converter.checkpoint import open_checkpoint
     from converter.delivery.manifest import check_files
     from converter.errors import OutputError
-    from converter.evaluation.tasks import Setting, load_tasks
+    from converter.evaluation.tasks import load_tasks
     from converter.graph.trace import trace
+    from converter.records import Setting
     from converter.signature import Form
 
     opened = open_checkpoint(str(checkpoint))

@@ -22,8 +22,8 @@ from converter import convert
 from converter.build import build, runnable
 from converter.errors import BuildError, DeviceError, EvaluationError
 from converter.evaluate import Evaluation, evaluate
-from converter.evaluation.tasks import Setting
 from converter.options import BuildOptions, EngineOptions, EvaluationOptions
+from converter.records import Setting
 from converter.runtimes import engine_model, tensorrt
 from converter.runtimes.engine_model import Engine, by_profile, load_engine
 from converter.runtimes.onnxruntime import session

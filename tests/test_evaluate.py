@@ -26,7 +26,8 @@ from converter.evaluation.answers import Answers
 from converter.evaluation.greedy import compared, write_on
 from converter.evaluation.harness import HarnessLM
 from converter.evaluation.statistics import anova, paired, recovery
-from converter.evaluation.tasks import Setting, ask, load_tasks
+from converter.evaluation.tasks import ask, load_tasks
+from converter.records import Setting
 from converter.runtimes.onnxruntime import load_onnx
 from converter.sources.texts import windows
 

@@ -26,6 +26,7 @@ from converter.errors import OutputError
 from converter.graph.costs import LayerCost
 from converter.json_rows import HIGH, LOW, OURS, RATIO, SpeedRow, read_speed, row, write
 from converter.pipeline import convert
+from converter.records import Paired, Results, Setting
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WITH_CHROMIUM = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium: install Debian's package chromium")
@@ -169,8 +170,9 @@ def test_the_verdict_says_what_was_measured_and_what_was_not(out: Out, tmp_path:
     slow = [replace(row, value=0.9) for row in BENCH]
     assert '<li class="bad">Beside the same model run dense: 0.90 times as fast' in report(out, slow)
     assert '<li class="bad">How fast it is was not measured' in report(out, [])
-    failed = {"passed": False, "failures": ["layer 1 <is> off"]}
-    broken = replace(out, report={**out.report, "parity": {**out.report["parity"], **failed}})
+    assert out.report.parity is not None
+    failed = replace(out.report.parity, passed=False, failures=["layer 1 <is> off"])
+    broken = replace(out, report=replace(out.report, parity=failed))
     assert '<li class="bad">ONNX Runtime does not compute what PyTorch does: layer 1 &lt;is&gt; off' in report(
         broken, []
     )
@@ -182,13 +184,13 @@ def test_the_verdict_says_what_was_measured_and_what_was_not(out: Out, tmp_path:
 
 def test_figures_are_those_of_the_files(out: Out) -> None:
     text = report(out, [])
-    first, curve = out.costs[0], out.report["training"]
+    first, curve = out.costs[0], out.report.training
     for cell in (
         f"{first.keep}:{first.group}",
         f"{2 * first.sparse_products / 1e6:.2f}",
         *(f"{loss:.4f}" for _, loss in curve),
-        out.manifest["source"]["weights_sha256"],
-        out.manifest["versions"]["onnxruntime"],
+        out.about.source.weights_sha256,
+        out.about.versions["onnxruntime"],
     ):
         assert f"<td>{cell}</td>" in text
     assert out.recipe.splitlines()[0] in text
@@ -204,7 +206,7 @@ def test_figures_of_a_layer_worked_by_hand(out: Out) -> None:
 
 
 def test_compare_has_a_row_for_each(out: Out, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = out.manifest["source"]["name"]
+    model = out.about.source.name
     nmsparse("convert", model, tmp_path / "plain", *QUICK)
     capsys.readouterr()
     nmsparse("compare", out.folder, tmp_path / "plain", "--to", tmp_path / "page.html")
@@ -225,7 +227,7 @@ def asked(data: Path, out: Out, tmp_path_factory: pytest.TempPathFactory) -> Ite
         patch.setattr(constants, "HF_HOME", str(folder / "home"))
         first = folder / "first"
         shutil.copytree(out.folder, first)
-        second = convert(out.manifest["source"]["name"], folder / "second", PLAIN)
+        second = convert(out.about.source.name, folder / "second", PLAIN)
         for made in (first, second):
             options = ("--tasks", "piqa,boolq,wikitext", "--context", 128, "--prompts", 2)
             nmsparse("evaluate", made, "--data-dir", data, *options)
@@ -241,8 +243,10 @@ def test_accuracy_is_said_first_and_is_that_of_the_evaluation(asked: list[Out]) 
     for one in results["compared"]:
         figures = (one["examples"], f"{one['dense']:.3f}", f"{one['sparse']:.3f}", f"{one['difference']:+.3f}")
         assert "".join(f"<td>{cell}</td>" for cell in (one["task"], one["metric"], *figures)) in text
-    worse = [{**one, "high": -0.01} if one["task"] == "piqa" else one for one in results["compared"]]
-    found = accuracy.Evaluated(asked[1].folder, {**results, "compared": worse})
+    kept = asked[1].evaluated
+    assert kept is not None
+    worse = [replace(one, high=-0.01) if one.task == "piqa" else one for one in kept.results.compared]
+    found = replace(kept, results=replace(kept.results, compared=worse))
     assert not accuracy.verdict(found).good
     assert "piqa worse beyond chance; perplexity " in accuracy.verdict(found).text
     assert '<li class="bad">How accurate it is was not measured' in report(replace(asked[1], evaluated=None), [])
@@ -266,8 +270,10 @@ def test_compare_shows_accuracy_and_perplexity_by_pattern(asked: list[Out], brow
 def test_what_was_asked_differently_is_not_compared(asked: list[Out]) -> None:
     text = compare([asked[0], replace(asked[1], evaluated=None)])
     assert "Not compared; not evaluated: second. Run nmsparse evaluate" in text
-    results = asked[1].evaluated.results  # type: ignore[union-attr]
-    other = accuracy.Evaluated(asked[1].folder, {**results, "setting": {**results["setting"], "limit": 1}})
+    kept = asked[1].evaluated
+    assert kept is not None
+    setting = replace(kept.results.setting, limit=1)
+    other = replace(kept, results=replace(kept.results, setting=setting))
     text = compare([asked[0], replace(asked[1], evaluated=other)])
     assert "Not compared; evaluated under different settings or versions." in text
     assert ">Pair by pair<" not in text
@@ -289,8 +295,8 @@ def test_patterns_and_mitigations_that_are_crossed_are_told_apart(tmp_path: Path
                 "model": "sparse",
             }
             pd.DataFrame(rows).to_parquet(folder / "examples.parquet")
-            one = {"task": "piqa", "metric": "acc", "recovery": None}
-            results = {"compared": [one], "setting": {}, "context": 1, "versions": {}}
+            one = Paired("piqa", "acc", 50, 1.0, 0.5, -0.5, -0.6, -0.4, 0.0, None, 0.0, None)
+            results = Results("out", "model", Setting(("piqa",)), 1, {}, None, {}, [one])
             sides.append(accuracy.Side(folder.name, pattern, mitigation, accuracy.Evaluated(folder, results)))
     effects, pairs = accuracy.side_by_side(sides)
     assert [(task, factor) for task, factor, _ in effects.rows] == [
@@ -339,7 +345,7 @@ def test_bad_input(out: Out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert not (out.folder / "report.html").exists()
     (tmp_path / "evaluation").mkdir()
     (tmp_path / "evaluation" / "results.json").write_text("{}")
-    with pytest.raises(OutputError, match="must be what nmsparse evaluate wrote, got KeyError"):
+    with pytest.raises(OutputError, match="must be what nmsparse evaluate wrote, got "):
         accuracy.evaluated(tmp_path)
     monkeypatch.setitem(sys.modules, "plotly", None)
     for name in ("converter.delivery.page", "converter.delivery.accuracy", "converter.delivery.report"):

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from converter import records
 from converter.delivery.manifest import EVALUATION, EXAMPLES, RESULTS
 from converter.delivery.page import Line, Section, bars, intervals
-from converter.errors import OutputError
+from converter.errors import OutputError, said
+from converter.records import Paired, Results
 
 PERPLEXITY = "word_perplexity"
 
@@ -20,16 +21,7 @@ class Evaluated:
     """What OUT/evaluation holds: the comparison with the dense model, and under which setting it was made."""
 
     folder: Path
-    results: dict[str, Any]
-
-    def under(self) -> tuple[Any, ...]:
-        """Return all that two evaluations must share to be compared."""
-        return tuple(json.dumps(self.results[name], sort_keys=True) for name in ("setting", "context", "versions"))
-
-    def compared(self) -> list[dict[str, Any]]:
-        """Return the rows of the comparison, one for each task and metric."""
-        rows: list[dict[str, Any]] = self.results["compared"]
-        return rows
+    results: Results
 
 
 def evaluated(out: Path) -> Evaluated | None:
@@ -42,32 +34,28 @@ def evaluated(out: Path) -> Evaluated | None:
     if not path.exists():
         return None
     try:
-        found = Evaluated(path.parent, json.loads(path.read_text("utf-8")))
-        found.under()
-        if any(one["recovery"] and len(one["recovery"]) != 3 for one in found.compared()):
-            raise ValueError("a recovery without its interval")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return Evaluated(path.parent, records.read(Results, path))
+    except (OSError, ValueError) as error:
         raise OutputError(
-            f"{path}: must be what nmsparse evaluate wrote, got {type(error).__name__}: {error}. Evaluate {out} again."
+            f"{path}: must be what nmsparse evaluate wrote, got {said(error)}. Evaluate {out} again."
         ) from error
-    return found
 
 
 def verdict(found: Evaluated | None) -> Line:
     """Return the sentence about accuracy; it is good news where no task is shown to be worse."""
     if found is None:
         return Line("How accurate it is was not measured: run nmsparse evaluate on it.", good=False)
-    left = [one for one in found.compared() if one["metric"] == "acc"]
-    worse = [one["task"] for one in left if one["high"] < 0]
+    left = [one for one in found.results.compared if one.metric == "acc"]
+    worse = [one.task for one in left if one.high < 0]
     says = [
-        f"perplexity {one['dense']:.2f} dense, {one['sparse']:.2f} sparse ({one['task']})"
-        for one in found.compared()
-        if one["metric"] == PERPLEXITY
+        f"perplexity {one.dense:.2f} dense, {one.sparse:.2f} sparse ({one.task})"
+        for one in found.results.compared
+        if one.metric == PERPLEXITY
     ]
     if left:
-        of = left[0]["task"] if len(left) == 1 else f"the mean of {len(left)} tasks"
-        share = f"{found.results['recovery']:.0%} of the dense model's accuracy is left ({of})"
-        examples = sum(one["examples"] for one in left)
+        of = left[0].task if len(left) == 1 else f"the mean of {len(left)} tasks"
+        share = f"{found.results.recovery:.0%} of the dense model's accuracy is left ({of})"
+        examples = sum(one.examples for one in left)
         chance = (
             f"{' and '.join(worse)} worse beyond chance" if worse else f"{examples} examples show no task to be worse"
         )
@@ -80,29 +68,29 @@ def sections(found: Evaluated | None) -> Iterator[Section]:
     """Yield what the page of one OUT says of its accuracy."""
     if found is None:
         return
-    rows = found.compared()
-    kept = [one for one in rows if one["recovery"]]
+    rows = found.results.compared
+    kept = [one for one in rows if one.recovery]
     charts = []
     if kept:
         chart = intervals(
-            [f"{one['task']} {one['metric']}" for one in kept],
+            [f"{one.task} {one.metric}" for one in kept],
             [_percent(one) for one in kept],
             "percent of dense",
             "Accuracy by task, in percent of the dense model's on the same examples, with a paired 95 % bootstrap.",
         )
         charts.append(chart)
-    setting = found.results["setting"]
-    limit = "all examples" if setting["limit"] is None else f"the first {setting['limit']} examples of each task"
-    shots = "as many shots as each task says" if setting["shots"] is None else f"{setting['shots']} shots"
+    setting = found.results.setting
+    limit = "all examples" if setting.limit is None else f"the first {setting.limit} examples of each task"
+    shots = "as many shots as each task says" if setting.shots is None else f"{setting.shots} shots"
     head = ("task", "metric", "examples", "dense", "sparse", "difference", "95 %", "p of the t-test", "p of McNemar")
     table = [
         (
-            one["task"],
-            one["metric"],
-            str(one["examples"]),
+            one.task,
+            one.metric,
+            str(one.examples),
             *_figures(one),
-            f"{one['t_test']:.3f}",
-            "" if one["mcnemar"] is None else f"{one['mcnemar']:.3f}",
+            f"{one.t_test:.3f}",
+            "" if one.mcnemar is None else f"{one.mcnemar:.3f}",
         )
         for one in rows
     ]
@@ -128,7 +116,7 @@ def side_by_side(sides: Sequence[Side]) -> Iterator[Section]:
     if not there:
         return
     missing = [side.name for side in sides if side.evaluated is None]
-    if missing or len({one.under() for one in there.values()}) > 1:
+    if missing or len({one.results.under() for one in there.values()}) > 1:
         why = f"not evaluated: {', '.join(missing)}" if missing else "evaluated under different settings or versions"
         yield Section("Accuracy", f"Not compared; {why}. Run nmsparse evaluate on each with the same options.")
         return
@@ -138,34 +126,34 @@ def side_by_side(sides: Sequence[Side]) -> Iterator[Section]:
 
 
 def _tasks(found: dict[Side, Evaluated]) -> Iterator[Section]:
-    kept = [(side.name, one) for side, of in found.items() for one in of.compared() if one["recovery"]]
+    kept = [(side.name, one) for side, of in found.items() for one in of.results.compared if one.recovery]
     if not kept:
         return
-    kept.sort(key=lambda pair: (pair[1]["task"], pair[1]["metric"]))  # of equal ones the order of the OUTs stays
+    kept.sort(key=lambda pair: (pair[1].task, pair[1].metric))  # of equal ones the order of the OUTs stays
     chart = intervals(
-        [f"{one['task']} {one['metric']}, {name}" for name, one in kept],
+        [f"{one.task} {one.metric}, {name}" for name, one in kept],
         [_percent(one) for _, one in kept],
         "percent of dense",
         "Accuracy by task and OUT, in percent of the dense model's on the same examples, with a paired 95 % bootstrap.",
     )
     head = ("task", "OUT", "metric", "dense", "sparse", "difference", "95 %")
-    rows = [(one["task"], name, one["metric"], *_figures(one)) for name, one in kept]
+    rows = [(one.task, name, one.metric, *_figures(one)) for name, one in kept]
     yield Section("Accuracy", "", [chart], head, rows)
 
 
 def _perplexities(found: dict[Side, Evaluated]) -> Iterator[Section]:
     rows = [
-        (one["task"], side, one) for side, of in found.items() for one in of.compared() if one["metric"] == PERPLEXITY
+        (one.task, side, one) for side, of in found.items() for one in of.results.compared if one.metric == PERPLEXITY
     ]
     for task in dict.fromkeys(name for name, _, _ in rows):
         here = [(side, one) for name, side, one in rows if name == task]
         chart = bars(
             [f"{side.pattern}, {side.name}" for side, _ in here],
-            {"dense": [one["dense"] for _, one in here], "sparse": [one["sparse"] for _, one in here]},
+            {"dense": [one.dense for _, one in here], "sparse": [one.sparse for _, one in here]},
             "perplexity of a word",
             f"Perplexity of {task} by pattern: lower is better.",
         )
-        table = [(side.name, side.pattern, f"{one['dense']:.2f}", f"{one['sparse']:.2f}") for side, one in here]
+        table = [(side.name, side.pattern, f"{one.dense:.2f}", f"{one.sparse:.2f}") for side, one in here]
         yield Section(f"Perplexity of {task}", "", [chart], ("OUT", "pattern", "dense", "sparse"), table)
 
 
@@ -190,7 +178,7 @@ def _differences(found: dict[Side, Evaluated]) -> Iterator[Section]:
             {name: [getattr(side, name) for side in found] for name in ("pattern", "mitigation")}, names
         )
     effects, pairs = [], []
-    for task in dict.fromkeys(one["task"] for of in found.values() for one in of.compared() if one["metric"] == "acc"):
+    for task in dict.fromkeys(one.task for of in found.values() for one in of.results.compared if one.metric == "acc"):
         columns = {} if crossed else {"dense": _right(next(iter(tables.values())), task, "dense")}
         columns |= {side.name: _right(table, task, "sparse") for side, table in tables.items()}
         of_factor, table = anova(pd.DataFrame(columns), factors)
@@ -222,11 +210,12 @@ def _right(table: Any, task: str, model: str) -> Any:
     return rows.set_index("example").value.sort_index()
 
 
-def _percent(one: dict[str, Any]) -> tuple[float, float, float]:
-    low, value, high = one["recovery"]
+def _percent(one: Paired) -> tuple[float, float, float]:
+    assert one.recovery is not None
+    low, value, high = one.recovery
     return 100 * low, 100 * value, 100 * high
 
 
-def _figures(one: dict[str, Any]) -> tuple[str, str, str, str]:
-    interval = f"{one['low']:+.3f} to {one['high']:+.3f}"
-    return f"{one['dense']:.3f}", f"{one['sparse']:.3f}", f"{one['difference']:+.3f}", interval
+def _figures(one: Paired) -> tuple[str, str, str, str]:
+    interval = f"{one.low:+.3f} to {one.high:+.3f}"
+    return f"{one.dense:.3f}", f"{one.sparse:.3f}", f"{one.difference:+.3f}", interval

@@ -17,6 +17,7 @@ import onnx
 from converter.errors import BuildError, OutputError, said, shortened
 from converter.names import MODEL, WANTED
 from converter.place import is_utf8, private, write_whole
+from converter.records import About, FileEntry, Manifest, parsed
 
 MANIFEST, REPORT, RECIPE, GENAI = "manifest.json", "report.json", "recipe.yaml", "genai_config.json"
 ENGINES = "engines"  # what nmsparse build leaves
@@ -33,7 +34,7 @@ def versions() -> dict[str, str]:
     return {name: version(name) for name in PACKAGES}
 
 
-def manifest(folder: Path) -> dict[str, Any]:
+def manifest(folder: Path) -> Manifest:
     """Return the manifest of OUT (or of what `nmsparse calibrate` wrote), its files not yet looked at.
 
     Raises:
@@ -60,20 +61,22 @@ def manifest(folder: Path) -> dict[str, Any]:
         listed = isinstance(entry, dict) and isinstance(entry.get("bytes"), int)
         if not listed or re.fullmatch("[0-9a-f]{64}", str(entry.get("sha256"))) is None:
             raise OutputError(f"{folder}: {MANIFEST} must have bytes and SHA-256 of {name}. Convert the model again.")
-    return data
+    entries = {name: FileEntry(entry["bytes"], entry["sha256"]) for name, entry in files.items()}
+    return Manifest(entries, {key: value for key, value in data.items() if key not in {"format", "files"}})
 
 
-def made_from(folder: Path) -> dict[str, Any]:
-    """Return name, revision and fingerprint of the checkpoint that OUT was made from.
+def about(folder: Path) -> About:
+    """Return what OUT was made from and by what.
 
     Raises:
         OutputError: when the manifest does not say.
     """
-    source = manifest(folder).get("source")
-    kinds: dict[str, Any] = {"name": str, "revision": (str, type(None)), "weights_sha256": str}
-    if not isinstance(source, dict) or not all(isinstance(source.get(key), kind) for key, kind in kinds.items()):
-        raise OutputError(f"{folder}: {MANIFEST} must say what it was made from, got no source. Convert it again.")
-    return source
+    try:
+        return parsed(About, manifest(folder).more)
+    except ValueError as error:
+        raise OutputError(
+            f"{folder}: {MANIFEST} must say what it was made from, got {said(error)}. Convert it again."
+        ) from error
 
 
 def is_bundle(folder: Path) -> bool:
@@ -87,7 +90,7 @@ def exported(folder: Path) -> onnx.ModelProto:
     Raises:
         OutputError: when the folder holds no exported model of ours, or other files than the manifest lists.
     """
-    if MODEL not in check_files(folder)["files"]:
+    if MODEL not in check_files(folder).files:
         raise OutputError(f"{folder}: must hold {MODEL}, got none. Run nmsparse export on it.")
     try:
         graph = onnx.load(folder / MODEL, load_external_data=False)
@@ -112,7 +115,7 @@ def context_length(folder: Path) -> int:
         raise OutputError(f"{folder / GENAI}: must say context_length, got {said(error)}. Convert it again.") from error
 
 
-def check_files(folder: Path) -> dict[str, Any]:
+def check_files(folder: Path) -> Manifest:
     """Return the manifest of OUT, after every file has been compared with it.
 
     What a large OUT was compared with is remembered, and its files are read again only when one has another inode,
@@ -122,9 +125,9 @@ def check_files(folder: Path) -> dict[str, Any]:
         OutputError: naming the first file that is missing, differs, is a link, or is not listed.
     """
     data = manifest(folder)
-    files: dict[str, dict[str, Any]] = data["files"]
+    files = data.files
     for name, entry in files.items():
-        _check_plain(folder, name, entry["bytes"])
+        _check_plain(folder, name, entry.bytes)
     for path in sorted(folder.rglob("*")):
         within = path.relative_to(folder)
         later = within.parts[0] in {MANIFEST, ENGINES, EVALUATION} or within.parts[0].startswith(".")
@@ -133,15 +136,15 @@ def check_files(folder: Path) -> dict[str, Any]:
             raise OutputError(
                 f"{path}: must be listed in {MANIFEST}, got a file that it does not name. Move it out of {folder}."
             )
-    large = sum(entry["bytes"] for entry in files.values()) >= LARGE
+    large = sum(entry.bytes for entry in files.values()) >= LARGE
     now = [_stamp(folder / name) for name in [MANIFEST, *files]]
     memory = _memory(folder) if large else None
     if memory is not None and _remembered(memory) == now:
         return data
     for name, entry in files.items():
-        if sha256(folder / name) != entry["sha256"]:
+        if sha256(folder / name) != entry.sha256:
             raise OutputError(
-                f"{folder / name}: must have SHA-256 {entry['sha256']}, got another. Convert the model again."
+                f"{folder / name}: must have SHA-256 {entry.sha256}, got another. Convert the model again."
             )
     if memory is not None and time.time() - max(max(stamp[2:]) for stamp in now) / 1e9 > SETTLED:
         write_whole(memory, lambda beside: beside.write_text(json.dumps(now)))

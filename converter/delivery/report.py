@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
+from converter import records
 from converter.delivery import accuracy
-from converter.delivery.manifest import MANIFEST, RECIPE, REPORT, exported, manifest
+from converter.delivery.manifest import RECIPE, REPORT, about, exported
 from converter.delivery.page import Chart, Line, Section, bars, heat, intervals, line, page
 from converter.errors import OutputError, said
 from converter.graph.costs import LayerCost, layer_costs, span
 from converter.json_rows import HIGH, LOW, RATIO, SpeedRow
+from converter.records import About, LayerParity, Report
 
 BLOCK = re.compile(r"\.(\d+)\.")
 Item = TypeVar("Item")
@@ -26,8 +26,8 @@ class Out:
     """The files of one OUT that pages are made from."""
 
     folder: Path
-    manifest: dict[str, Any]
-    report: dict[str, Any]
+    about: About
+    report: Report
     recipe: str
     costs: list[LayerCost]
     evaluated: accuracy.Evaluated | None
@@ -42,11 +42,11 @@ class Out:
 
     def mitigation(self) -> str:
         """Return the methods that it was calibrated with, as a recipe has them."""
-        return "+".join(self.report["recipe"]["mitigation"])
+        return "+".join(self.report.recipe["mitigation"])
 
     def source(self) -> str:
         """Return the checkpoint's name, without the folders that it lies in."""
-        return str(self.manifest["source"]["name"]).rstrip("/").rpartition("/")[2]
+        return self.about.source.name.rstrip("/").rpartition("/")[2]
 
 
 def read(folder: Path) -> Out:
@@ -57,36 +57,17 @@ def read(folder: Path) -> Out:
     """
     costs = layer_costs(exported(folder))
     try:
-        report = json.loads((folder / REPORT).read_text("utf-8"))
+        said_then = records.read(Report, folder / REPORT)
         recipe = (folder / RECIPE).read_text("utf-8")
     except (OSError, ValueError) as error:
-        raise OutputError(f"{folder}: must hold {REPORT} and {RECIPE} beside {MANIFEST}, got {error}.") from error
-    return Out(folder, manifest(folder), report, recipe, costs, accuracy.evaluated(folder))
-
-
-@contextmanager
-def _of(outs: Sequence[Out]) -> Iterator[None]:
-    """Turn what a report of another form ends in into an error of ours."""
-    try:
-        yield
-    except (LookupError, TypeError, ValueError, AttributeError) as error:
-        names = ", ".join(str(out.folder) for out in outs)
         raise OutputError(
-            f"{names}: {REPORT} must be as nmsparse wrote it, got {said(error)}. Convert again."
+            f"{folder}: must hold {REPORT} and {RECIPE} as nmsparse wrote them, got {said(error)}. Convert again."
         ) from error
+    return Out(folder, about(folder), said_then, recipe, costs, accuracy.evaluated(folder))
 
 
 def report(out: Out, bench: Sequence[SpeedRow]) -> str:
-    """Return the page of one OUT; `bench` are the rows that `nmsparse bench --json` wrote, or none.
-
-    Raises:
-        OutputError: when its report or manifest has another form.
-    """
-    with _of([out]):
-        return _report(out, bench)
-
-
-def _report(out: Out, bench: Sequence[SpeedRow]) -> str:
+    """Return the page of one OUT; `bench` are the rows that `nmsparse bench --json` wrote, or none."""
     verdict = [
         Line(f"A token uses {out.used():.0%} of the weights of {len(out.costs)} layers ({out.patterns()})."),
         _parity_line(out),
@@ -105,20 +86,11 @@ def _report(out: Out, bench: Sequence[SpeedRow]) -> str:
 
 
 def compare(outs: Sequence[Out]) -> str:
-    """Return the page that shows several OUTs side by side.
-
-    Raises:
-        OutputError: when a report or manifest has another form.
-    """
-    with _of(outs):
-        return _compared(outs)
-
-
-def _compared(outs: Sequence[Out]) -> str:
+    """Return the page that shows several OUTs side by side."""
     names = [out.folder.resolve().name for out in outs]
     if len(set(names)) < len(names):
         names = [str(out.folder) for out in outs]
-    sources = {out.manifest["source"]["weights_sha256"] for out in outs}
+    sources = {out.about.source.weights_sha256 for out in outs}
     verdict = [Line(f"{len(outs)} conversions of {outs[0].source()}.")]
     if len(sources) > 1:
         verdict = [
@@ -141,17 +113,13 @@ def _compared(outs: Sequence[Out]) -> str:
         (
             name,
             out.patterns(),
-            str(out.report["recipe"]["criterion"]),
+            str(out.report.recipe["criterion"]),
             out.mitigation(),
-            str(out.report["recipe"]["weights"]),
+            str(out.report.recipe["weights"]),
             f"{out.used():.0%}",
-            f"{out.report['bytes'] / 1e6:.0f}",
-            f"{sum(s['seconds'] for s in out.report['stages'] if s['stage'] not in ('export', 'validate')):.0f}",
-            "not validated"
-            if out.report["parity"] is None
-            else "passed"
-            if out.report["parity"]["passed"]
-            else "failed",
+            f"{out.report.bytes / 1e6:.0f}",
+            f"{sum(s.seconds for s in out.report.stages if s.stage not in ('export', 'validate')):.0f}",
+            "not validated" if out.report.parity is None else "passed" if out.report.parity.passed else "failed",
         )
         for name, out in zip(names, outs, strict=True)
     ]
@@ -213,64 +181,63 @@ def _layers(out: Out) -> list[Section]:
 
 
 def _parity_line(out: Out) -> Line:
-    parity = out.report["parity"]
+    parity = out.report.parity
     if parity is None:
         return Line(
             "Not compared with PyTorch when it was written, as nmsparse export leaves that to validate.", good=False
         )
-    if not parity["passed"]:
-        return Line(f"ONNX Runtime does not compute what PyTorch does: {'; '.join(parity['failures'])}", good=False)
+    if not parity.passed:
+        return Line(f"ONNX Runtime does not compute what PyTorch does: {'; '.join(parity.failures)}", good=False)
     return Line(
         "ONNX Runtime computes what PyTorch does: the worst layer is off by "
-        f"{parity['largest_layer_error']:.1e} of its largest output, and {parity['largest_flip_share']:.1%} of the "
+        f"{parity.largest_layer_error:.1e} of its largest output, and {parity.largest_flip_share:.1%} of the "
         "channels are chosen otherwise."
     )
 
 
 def _parity(out: Out) -> list[Section]:
-    parity, layers = out.report["parity"], out.report["parity_layers"]
+    parity, layers = out.report.parity, out.report.parity_layers
     if parity is None:
         return []
-    worst: dict[str, dict[str, Any]] = {}
+    worst: dict[str, LayerParity] = {}
     for layer in layers:
-        name = layer["layer"]
-        worst[name] = max(worst.get(name, layer), layer, key=lambda found: float(found["error"]))
+        worst[layer.layer] = max(worst.get(layer.layer, layer), layer, key=lambda one: one.error)
     charts = [
         _map(
             worst.values(),
-            lambda layer: layer["layer"],
-            lambda layer: 1e6 * layer["error"],
-            1e6 * parity["largest_layer_error"],
+            lambda layer: layer.layer,
+            lambda layer: 1e6 * layer.error,
+            1e6 * parity.largest_layer_error,
             "Error of each layer on the same input, in millionths of its largest output: at most "
-            f"{1e6 * parity['largest_layer_error']:.1f}.",
+            f"{1e6 * parity.largest_layer_error:.1f}.",
         ),
         _map(
             worst.values(),
-            lambda layer: layer["layer"],
-            lambda layer: 1e6 * layer["flips"],
-            1e6 * (parity["largest_flip_share"] or parity["limits"]["flips"]),
+            lambda layer: layer.layer,
+            lambda layer: 1e6 * layer.flips,
+            1e6 * (parity.largest_flip_share or parity.limits.flips),
             "Channels that ONNX Runtime chooses otherwise than PyTorch on the same input, in millionths of all: "
-            f"at most {1e6 * parity['largest_flip_share']:.1f}.",
+            f"at most {1e6 * parity.largest_flip_share:.1f}.",
         ),
     ]
     head = ("layer", "call", "flips", "margin of flips", "error", "verdict")
     rows = [
         (
-            layer["layer"],
-            layer["phase"],
-            *(f"{layer[what]:.1e}" for what in ("flips", "margin", "error")),
-            "passed" if layer["passed"] else "failed",
+            layer.layer,
+            layer.phase,
+            *(f"{value:.1e}" for value in (layer.flips, layer.margin, layer.error)),
+            "passed" if layer.passed else "failed",
         )
         for layer in layers
     ]
-    return [Section("Parity", f"On {parity['tokens']} tokens, in {parity['dtype']}.", charts, head, rows)]
+    return [Section("Parity", f"On {parity.tokens} tokens, in {parity.dtype}.", charts, head, rows)]
 
 
 def _training(out: Out) -> list[Section]:
-    curve = out.report["training"]
+    curve = out.report.training
     sections = []
     if curve:
-        (_, first), (_, last) = curve[0], min(curve, key=lambda point: float(point[1]))
+        (_, first), (_, last) = curve[0], min(curve, key=lambda point: point[1])
         says = f"Divergence from the dense model on held-out text: {first:.3f} before training, {last:.3f} at best."
         sections.append(
             Section(
@@ -280,7 +247,7 @@ def _training(out: Out) -> list[Section]:
                 rows=[(str(step), f"{loss:.4f}") for step, loss in curve],
             )
         )
-    rows = [(s["stage"], f"{s['seconds']:.1f}", f"{s['peak_bytes'] / 1e9:.2f}") for s in out.report["stages"]]
+    rows = [(s.stage, f"{s.seconds:.1f}", f"{s.peak_bytes / 1e9:.2f}") for s in out.report.stages]
     return [*sections, Section("What it took", head=("stage", "seconds", "peak memory, GB"), rows=rows)]
 
 
@@ -329,13 +296,13 @@ def _bench(bench: Sequence[SpeedRow]) -> list[Section]:
 
 
 def _about(out: Out) -> list[Section]:
-    source = out.manifest["source"]
+    source = out.about.source
     rows = [
-        *(("version of " + name, number) for name, number in out.manifest["versions"].items()),
-        ("checkpoint", str(source["name"])),
-        ("revision", str(source["revision"] or "none")),
-        ("SHA-256 of its weights", str(source["weights_sha256"])),
-        ("bytes on disk", f"{out.report['bytes']:,}"),
+        *(("version of " + name, number) for name, number in out.about.versions.items()),
+        ("checkpoint", source.name),
+        ("revision", source.revision or "none"),
+        ("SHA-256 of its weights", source.weights_sha256),
+        ("bytes on disk", f"{out.report.bytes:,}"),
     ]
     return [Section("Recipe", verbatim=out.recipe), Section("Made from", head=("what", "value"), rows=rows)]
 

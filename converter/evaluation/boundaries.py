@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from converter.evaluation.limits import Limits
 from converter.hugging_face import quiet
 from converter.kinds.decoder import boundaries
+from converter.records import Limits
 
 BEFORE, AFTER = 4, 8  # tokens that are written before the boundary and after it
 PADDING = 3  # of the second row, on the left

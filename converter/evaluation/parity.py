@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from transformers import PreTrainedModel
 
 from converter.errors import ValidationError
 from converter.evaluation.boundaries import generated
-from converter.evaluation.limits import LIMITS, Limits
+from converter.evaluation.limits import LIMITS
 from converter.evaluation.overflow import ADVICE, beyond_float16
 from converter.evaluation.reference import (
     layer_inputs,
@@ -45,24 +45,13 @@ from converter.kinds import kind as kind_of_model
 from converter.kinds.kind import Array
 from converter.names import MODEL, Phases
 from converter.quiet import quiet
+from converter.records import LayerParity, Limits, ParitySummary
 from converter.runtimes.onnxruntime import decoder, session
 from converter.signature import DOMAIN, INPUTS, OP, TABLE
 from converter.sparsity.linear import Baked, Params, install
 from converter.sparsity.quantize import Storage
 
 IDS, MASK = "input_ids", "attention_mask"
-
-
-@dataclass(frozen=True)
-class LayerParity:
-    """One node in one phase, called as its `parts` are; errors are relative to the largest magnitude of its output."""
-
-    layer: str
-    phase: str
-    flips: float
-    margin: float
-    error: float
-    passed: bool
 
 
 @dataclass
@@ -79,23 +68,23 @@ class Parity:
     not_tried: dict[str, str] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> ParitySummary:
         """Return the figures that matter, for a table and for report.json."""
-        return {
-            "passed": not self.failures,
-            "dtype": self.dtype,
-            "tokens": self.tokens,
-            "limits": asdict(self.limits),
-            "layers": len({part for layer in self.layers for part in parts(layer.layer)}),
-            "largest_flip_share": max((layer.flips for layer in self.layers), default=0.0),
-            "largest_flip_margin": max((layer.margin for layer in self.layers), default=0.0),
-            "largest_layer_error": max((layer.error for layer in self.layers), default=0.0),
-            "dense_error": self.dense,
-            "sparse_not_judged": self.sparse,
-            "generated": self.generated,
-            "not_tried": self.not_tried,
-            "failures": self.failures,
-        }
+        return ParitySummary(
+            passed=not self.failures,
+            dtype=self.dtype,
+            tokens=self.tokens,
+            limits=self.limits,
+            layers=len({part for layer in self.layers for part in parts(layer.layer)}),
+            largest_flip_share=max((layer.flips for layer in self.layers), default=0.0),
+            largest_flip_margin=max((layer.margin for layer in self.layers), default=0.0),
+            largest_layer_error=max((layer.error for layer in self.layers), default=0.0),
+            dense_error=self.dense,
+            sparse_not_judged=self.sparse,
+            generated=self.generated,
+            not_tried=self.not_tried,
+            failures=self.failures,
+        )
 
     def check(self) -> None:
         """Raise when anything is beyond the limits.

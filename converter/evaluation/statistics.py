@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,31 +13,11 @@ from statsmodels.stats.anova import AnovaRM
 from statsmodels.stats.contingency_tables import mcnemar
 from statsmodels.stats.multitest import multipletests
 
+from converter.records import Paired
+
 Array = np.ndarray[Any, Any]
 ACCURACIES = ("acc", "acc_norm")
 PERPLEXITIES = ("word_perplexity", "byte_perplexity")
-
-
-@dataclass(frozen=True)
-class Paired:
-    """One metric of one task: dense, sparse, sparse - dense with its 95 % interval, and the tests of no difference.
-
-    `effect` is the mean difference in standard deviations of the differences (Cohen's d of paired samples); `recovery`,
-    of an accuracy, is sparse / dense with its interval.
-    """
-
-    task: str
-    metric: str
-    examples: int
-    dense: float
-    sparse: float
-    difference: float
-    low: float
-    high: float
-    t_test: float
-    mcnemar: float | None
-    effect: float
-    recovery: tuple[float, float, float] | None  # low, value, high
 
 
 def paired(task: str, metric: str, dense: Array, sparse: Array, weight: Array, seed: int = 0) -> Paired:

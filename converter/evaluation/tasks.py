@@ -21,29 +21,11 @@ from lm_eval.tasks import TaskManager
 from converter.errors import EvaluationError
 from converter.evaluation.harness import HarnessLM
 from converter.options import TaskOptions
+from converter.records import Setting
 
 TASKS = "piqa,arc_easy,boolq,winogrande,wikitext"  # by default
 COLUMNS = ("task", "example", "metric", "value", "weight", "predicted", "target")
 ARTICLE = re.compile(r"^ = [^=]+ = $", re.M)
-
-
-@dataclass(frozen=True)
-class Setting:
-    """How the tasks are asked; two models are compared under one setting.
-
-    Both also write on from `prompts` prompts of `text`. Classifiers of images are asked for the classes of `images`.
-    OUT runs in `runtime`, a checkpoint always in PyTorch.
-    """
-
-    tasks: tuple[str, ...]
-    limit: int | None = None
-    shots: int | None = None
-    chat: bool = False
-    seed: int = 0
-    prompts: int = 0
-    text: str = "python"
-    images: str | None = None
-    runtime: str = "onnxruntime"
 
 
 def setting(options: TaskOptions, runtime: str) -> Setting:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from converter.options import BuildOptions
+from converter.records import Manifest
 from converter.runtimes.profile import Profile
 from converter.stages import Stages
 
@@ -82,7 +83,7 @@ class Runnable:
     place: Path
     runtime: EngineRuntime
     engine: EngineRecord
-    manifest: dict[str, Any]
+    manifest: Manifest
 
 
 @dataclass(frozen=True)
