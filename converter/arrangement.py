@@ -88,8 +88,8 @@ def read(path: Path) -> Arrangement:
             raise CalibrationError(
                 f"{path}: {name} must be a vector of torch.int64, got {list(order.shape)} of {order.dtype}. {AGAIN}"
             )
-        if found := stray(order):
-            raise CalibrationError(f"{path}: {name} must hold every place once, got {found}. {AGAIN}")
+        if stray_entry := stray(order):
+            raise CalibrationError(f"{path}: {name} must hold every place once, got {stray_entry}. {AGAIN}")
     orders: Orders = {}
     for name, dims in table(path, metadata, "orders", dict).items():
         if not isinstance(dims, dict):

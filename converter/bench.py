@@ -47,13 +47,13 @@ def speed(
             f"--prefill: must be at most {context}, the context of {folder}, got {max(lengths)}. Give less."
         )
     counts = threads or sorted({1, os.cpu_count() or 1})
-    found: list[Speed] = []
+    times: list[Speed] = []
     with stages.stage("bench", "measurements") as advance:
         for count in counts:
             for time in timed(graph, folder, count, lengths, min(PAST, context - 1), seconds or SECONDS):
-                found.append(time)
-                advance(len(found), len(counts) * (len(lengths) + 1))
-    return _how(graph), found
+                times.append(time)
+                advance(len(times), len(counts) * (len(lengths) + 1))
+    return _how(graph), times
 
 
 def speed_rows(times: Sequence[Speed]) -> list[dict[str, Any]]:
@@ -103,12 +103,12 @@ def tune(folder: Path, plugin: Path, to: Path, stages: Stages) -> list[Timing]:
         )
     device, layer = require_gpu(), LayerLibrary(plugin, "cuda")
     shapes = sorted({Shape(c.in_features, c.out_features, c.keep, c.group, dtype) for c in costs})
-    found: list[Timing] = []
+    timings: list[Timing] = []
     with stages.stage("tune", "shapes") as advance:
         for number, shape in enumerate(shapes):
             for tokens in TOKENS:
-                found += measured(layer, shape, tokens, ROUNDS)
+                timings += measured(layer, shape, tokens, ROUNDS)
             advance(number + 1, len(shapes))
     source = f"measured on {device} by nmsparse {versions()['nmsparse']}"
-    dispatch.write(to, [*table(found, capability(), source), *dispatch.read(None)])
-    return found
+    dispatch.write(to, [*table(timings, capability(), source), *dispatch.read(None)])
+    return timings

@@ -87,16 +87,16 @@ def validate_engine(folder: Path, runtime: str, options: EngineOptions, stages: 
         ValidationError: when it computes something else.
     """
     with stages.stage("check"):
-        found = runnable(folder, runtime, options.target)
+        ready = runnable(folder, runtime, options.target)
     if not options.allow_host_code:
         raise UsageError(
             "--allow-host-code: must be given, since polygraphy lets the engine run code on this CPU. "
             "Give it for an engine that you have built yourself."
         )
     with stages.stage("validate", "profiles") as advance:
-        environment, profiles = found.runtime.environment, len(found.engine.profiles)
-        trial.run(found.place, environment, profiles, options.plugin, advance)
-    return found.manifest.more
+        environment, profiles = ready.runtime.environment, len(ready.engine.profiles)
+        trial.run(ready.place, environment, profiles, options.plugin, advance)
+    return ready.manifest.more
 
 
 def runnable(folder: Path, runtime: str, target: str | None) -> Runnable:
@@ -110,8 +110,8 @@ def runnable(folder: Path, runtime: str, target: str | None) -> Runnable:
     check_files(folder)
     builder = registry.engine_runtime(runtime)
     place = _built(folder, builder.folders(target))
-    found = check_files(place)
-    about = found.more
+    record = check_files(place)
+    about = record.more
     if about.get("model_sha256") != manifest(folder).files[MODEL].sha256:
         raise BuildError(f"{place}: must be built of {folder / MODEL}, got another graph's. Build it again.")
     if "engine" not in about:
@@ -121,19 +121,19 @@ def runnable(folder: Path, runtime: str, target: str | None) -> Runnable:
     except (KeyError, TypeError, ValueError) as error:
         raise OutputError(f"{place / MANIFEST}: must say what build wrote, got {error!r}. Build it again.") from error
     if not gpu()[0]:
-        said = ", ".join(f"{count} {kind}" for kind, count in engine.layers.items())
+        said = ", ".join(f"{count} {name}" for name, count in engine.layers.items())
         size = f"{engine.version}, {engine.bytes / 1e9:.2f} GB, layers by type and output: {said}"
         raise DeviceError(f"{place}: a GPU must be here to run it, got none. Its files are as they were built: {size}.")
-    return Runnable(place, builder, engine, found)
+    return Runnable(place, builder, engine, record)
 
 
 def _built(folder: Path, name: str) -> Path:
     """Return the one folder of that name, which may be a pattern, with an engine in it."""
-    found = sorted(path.parent for path in (folder / ENGINES).glob(f"{name}/{ENGINE}"))
-    if len(found) != 1:
-        there = listing(path.name for path in found) or "none"
+    places = sorted(path.parent for path in (folder / ENGINES).glob(f"{name}/{ENGINE}"))
+    if len(places) != 1:
+        there = listing(path.name for path in places) or "none"
         raise BuildError(f"{folder / ENGINES}: must have one engine {name}, got {there}. Build one, or say --target.")
-    return found[0]
+    return places[0]
 
 
 def _text(folder: Path) -> Callable[[int, int], Tensor]:

@@ -91,8 +91,8 @@ class Checkpoint:
     @cached_property
     def kind(self) -> Kind:
         """The kind of model that it is."""
-        found = kind_of(self.config, self.source)
-        return (without_head(found) if self.headless else None) or found
+        model_kind = kind_of(self.config, self.source)
+        return (without_head(model_kind) if self.headless else None) or model_kind
 
     @cached_property
     def stored(self) -> dict[str, Stored]:
@@ -191,23 +191,23 @@ class Checkpoint:
     @cached_property
     def left_out(self) -> list[str]:
         """What the checkpoint has and OUT will not have, in words."""
-        found: list[str] = []
+        left: list[str] = []
         if self.folder.parent == private() and (self.folder / ABOUT).is_file():
-            found += json.loads((self.folder / ABOUT).read_text("utf-8"))["left_out"]
+            left += json.loads((self.folder / ABOUT).read_text("utf-8"))["left_out"]
         if self.config.get_text_config() is not self.config:
-            found.append("images and all else but text: OUT is the text model alone")
+            left.append("images and all else but text: OUT is the text model alone")
         if any("pooler." in name for name in self.files):
-            found.append("the pooling layer: OUT gives the states of every token")
+            left.append("the pooling layer: OUT gives the states of every token")
         generation = self.generation_config()
         if generation is not None and (cache := generation.cache_implementation) not in {None, "dynamic"}:
-            found.append(f"cache_implementation {cache} of generation_config.json: the graph keeps every position")
+            left.append(f"cache_implementation {cache} of generation_config.json: the graph keeps every position")
         if rest := left_over(self.skeleton(), self.files):
-            found.append(f"{some(rest)}, which the {self.kind.name} of config.json has no place for")
+            left.append(f"{some(rest)}, which the {self.kind.name} of config.json has no place for")
         if nested := sorted(str(path.relative_to(self.folder)) for path in self.folder.glob("*/*.safetensors")):
-            found.append(f"{some(nested)}, which other programs put behind the model")
+            left.append(f"{some(nested)}, which other programs put behind the model")
         if others := sorted({path.name for path in self.folder.glob("*.safetensors")} - _names(self.files.values())):
-            found.append(f"{some(others)}, which transformers would not read either")
-        return found
+            left.append(f"{some(others)}, which transformers would not read either")
+        return left
 
 
 def _read(folder: Path) -> list[Path]:

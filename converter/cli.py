@@ -207,13 +207,15 @@ def validate(
         return
     from converter.pipeline import validate as stage
 
-    found = stage(out, given.model, given.text, Stages())
+    result = stage(out, given.model, given.text, Stages())
     if json_output:
         print(
-            json.dumps(asdict(found.summary()) | {"parity_layers": [asdict(layer) for layer in found.layers]}, indent=2)
+            json.dumps(
+                asdict(result.summary()) | {"parity_layers": [asdict(layer) for layer in result.layers]}, indent=2
+            )
         )
     else:
-        show.parity(found.summary())
+        show.parity(result.summary())
 
 
 @app.command
@@ -491,11 +493,13 @@ def perplexity(
     ids = windows(text, tokenizer, tokens // context, context, field, begin=begin)
     check_ids(ids, loaded.config)
     with Stages().stage("perplexity", "windows") as advance:
-        found = measure(loaded, ids, advance)
+        measured = measure(loaded, ids, advance)
     if json_output:
-        print(json.dumps(asdict(found)))
+        print(json.dumps(asdict(measured)))
     else:
-        print(f"perplexity {found.perplexity:.3f} on {found.tokens} tokens of {text} (context {found.context})")
+        print(
+            f"perplexity {measured.perplexity:.3f} on {measured.tokens} tokens of {text} (context {measured.context})"
+        )
 
 
 def _write_page(to: Path, page: str) -> None:
@@ -541,12 +545,16 @@ def evaluate(
         raise EvaluationError(
             f"nmsparse evaluate: needs the package {error.name}, got none. pip install 'nmsparse[evaluate]'."
         ) from error
-    found = stage.evaluate(model, setting(wanted, runtime), options or EvaluationOptions(), run, Stages())
+    evaluation = stage.evaluate(model, setting(wanted, runtime), options or EvaluationOptions(), run, Stages())
     if json_output:
-        about = {"recovery": found.recovery, "f1": found.f1, "compared": [asdict(one) for one in found.compared]}
+        about = {
+            "recovery": evaluation.recovery,
+            "f1": evaluation.f1,
+            "compared": [asdict(one) for one in evaluation.compared],
+        }
         print(json.dumps(about, indent=2))
     else:
-        show.evaluation(found)
+        show.evaluation(evaluation)
 
 
 def _refuse_others(use: str, options: dict[str, Any], own: Iterable[str]) -> None:
@@ -559,8 +567,8 @@ def _refuse_others(use: str, options: dict[str, Any], own: Iterable[str]) -> Non
 def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bool) -> None:
     from converter.pipeline import begun
 
-    checkpoint, recipe, found = begun(model, recipe, revision, "cpu", Stages(), dry=True)
-    layers, left_out = found.layers, checkpoint.left_out
+    checkpoint, recipe, layer_plan = begun(model, recipe, revision, "cpu", Stages(), dry=True)
+    layers, left_out = layer_plan.layers, checkpoint.left_out
     if json_output:
         about = {"recipe": recipe.model_dump(mode="json"), "layers": [asdict(layer) for layer in layers]}
         print(json.dumps({**about, "left_out": left_out}))
@@ -604,8 +612,8 @@ def main() -> None:
         arguments.remove(DEBUG)
     errors = Console(stderr=True, soft_wrap=True, highlight=False, emoji=False)
 
-    def fail(kind: str, what: str, code: int) -> NoReturn:
-        errors.print(f"[red]error:[/] {kind}:", end=" ")
+    def fail(name: str, what: str, code: int) -> NoReturn:
+        errors.print(f"[red]error:[/] {name}:", end=" ")
         errors.print(what if len(what) <= LONGEST else f"{what[:LONGEST]} ...", markup=False)
         sys.exit(code)
 

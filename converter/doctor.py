@@ -73,25 +73,25 @@ def _machine() -> Iterator[Finding]:
 
 
 def _compiler() -> Finding:
-    found = shutil.which("c++")
+    path = shutil.which("c++")
     advice = "Only for make cpu-op and make plugins: install g++ (Debian: apt-get install g++)."
-    return Finding("C++ compiler", found is not None, found or "none", advice)
+    return Finding("C++ compiler", path is not None, path or "none", advice)
 
 
 def _op_source(part: str, header: Path, minor_version: str, variable: str) -> Finding:
     try:
-        found = re.search(minor_version, header.read_text("utf-8"))
+        release = re.search(minor_version, header.read_text("utf-8"))
     except OSError:
-        found = None
-    if found is None:
+        release = None
+    if release is None:
         advice = f"Only to build the op: run make cpu-op, or give it {variable}=FOLDER."
         return Finding(part, False, f"none at {header.parent}", advice)
-    return Finding(part, True, f"of 1.{found[1]}, at {header.parent}")
+    return Finding(part, True, f"of 1.{release[1]}, at {header.parent}")
 
 
 def _plugin_sources() -> Finding:
     part, advice = "plugin's sources", "Only to build the plugin: run make plugins."
-    there = {found.name: found.version for found in distributions(path=[str(TOOLCHAIN)])}
+    there = {package.name: package.version for package in distributions(path=[str(TOOLCHAIN)])}
     missing = [name for name in TOOLS if name not in there]
     if missing:
         return Finding(part, False, f"no {', '.join(missing)} at {TOOLCHAIN}", advice)
@@ -118,9 +118,9 @@ def _tensorrt() -> Finding:
 
 
 def _gpu() -> Finding:
-    works, found = gpu()
+    works, what = gpu()
     advice = "None is needed to convert, validate or build for TensorRT-RTX; engines run on one."
-    return Finding("GPU", works, found, advice)
+    return Finding("GPU", works, what, advice)
 
 
 def _plugin(library: Path) -> Finding:
@@ -137,26 +137,26 @@ def _plugin(library: Path) -> Finding:
 def _cpu_op() -> Finding:
     part, otherwise = "ONNX Runtime op", "None is needed: the ONNX function body serves, slower."
     try:
-        found = library()
-        if found is None:
+        path = library()
+        if path is None:
             return Finding(part, False, f"none at {LIBRARY}", f"Run make cpu-op. {otherwise}")
-        SessionOptions().register_custom_ops_library(str(found.resolve()))
+        SessionOptions().register_custom_ops_library(str(path.resolve()))
     except Exception as error:  # onnxruntime's own classes derive from Exception alone
         return Finding(part, False, str(error).splitlines()[0], "Build it again: make cpu-op.")
     otherwise = "else the ONNX function body serves, slower"
-    return Finding(part, True, f"{found}; for float32, with weights in that or in fewer bits; {otherwise}")
+    return Finding(part, True, f"{path}; for float32, with weights in that or in fewer bits; {otherwise}")
 
 
 def _huge_pages() -> Finding:
     part = "huge pages"
     try:
-        found = re.search(r"\[(\w+)\]", HUGE_PAGES.read_text("utf-8"))
+        setting = re.search(r"\[(\w+)\]", HUGE_PAGES.read_text("utf-8"))
     except OSError:
-        found = None
-    if found is None:
+        setting = None
+    if setting is None:
         return Finding(part, False, "none", "The ONNX Runtime op is up to a fifth faster on a Linux that has them.")
     advice = f"The ONNX Runtime op is up to a fifth faster with them; as root: echo madvise > {HUGE_PAGES}"
-    return Finding(part, found[1] != "never", f"{found[1]} ({HUGE_PAGES})", advice)
+    return Finding(part, setting[1] != "never", f"{setting[1]} ({HUGE_PAGES})", advice)
 
 
 def _left_behind(folders: Sequence[Path]) -> Finding:

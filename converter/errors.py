@@ -97,14 +97,14 @@ def shortened(text: str) -> str:
     return text if len(text) <= LONGEST else f"{text[:half]} ... {text[-half:]}"
 
 
-def lookup(table: Mapping[str, Value], kind: str, name: str, error: type[ConverterError]) -> Value:
+def lookup(table: Mapping[str, Value], what: str, name: str, error: type[ConverterError]) -> Value:
     """Return `table[name]`.
 
     Raises:
         ConverterError: of class `error`, listing what there is, when `name` is not in the table.
     """
     if name not in table:
-        raise error(f"unknown {kind} {shortened(repr(name))}; available: {listing(table)}.")
+        raise error(f"unknown {what} {shortened(repr(name))}; available: {listing(table)}.")
     return table[name]
 
 

@@ -99,7 +99,7 @@ def evaluate(
     sides = {"dense": _dense_side(checkpoint)}
     if sparse:
         sides["sparse"] = _sparse_side(folder, checkpoint, setting.runtime, options, engine)
-    found: dict[str, pd.DataFrame] = {}
+    by_model: dict[str, pd.DataFrame] = {}
     wrote: list[list[int]] = []  # the dense model, after the prompts
     for name, (load, key) in sides.items():
         loaded, frames = load(), []
@@ -115,10 +115,10 @@ def evaluate(
                     written = write_on(*loaded, prompts, answers, advance)
                     wrote = wrote or written
                     frames.append(compared(loaded[0], prompts, wrote, written))
-        found[name] = pd.concat(frames, ignore_index=True)
-    both = compare(found["dense"], found.get("sparse", found["dense"]), setting.seed)
-    scores = {name: score for name, rows in found.items() if (score := f1(rows)) is not None}
-    examples = pd.concat([rows.assign(model=name) for name, rows in found.items()], ignore_index=True)
+        by_model[name] = pd.concat(frames, ignore_index=True)
+    both = compare(by_model["dense"], by_model.get("sparse", by_model["dense"]), setting.seed)
+    scores = {name: score for name, rows in by_model.items() if (score := f1(rows)) is not None}
+    examples = pd.concat([rows.assign(model=name) for name, rows in by_model.items()], ignore_index=True)
     result = Evaluation(examples, both, recovery(both) if sparse else None, scores)
     if out is not None:
         _write(out, result, setting, context, model, checkpoint.source)
@@ -146,18 +146,18 @@ def _sparse_side(
     return lambda: (served.load(), processor()), _fingerprint(folder, served.runs)
 
 
-def _serve(folder: Path, checkpoint: Checkpoint, found: Runnable, context: int, options: EngineOptions) -> Served:
+def _serve(folder: Path, checkpoint: Checkpoint, ready: Runnable, context: int, options: EngineOptions) -> Served:
     """Return OUT on an engine; a context that its profiles cannot take is refused, before anything is asked."""
-    most = max((p.tokens[2] for p in found.engine.shapes() if p.past[0] == 0 and p.batch[0] == 1), default=0)
+    most = max((p.tokens[2] for p in ready.engine.shapes() if p.past[0] == 0 and p.batch[0] == 1), default=0)
     wanted = longest(checkpoint.config, context)
     if wanted > most:
         raise EvaluationError(
-            f"--context: must be at most {most}, what a profile of {found.place} takes in one call, got {wanted}. "
+            f"--context: must be at most {most}, what a profile of {ready.place} takes in one call, got {wanted}. "
             "Lower it, or build the engine again with --profile."
         )
     library = sha256(options.plugin) if options.plugin else ""
-    runs = f"{gpu()[1]} {found.manifest.files[ENGINE].sha256} {library}"
-    return Served(lambda: load_engine(folder, found, options), runs)
+    runs = f"{gpu()[1]} {ready.manifest.files[ENGINE].sha256} {library}"
+    return Served(lambda: load_engine(folder, ready, options), runs)
 
 
 def _check_setting(checkpoint: Checkpoint, setting: Setting) -> None:

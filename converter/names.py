@@ -14,6 +14,6 @@ WANTED = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]  # of a chec
 RTX_INSTALL = "Install nmsparse[tensorrt-rtx] (Linux, x86-64)."
 
 
-def cache_names(kind: str, index: int) -> list[str]:
-    """Return the graph's names of a block's key and value, `kind` being past_key_values or present."""
-    return [f"{kind}.{index}.{part}" for part in ("key", "value")]
+def cache_names(prefix: str, index: int) -> list[str]:
+    """Return the graph's names of a block's key and value, `prefix` being past_key_values or present."""
+    return [f"{prefix}.{index}.{part}" for part in ("key", "value")]

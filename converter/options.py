@@ -125,5 +125,5 @@ class EvaluationOptions:
 
 def named(*groups: Any) -> dict[str, Any]:
     """Return the options of some groups by their names on the command line; one that is off has None."""
-    found = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
-    return {"--" + name.replace("_", "-"): None if value is False else value for name, value in found.items()}
+    values = {field.name: getattr(group, field.name) for group in groups for field in fields(group)}
+    return {"--" + name.replace("_", "-"): None if value is False else value for name, value in values.items()}

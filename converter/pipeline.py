@@ -133,11 +133,11 @@ def run(
     """Convert, and return the report that lies in OUT."""
     checkpoint, recipe, layers = begun(model, recipe, revision, device, stages)
     with staged(out, _bytes(checkpoint, recipe)) as folder:
-        found = _calibrate(checkpoint, layers, recipe, folder, stages)
-        about = _about(checkpoint, found.recipe, found.plan)
-        _export(found, about, folder, stages, embed_kernel)
-        parity = _validate(folder, found.checkpoint, found.params, found.recipe, None, stages)
-        report = _report(found, folder, stages, parity)
+        fitted = _calibrate(checkpoint, layers, recipe, folder, stages)
+        about = _about(checkpoint, fitted.recipe, fitted.plan)
+        _export(fitted, about, folder, stages, embed_kernel)
+        parity = _validate(folder, fitted.checkpoint, fitted.params, fitted.recipe, None, stages)
+        report = _report(fitted, folder, stages, parity)
         write_json(folder / REPORT, report.to_json())
         write_manifest(folder, asdict(about))
     return report
@@ -147,8 +147,8 @@ def calibrate(model: str, out: Path, recipe: Recipe, revision: str | None, devic
     """Write recipe, calibration and manifest to the folder `out`, for `export` to start from."""
     checkpoint, recipe, layers = begun(model, recipe, revision, device, stages)
     with staged(out, 0) as folder:
-        found = _calibrate(checkpoint, layers, recipe, folder, stages)
-        write_manifest(folder, asdict(_about(checkpoint, found.recipe, found.plan)))
+        fitted = _calibrate(checkpoint, layers, recipe, folder, stages)
+        write_manifest(folder, asdict(_about(checkpoint, fitted.recipe, fitted.plan)))
 
 
 def export(
@@ -168,9 +168,9 @@ def export(
         for name in [calibration_file.NAME, *([arrangement_file.NAME] if recipe.at("arrange") else [])]:
             shutil.copy(calibrated / name, folder)
         (folder / RECIPE).write_text(recipe.to_yaml(), "utf-8")
-        found = Fitted(checkpoint, recipe, layers, params)
-        _export(found, about, folder, stages, embed_kernel)
-        report = _report(found, folder, stages, None)
+        fitted = Fitted(checkpoint, recipe, layers, params)
+        _export(fitted, about, folder, stages, embed_kernel)
+        report = _report(fitted, folder, stages, None)
         write_json(folder / REPORT, report.to_json())
         write_manifest(folder, asdict(about))
     return report
@@ -236,10 +236,10 @@ def _calibrate(checkpoint: Checkpoint, layers: Plan, recipe: Recipe, folder: Pat
     with resumable(checkpoint, recipe, stages.console.print) if recipe.trains() else nullcontext() as state:
         wanted = layers.open or recipe.needs_text()
         text = calibration_text(checkpoint, recipe, state, stages) if wanted else None
-        found = fit(checkpoint, layers, recipe, Means(text, folder, state), stages)
-    calibration_file.write(folder / calibration_file.NAME, found.params)
-    (folder / RECIPE).write_text(found.recipe.to_yaml(), "utf-8")
-    return found
+        fitted = fit(checkpoint, layers, recipe, Means(text, folder, state), stages)
+    calibration_file.write(folder / calibration_file.NAME, fitted.params)
+    (folder / RECIPE).write_text(fitted.recipe.to_yaml(), "utf-8")
+    return fitted
 
 
 def calibration_text(checkpoint: Checkpoint, recipe: Recipe, state: Path | None, stages: Stages) -> Tensor:
@@ -277,8 +277,8 @@ def _written(checkpoint: Checkpoint, recipe: Recipe, count: int, state: Path | N
     return text
 
 
-def _export(found: Fitted, about: About, folder: Path, stages: Stages, embed_kernel: bool) -> None:
-    checkpoint, recipe, params = found.checkpoint, found.recipe, found.params
+def _export(fitted: Fitted, about: About, folder: Path, stages: Stages, embed_kernel: bool) -> None:
+    checkpoint, recipe, params = fitted.checkpoint, fitted.recipe, fitted.params
     name = about.source.name.encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
     metadata = {
         "nmsparse.version": about.versions["nmsparse"],
@@ -287,7 +287,7 @@ def _export(found: Fitted, about: About, folder: Path, stages: Stages, embed_ker
         "nmsparse.source_revision": about.source.revision or about.source.weights_sha256,
     }
     with stages.stage("export", "tensors") as advance:
-        sparse = Sparse(checkpoint, found.plan, params, recipe.storage(), recipe.phases, recipe.share)
+        sparse = Sparse(checkpoint, fitted.plan, params, recipe.storage(), recipe.phases, recipe.share)
         write_graph(sparse, folder, metadata, advance)
         if recipe.dtype == "float16":
             given = _validation(checkpoint, recipe, None)
@@ -347,10 +347,10 @@ def _source(folder: Path, recipe: Recipe, moved: str | None) -> Checkpoint:
     """
     source = about(folder).source
     checkpoint = open_checkpoint(moved or source.name, None if moved else source.revision)
-    found = checkpoint.fingerprint()
-    if found != source.weights_sha256:
+    fingerprint = checkpoint.fingerprint()
+    if fingerprint != source.weights_sha256:
         raise CheckpointError(
-            f"{checkpoint.source}: weights must have SHA-256 {source.weights_sha256}, got {found}. "
+            f"{checkpoint.source}: weights must have SHA-256 {source.weights_sha256}, got {fingerprint}. "
             f"{folder} was made from others: give them with --model, or convert again."
         )
     return (

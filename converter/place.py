@@ -154,10 +154,10 @@ def taken(path: Path, *, wait: bool = False) -> Iterator[bool]:
 
 def free_bytes(place: Path) -> int:
     """Return how many bytes are free on the disk that `place` is, or will be, on."""
-    found = Path(os.path.realpath(place))
-    while not found.exists():
-        found = found.parent
-    return shutil.disk_usage(found).free
+    path = Path(os.path.realpath(place))
+    while not path.exists():
+        path = path.parent
+    return shutil.disk_usage(path).free
 
 
 def is_utf8(text: str) -> bool:

@@ -101,15 +101,15 @@ def plan(model: PreTrainedModel, recipe: Recipe) -> Plan:
     for name, module in linears.items():
         reason = _reason_for_dense(name, module is head, blocks, recipe, config)
         layers.append(_layer(name, module, reason, recipe))
-    found = Plan(blocks, tuple(layers))
-    if not found.sparse:
+    planned = Plan(blocks, tuple(layers))
+    if not planned.sparse:
         why = sorted({layer.reason for layer in layers}) or ["the model has no nn.Linear"]
         raise RecipeError(f"plan: at least one layer must be sparse, got none: {'; '.join(why)}.")
-    _check_budget(found, recipe)
+    _check_budget(planned, recipe)
     if (storage := recipe.storage()).bits:
         for layer in layers:
             storage.blocks(layer.name, layer.in_features, layer.out_features)
-    return found
+    return planned
 
 
 def kept_weights(layer: LayerPlan, keep: int, group: int) -> int:
@@ -134,10 +134,10 @@ def _layer(name: str, linear: nn.Linear, reason: str, recipe: Recipe) -> LayerPl
     return LayerPlan(*sizes, keep, group)
 
 
-def _check_budget(found: Plan, recipe: Recipe) -> None:
+def _check_budget(planned: Plan, recipe: Recipe) -> None:
     """Refuse a menu that does not fit an open layer, and a budget that it cannot reach."""
     total = least = 0
-    for layer in found.open:
+    for layer in planned.open:
         menu = [Pattern.parse(text).at(layer.in_features, layer.name) for text in recipe.menu()]
         total += kept_weights(layer, 1, 1)
         least += min(kept_weights(layer, *pattern) for pattern in menu)

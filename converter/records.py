@@ -10,16 +10,16 @@ from typing import Any, TypeVar
 Record = TypeVar("Record")
 
 
-def read(kind: type[Record], path: Path) -> Record:
+def read(of: type[Record], path: Path) -> Record:
     """Return the record of that type in a JSON file.
 
     Raises:
         OSError, ValueError: when the file cannot be read, or says something else.
     """
-    return parsed(kind, json.loads(path.read_text("utf-8")))
+    return parsed(of, json.loads(path.read_text("utf-8")))
 
 
-def parsed(kind: type[Record], said: Any) -> Record:
+def parsed(of: type[Record], said: Any) -> Record:
     """Return the record of that type in what a JSON file says; keys that it has besides are left out.
 
     Raises:
@@ -27,7 +27,7 @@ def parsed(kind: type[Record], said: Any) -> Record:
     """
     from pydantic import TypeAdapter  # not for those who only write
 
-    return TypeAdapter(kind).validate_json(json.dumps(said), strict=True)
+    return TypeAdapter(of).validate_json(json.dumps(said), strict=True)
 
 
 @dataclass(frozen=True)

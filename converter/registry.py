@@ -60,8 +60,8 @@ def names(command: Command) -> Options:
 
 def own(name: str, command: Command) -> Options:
     """Return the options of the command that are for that runtime."""
-    found: Options = getattr(_row(name), command)
-    return found
+    options: Options = getattr(_row(name), command)
+    return options
 
 
 def builds(name: str) -> bool:
@@ -84,5 +84,5 @@ def _row(name: str) -> Row:
 
 
 def _implementation(name: str) -> Any:
-    module, _, found = _row(name).implementation.partition(":")
-    return getattr(import_module(module), found)
+    module, _, attribute = _row(name).implementation.partition(":")
+    return getattr(import_module(module), attribute)

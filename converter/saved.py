@@ -71,7 +71,7 @@ def stored(folder: Path) -> dict[str, Stored]:
         names = {str(tensor): str(name) for tensor, name in table.items()}
     except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder / INDEX}: must say which file holds each tensor, got {said(error)}") from error
-    found: dict[str, Stored] = {}
+    tensors: dict[str, Stored] = {}
     for name in sorted(set(names.values())):
         if Path(name).name != name or len(name) > 255 or not (folder / name).is_file():
             raise CheckpointError(
@@ -83,8 +83,8 @@ def stored(folder: Path) -> dict[str, Stored]:
                 raise CheckpointError(
                     f"{folder / name}: must hold {tensor}, as {INDEX} says, got none. Fetch it again."
                 )
-            found[tensor] = there_too[tensor]
-    return found
+            tensors[tensor] = there_too[tensor]
+    return tensors
 
 
 def _tensors(path: Path) -> dict[str, Stored]:

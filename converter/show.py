@@ -23,19 +23,19 @@ def _table(*columns: str) -> Table:
     return Table(*columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)
 
 
-def layers(found: Sequence[tuple[LayerCost, str]]) -> None:
+def layers(rows_of: Sequence[tuple[LayerCost, str]]) -> None:
     """Print a row for the layers of each name and shape, then the paths that they take on TensorRT."""
     from converter.graph.costs import span
 
     rows: dict[tuple[str, int, int], list[LayerCost]] = {}
     paths: dict[str, list[str]] = {}
-    for cost, path in found:
+    for cost, path in rows_of:
         name = cost.name.rpartition(".")[2]
         rows.setdefault((name, cost.in_features, cost.out_features), []).append(cost)
         if name not in paths.setdefault(path, []):
             paths[path].append(name)
     table = _table("layers", "count", "in x out", "pattern", "used", "MFLOP", "MB")
-    for (name, k, n), costs in [*rows.items(), (("all", 0, 0), [cost for cost, _ in found])]:
+    for (name, k, n), costs in [*rows.items(), (("all", 0, 0), [cost for cost, _ in rows_of])]:
         products, kept, size, read = (
             sum(getattr(cost, what) for cost in costs)
             for what in ("products", "sparse_products", "bytes", "sparse_bytes")
@@ -57,19 +57,19 @@ def _millions(number: float) -> str:
     return f"{size:.0f}" if size >= 100 else f"{size:.1f}" if size >= 1 else f"{size:.2f}"
 
 
-def findings(found: Sequence[Finding]) -> None:
+def findings(rows: Sequence[Finding]) -> None:
     """Print what works and what does not, each with what to do about it."""
     console = Console(emoji=False, highlight=False)
     table = Table(box=None, show_header=False, padding=(0, 2, 0, 0))
-    for one in found:
+    for one in rows:
         table.add_row("ok" if one.works else "no", one.part, one.found if one.works else f"{one.found}. {one.advice}")
     console.print(table)
 
 
-def plan(found: Sequence[LayerPlan]) -> None:
+def plan(rows: Sequence[LayerPlan]) -> None:
     """Print each layer, its shape and pattern, and why it stays dense where it does."""
     table = _table("layer", "in x out", "pattern", "why dense")
-    for layer in found:
+    for layer in rows:
         pattern = "by budget" if layer.open else f"{layer.keep}:{layer.group}" if layer.sparse else "dense"
         table.add_row(layer.name, f"{layer.in_features} x {layer.out_features}", pattern, layer.reason)
     Console(emoji=False).print(table)
@@ -98,25 +98,25 @@ def timings(timings: Sequence[Timing]) -> None:
     Console(emoji=False).print(table)
 
 
-def evaluation(found: Evaluation) -> None:
+def evaluation(evaluated: Evaluation) -> None:
     """Print each task's figures, and what is left of the dense model's accuracy."""
-    alone = found.recovery is None and set(found.examples.model) == {"dense"}
+    alone = evaluated.recovery is None and set(evaluated.examples.model) == {"dense"}
     columns = ("dense",) if alone else ("dense", "sparse", "sparse - dense (95 %)", "p")
     table = _table("task", "examples", *columns)
-    for one in found.compared:
+    for one in evaluated.compared:
         row = [f"{one.task} {one.metric}", str(one.examples), f"{one.dense:.3f}"]
         if not alone:
             p = one.t_test if one.mcnemar is None else one.mcnemar
             row += [f"{one.sparse:.3f}", f"{one.difference:+.3f} ({one.low:+.3f} to {one.high:+.3f})", f"{p:.3f}"]
         table.add_row(*row)
-    if found.f1:
+    if evaluated.f1:
         table.add_row(
-            "boolq F1 of yes", "", *(f"{found.f1[name]:.3f}" for name in ("dense", "sparse")[: len(found.f1)])
+            "boolq F1 of yes", "", *(f"{evaluated.f1[name]:.3f}" for name in ("dense", "sparse")[: len(evaluated.f1)])
         )
     console = Console(emoji=False)
     console.print(table)
-    if found.recovery is not None:
-        console.print(f"sparse / dense accuracy, mean over the tasks: {found.recovery:.3f}")
+    if evaluated.recovery is not None:
+        console.print(f"sparse / dense accuracy, mean over the tasks: {evaluated.recovery:.3f}")
         console.print("p: of McNemar's exact test where all is right or wrong, else of the paired t-test")
 
 
@@ -141,19 +141,19 @@ def report(about: Report) -> None:
     )
 
 
-def parity(found: ParitySummary) -> None:
+def parity(summary: ParitySummary) -> None:
     """Print how far ONNX Runtime is from PyTorch, beside what is allowed."""
-    limits = found.limits
-    table = _table(f"parity, {found.dtype}, {found.tokens} tokens", "worst", "limit")
-    table.add_row("mask: share of flips", f"{found.largest_flip_share:.2g}", f"{limits.flips:g}")
-    table.add_row("mask: margin of a flip", f"{found.largest_flip_margin:.2g}", f"{limits.margin:g}")
-    table.add_row(f"value, {found.layers} layers", f"{found.largest_layer_error:.2g}", f"{limits.layer:g}")
-    for phase, error in found.dense_error.items():
+    limits = summary.limits
+    table = _table(f"parity, {summary.dtype}, {summary.tokens} tokens", "worst", "limit")
+    table.add_row("mask: share of flips", f"{summary.largest_flip_share:.2g}", f"{limits.flips:g}")
+    table.add_row("mask: margin of a flip", f"{summary.largest_flip_margin:.2g}", f"{limits.margin:g}")
+    table.add_row(f"value, {summary.layers} layers", f"{summary.largest_layer_error:.2g}", f"{limits.layer:g}")
+    for phase, error in summary.dense_error.items():
         table.add_row(f"whole graph run dense, {phase}", f"{error:.2g}", f"{limits.model:g}")
-    for boundary, tokens in found.generated.items():
+    for boundary, tokens in summary.generated.items():
         table.add_row(f"written across {boundary}", f"{tokens} tokens equal", "all")
-    for boundary, why in found.not_tried.items():
+    for boundary, why in summary.not_tried.items():
         table.add_row(f"written across {boundary}", "not tried", why)
-    for name, value in found.sparse_not_judged.items():
+    for name, value in summary.sparse_not_judged.items():
         table.add_row(f"whole graph, {name.replace('_', ' ')}", f"{value:.3g}", "not judged")
     Console(emoji=False).print(table)

@@ -15,7 +15,7 @@ GEMV, SPARSE, DENSE = PATHS
 COMMON = ("x", "channel_scale", "shift", "eta", "permutation")
 ARGS: dict[str, Any] = {
     "pack": structure((*COMMON, "values", "metadata", "z", "kept"), ("tokens", "padded", "k", "keep", "order")),
-    "select": structure((*COMMON, "pruned", "z", "kept"), ("tokens", "k", "keep", "group")),
+    "select": structure((*COMMON, "zs", "z", "kept"), ("tokens", "k", "keep", "group")),
     "token_shift": structure(("x", "eta"), ("tokens", "k"), ("median",)),
     "token_scale": structure(("z", "kept", "nu"), ("tokens", "parts")),
     "gemv": structure(("x", "w", *COMMON[1:], "partial", "z", "kept"), ("tokens", "k", "n", "keep", "group")),
@@ -36,10 +36,10 @@ class Native(LayerLibrary):
 
     def uncompress(self, values: Tensor, metadata: Tensor, k: int, order: int = MMA) -> Tensor:
         """Return `[padded, k]` from what Pack wrote, as CUTLASS reads it, on the CPU."""
-        pruned = torch.empty(len(values), k, dtype=values.dtype)
+        zs = torch.empty(len(values), k, dtype=values.dtype)
         read = self.library.pack_uncompressed_wgmma if order == WGMMA else self.library.pack_uncompressed
-        read(*(c_void_p(t.data_ptr()) for t in (values, metadata, pruned)), len(values), k)
-        return pruned
+        read(*(c_void_p(t.data_ptr()) for t in (values, metadata, zs)), len(values), k)
+        return zs
 
     def order(self, shape: dict[str, int]) -> int:
         """Return the order of the metadata of such a layer's sparse path."""

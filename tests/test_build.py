@@ -27,7 +27,7 @@ from converter.graph.lower import lower
 from converter.graph.widen import widen
 from converter.options import BuildOptions, EngineOptions
 from converter.runtimes import trial
-from converter.runtimes.engine import kinds
+from converter.runtimes.engine import layer_counts
 from converter.runtimes.kernel import VARIABLE
 from converter.runtimes.onnxruntime import session
 from converter.runtimes.profile import Profile, default_profiles
@@ -151,7 +151,7 @@ def test_engines_of_every_dtype(converted: Callable[..., Path], dtype: str, patt
     assert {tensor["dtype"] for tensor in engine["inputs"][3:]} == {half}
     assert engine["outputs"][0]["name"] == "logits"
     assert json.loads((folder / "manifest.json").read_text())["engine"] == engine
-    assert engine["layers"] == kinds((folder / "layers.txt").read_text())
+    assert engine["layers"] == layer_counts((folder / "layers.txt").read_text())
     name = {"float32": "float", "float16": "half", "bfloat16": "bfloat16"}[dtype]
     assert any(kind.split() == ["gemm", name] or kind.split() == ["runtime_fusion", name] for kind in engine["layers"])
     assert (folder / "model.engine").stat().st_size == engine["bytes"] > (out / "model.onnx.data").stat().st_size / 2

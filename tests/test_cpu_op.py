@@ -35,7 +35,7 @@ from converter.runtimes.kernel import VARIABLE
 from converter.runtimes.onnxruntime import session
 from converter.runtimes.polygraphy import kernel_session
 from converter.signature import DOMAIN, INPUTS, OP, OPSET, SHIFT_MODES, VERSION
-from converter.sparsity.linear import Baked, Params, SparseLinear, bake, prune, token_scale
+from converter.sparsity.linear import Baked, Params, SparseLinear, bake, select, token_scale
 from converter.sparsity.quantize import Storage
 
 PATTERNS = [(1, 2), (2, 4), (1, 4), (8, 16), (16, 32), (5, 8), (7, 9), (15, 16), (40, 80), (96, 480), (480, 480)]
@@ -160,7 +160,7 @@ def exact(x: Tensor, baked: Baked, sparse: bool = True, absolute: bool = False) 
     def of(part: Tensor) -> Tensor:
         return part.double().abs() if absolute else part.double()
 
-    z, zs, eta = prune(x, baked)
+    z, zs, eta = select(x, baked)
     if not sparse:
         zs = z
     y = of(zs) @ of(baked.w)
@@ -189,7 +189,7 @@ def test_masks_are_those_of_the_reference(
     x = awkward(65, k, torch.float32)
     x[2:4] = x[4:6]  # without Inf and NaN, which the identity's zeros would spread over the row
     node = Node(library, identity(params, k))
-    _, zs, _ = prune(x, params)
+    _, zs, _ = select(x, params)
     # A per-token shift is added back, so it is taken off again before the comparison of what is kept.
     extra = SparseLinear(identity(params, k))(x[None])[0] - zs
     for tokens in (1, 3, 65):
@@ -212,7 +212,7 @@ def test_inf_and_nan_stay_visible_and_a_dropped_inf_is_gone(
     x = awkward(max(tokens, 5), k, torch.float32)[-tokens:] if tokens < 5 else awkward(tokens, k, torch.float32)
     x[0, ::7], x[0, 3::11] = torch.inf, -torch.inf
     ones = bake(torch.ones(4, k), None, params)
-    _, zs, _ = prune(x, params)
+    _, zs, _ = select(x, params)
     expected = zs.double().sum(-1, keepdim=True).expand(tokens, 4).float()
     node = Node(library, ones, storage=None if weights == "dtype" else Storage(weights=weights))
     torch.testing.assert_close(node(x), expected, equal_nan=True, rtol=1e-5, atol=1e-4)
@@ -364,7 +364,7 @@ def test_no_less_accurate_than_onnx_runtimes_gemm(library: Path) -> None:
     node = Node(library, baked)
     for tokens in (1, 8, 40):
         x = torch.randn(tokens, k, generator=generator)
-        _, zs, _ = prune(x, params)
+        _, zs, _ = select(x, params)
         expected = exact(x, baked)
         ours = (node(x).double() - expected).square().mean().sqrt()
         theirs = torch.from_numpy(dense.run(None, {"X": zs.numpy()})[0]).double()

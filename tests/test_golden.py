@@ -10,7 +10,7 @@ import torch
 
 from converter.calibration.refit import Sums, gain, refit, solve
 from converter.sparsity.criteria import CRITERIA
-from converter.sparsity.linear import Params, SparseLinear, apply, bake, prune, token_scale
+from converter.sparsity.linear import Params, SparseLinear, apply, bake, select, token_scale
 from converter.sparsity.mitigations import MITIGATIONS, Given, mitigations
 from converter.sparsity.pattern import Pattern, mask
 from converter.sparsity.permutation import decorrelate
@@ -169,7 +169,7 @@ def test_learned_parts() -> None:
 def test_even_median_is_the_lower_of_the_two() -> None:
     params = Params(2, 4, shift_mode="token_median")
     # sorted -1, 2, 3, 9: the median is 2, not 2.5
-    _, _, eta = prune(torch.tensor([[9.0, -1.0, 2.0, 3.0]]), params)
+    _, _, eta = select(torch.tensor([[9.0, -1.0, 2.0, 3.0]]), params)
     assert eta is not None
     assert eta.item() == 2.0
 
@@ -212,7 +212,7 @@ def test_sequence_norm() -> None:
     # The norms are of x, as in clact, not of what a shift leaves: z = (-2,3) and (2,0); by (40, 9) the scores' squares
     # are 160 and 81, by (8, 9) they would be 32 and 81.
     shifted = replace(params, shift_mode="static", shift=torch.tensor([4.0, 0.0]))
-    assert prune(x[0], shifted)[1].tolist() == [[-2.0, 0.0], [2.0, 0.0]]
+    assert select(x[0], shifted)[1].tolist() == [[-2.0, 0.0], [2.0, 0.0]]
 
 
 def weighed(*tokens: list[float]) -> LayerStats:
@@ -298,13 +298,13 @@ def test_refit() -> None:
 
 
 def test_criterion_magnitude_scores_by_absolute_value() -> None:
-    _, zs, _ = prune(torch.tensor([[-5.0, 1.0, 4.0, -2.0]]), Params(2, 4))
+    _, zs, _ = select(torch.tensor([[-5.0, 1.0, 4.0, -2.0]]), Params(2, 4))
     assert zs.tolist() == [[-5.0, 0.0, 4.0, 0.0]]
 
 
 def test_channel_scale_multiplies_the_score_and_not_the_value() -> None:
     params = Params(1, 2, channel_scale=torch.tensor([1.0, 3.0]))
-    _, zs, _ = prune(torch.tensor([[2.0, 1.0]]), params)
+    _, zs, _ = select(torch.tensor([[2.0, 1.0]]), params)
     assert zs.tolist() == [[0.0, 1.0]]
 
 
@@ -315,7 +315,7 @@ def test_variance_floor() -> None:
 
 
 def test_dropped_infinity_gives_no_nan() -> None:
-    _, zs, _ = prune(torch.tensor([[INF, INF, 1.0, 2.0]]), Params(1, 4))
+    _, zs, _ = select(torch.tensor([[INF, INF, 1.0, 2.0]]), Params(1, 4))
     assert zs.tolist() == [[INF, 0.0, 0.0, 0.0]]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from converter.runtimes.layer import TILES
 from converter.signature import SHIFT_MODES
-from converter.sparsity.linear import Params, SparseLinear, bake, prune, token_scale, token_shift
+from converter.sparsity.linear import Params, SparseLinear, bake, select, token_scale, token_shift
 
 DTYPES = [torch.float16, torch.bfloat16]
 PLACES, PART = 1024, 256  # of a block of Select and Pack, and of one of Gemv
@@ -102,7 +102,7 @@ def test_pack_is_the_pruned_input(
     shape = {"tokens": tokens, "padded": padded, "k": k, "keep": keep, "order": order}
     native.run("pack", dtype, **kernel, values=values, metadata=metadata, z=moments[0], kept=moments[1], **shape)
     native.run("token_scale", z=moments[0], kept=moments[1], nu=nu, tokens=padded, parts=moments.shape[2])
-    z, zs, _ = prune(x.float(), params)
+    z, zs, _ = select(x.float(), params)
     expected = in_places(zs, params).to(dtype)
     assert_same_bits(native.uncompress(values, metadata, k, order)[:tokens], expected)
     assert not native.uncompress(values, metadata, k, order)[tokens:].any()
@@ -120,13 +120,13 @@ def test_select_prunes_as_the_reference(
 ) -> None:
     tokens, k = 5, 2400 if 2400 % group == 0 else 2048
     x, params = awkward(tokens, k, dtype), the_params(keep, group, k, shift_mode, permuted)
-    pruned = torch.full((tokens, k), 7, dtype=dtype)
+    zs = torch.full((tokens, k), 7, dtype=dtype)
     moments, nu = torch.empty(2, tokens, -(-k // (PLACES // group * group)), 3), torch.empty(tokens)
     kernel, shape = given_to_kernel(x, params), {"tokens": tokens, "k": k, "keep": keep, "group": group}
-    native.run("select", dtype, **kernel, pruned=pruned, z=moments[0], kept=moments[1], **shape)
+    native.run("select", dtype, **kernel, zs=zs, z=moments[0], kept=moments[1], **shape)
     native.run("token_scale", z=moments[0], kept=moments[1], nu=nu, tokens=tokens, parts=moments.shape[2])
-    z, zs, _ = prune(x.float(), params)
-    assert_same_bits(pruned, in_places(zs, params).to(dtype))
+    z, zs, _ = select(x.float(), params)
+    assert_same_bits(zs, in_places(zs, params).to(dtype))
     torch.testing.assert_close(nu, token_scale(z, zs)[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
@@ -141,7 +141,7 @@ def test_gemv_reads_the_kept_rows_and_no_other(
     k = 2400 if 2400 % group == 0 else 2048
     part = max(PART // group * group, group)
     x, params = awkward(5, k, dtype), the_params(keep, group, k, shift_mode, permuted)
-    z, zs, _ = prune(x.float(), params)
+    z, zs, _ = select(x.float(), params)
     expected = in_places(zs, params).to(dtype).float()
     splits, kernel = -(-k // part), given_to_kernel(x, params)
     for first in range(0, k, 512):
@@ -235,8 +235,8 @@ def test_decode_is_the_layer(native: Native, dtype: torch.dtype, tokens: int, k:
     of_parts = {"partial": partial, "z": moments[0], "kept": moments[1], "splits": splits, "parts": splits}
     of_columns = {"eta": kernel["eta"], "row_sum": baked.row_sum, "bias": baked.bias}
     native.run("gemv_sum", dtype, **of_parts, **of_columns, y=y, tokens=tokens, n=n)
-    # In float64, but with the pruned input as T has it: that is what the kernel multiplies.
-    z, zs, shift = prune(x.float(), params)
+    # In float64, but with the zs input as T has it: that is what the kernel multiplies.
+    z, zs, shift = select(x.float(), params)
     expected = (zs.to(dtype).double() @ weight.double().t()) * token_scale(z, zs).double() + bias
     expected += 0 if shift_mode == "none" else shift.double() * baked.row_sum.double()
     step = torch.finfo(dtype).eps
@@ -307,7 +307,7 @@ def test_gemv_never_reads_a_dropped_row(native: Native, dtype: torch.dtype, keep
     x, params = torch.randn(2, k, generator=torch.Generator().manual_seed(group)).to(dtype), Params(keep, group)
     x[1, : keep + 1] = torch.inf
     x[1, k - 1] = torch.inf
-    _, zs, _ = prune(x.float(), params)
+    _, zs, _ = select(x.float(), params)
     for token, expected in enumerate([zs[0].sum(), torch.tensor(torch.inf)]):
         w = torch.full((k, n), torch.nan, dtype=dtype)
         w[zs[token] != 0] = 1
@@ -336,7 +336,7 @@ def test_every_tile_is_the_layer(
     tensors = {"x": x, "w": weight.t().contiguous(), "bias": bias, "channel_scale": params.channel_scale, "y": y}
     shape = {"k": k, "n": n, "keep": keep, "group": group, "shift_mode": 0, "variance": 1}
     assert native.layer(shape | {"gemv_tokens": 1, "sparse_tokens": 128, "sm": 90}, tensors, tile) == path
-    z, zs, _ = prune(x.float(), params)
+    z, zs, _ = select(x.float(), params)
     expected = (zs.double() @ weight.double().t()) * token_scale(z, zs).double() + bias
     step = torch.finfo(dtype).eps
     torch.testing.assert_close(y.double(), expected, rtol=step, atol=step * k**0.5 / 16)

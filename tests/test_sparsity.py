@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from converter.errors import RecipeError
 from converter.signature import SHIFT_MODES
-from converter.sparsity.linear import Params, SparseLinear, apply, bake, prune
+from converter.sparsity.linear import Params, SparseLinear, apply, bake, select
 from converter.sparsity.mitigations import mitigations
 from converter.sparsity.pattern import Pattern, mask
 
@@ -85,7 +85,7 @@ def test_dense_pattern_is_the_linear_layer() -> None:
 def test_what_is_dropped_is_zero_and_has_no_gradient(dtype: torch.dtype) -> None:
     x = torch.tensor([[5.0, 1.0], [-1.0, -7.0], [-3.0, -0.5], [2.0, 4.0]], dtype=dtype).t().requires_grad_()
     assert not x.is_contiguous()
-    _, zs, _ = prune(x, Params(2, 4))
+    _, zs, _ = select(x, Params(2, 4))
     assert zs.dtype == dtype
     assert zs.tolist() == [[5.0, 0.0, -3.0, 0.0], [0.0, -7.0, 0.0, 4.0]]
     (zs * torch.tensor([2.0, 3.0, 4.0, 5.0], dtype=dtype)).sum().backward()
@@ -94,7 +94,7 @@ def test_what_is_dropped_is_zero_and_has_no_gradient(dtype: torch.dtype) -> None
 
 
 def test_a_dropped_infinity_is_zero() -> None:
-    _, zs, _ = prune(torch.tensor([[torch.inf, -torch.inf]]), Params(1, 2))
+    _, zs, _ = select(torch.tensor([[torch.inf, -torch.inf]]), Params(1, 2))
     assert zs.tolist() == [[torch.inf, 0.0]]
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from converter import convert
 from converter.errors import BuildError
 from converter.graph import dispatch
-from converter.runtimes.tensorrt import layer_kinds
+from converter.runtimes.tensorrt import layers_by_type
 from converter.runtimes.tune import Shape, Timing, table
 from converter.signature import INPUTS
 from converter.sparsity.linear import Baked, SparseLinear
@@ -167,7 +167,7 @@ def test_layers_are_counted_once_for_all_profiles() -> None:
 
     plugins = [layer("a", "PluginV3"), layer("b", "PluginV3"), layer("a [profile 1]", "PluginV3")]
     others = [layer("c", "gemm"), "a layer of an engine without details"]
-    assert layer_kinds(json.dumps({"Layers": [*plugins, *others]})) == {"PluginV3": 2, "gemm": 1}
+    assert layers_by_type(json.dumps({"Layers": [*plugins, *others]})) == {"PluginV3": 2, "gemm": 1}
 
 
 def test_a_table_of_paths(tmp_path: Path) -> None:

@@ -66,11 +66,11 @@ def allocate(
 
 def _by_lead(rows: dict[str, list[Number]], leads: dict[str, str]) -> dict[str, list[Number]]:
     """Return the sums of the rows that have one lead."""
-    found: dict[str, list[Number]] = {}
+    sums: dict[str, list[Number]] = {}
     for name, row in rows.items():
-        before = found.get(leads[name])
-        found[leads[name]] = row if before is None else [a + b for a, b in zip(before, row, strict=True)]
-    return found
+        before = sums.get(leads[name])
+        sums[leads[name]] = row if before is None else [a + b for a, b in zip(before, row, strict=True)]
+    return sums
 
 
 def measure(

@@ -44,8 +44,8 @@ def arrange(
         CalibrationError: when an activation is not finite.
     """
     sample = kind(model).cut(windows[:1], 1, SAMPLE).to(model.device)
-    found = wiring(model, plan, sample)
-    wanted = {layer.name for layer in plan.sparse if layer.name in found.feeds or layer.name in found.readers}
+    wired = wiring(model, plan, sample)
+    wanted = {layer.name for layer in plan.sparse if layer.name in wired.feeds or layer.name in wired.readers}
     if not wanted:
         return Arrangement({})
     inside: Orders = {}
@@ -65,10 +65,10 @@ def arrange(
             for layer in layers:
                 moments = stats[layer.name].together
                 assert moments is not None
-                if layer.name in found.readers:
+                if layer.name in wired.readers:
                     group, stream = layer.group, moments.clone() if stream is None else stream.add_(moments)
                     continue
-                feed = found.feeds[layer.name]
+                feed = wired.feeds[layer.name]
                 order = feed.order(partial(_shared, moments, layer.group))
                 orders = feed.orders(model, layer.name, order)
                 if orders is None:
@@ -81,9 +81,9 @@ def arrange(
         arrangements = [Arrangement(inside, tuple(fed)), Arrangement({})]
         if stream is not None:
             both = {name: dict(dims) for name, dims in inside.items()}
-            for name, dims in found.stream_orders(decorrelate(stream, group).cpu()).items():
+            for name, dims in wired.stream_orders(decorrelate(stream, group).cpu()).items():
                 both.setdefault(name, {}).update(dims)
-            arrangements.insert(0, Arrangement(both, (*fed, *sorted(found.readers))))
+            arrangements.insert(0, Arrangement(both, (*fed, *sorted(wired.readers))))
         accepted = next(a for a in arrangements if same_output(model, a, sample))
         accepted.apply(model)
     return accepted

@@ -100,8 +100,8 @@ def siblings(model: PreTrainedModel, layers: list[LayerPlan], sample: Tensor) ->
     seen: dict[str, Tensor] = {}
     with torch.no_grad(), watched(model, {layer.name: partial(seen.__setitem__, layer.name) for layer in layers}):
         output(model, sample.to(model.device))
-    found = (mates for inside in modules.values() for mates in _readers(inside, seen))
-    return [tuple(layer.name for layer in mates) for mates in found if len(mates) > 1]
+    groups = (mates for inside in modules.values() for mates in _readers(inside, seen))
+    return [tuple(layer.name for layer in mates) for mates in groups if len(mates) > 1]
 
 
 def _readers(layers: list[LayerPlan], seen: dict[str, Tensor]) -> list[list[LayerPlan]]:
@@ -109,7 +109,9 @@ def _readers(layers: list[LayerPlan], seen: dict[str, Tensor]) -> list[list[Laye
     readers: list[list[LayerPlan]] = []
     for layer in layers:
         x = seen.get(layer.name)
-        mates = next((found for found in readers if x is not None and seen.get(found[0].name) is x), None)
+        mates = next(
+            (mates_so_far for mates_so_far in readers if x is not None and seen.get(mates_so_far[0].name) is x), None
+        )
         if mates is None:
             readers.append([layer])
         else:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from converter.calibration.train import train
-from converter.calibration.trained import put_in_training, teacher
+from converter.calibration.trained_linear import put_in_training, teacher
 from converter.recipe import Recipe
 from converter.sparsity.linear import Params
 

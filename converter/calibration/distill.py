@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from converter.calibration.train import Curve, train
-from converter.calibration.trained import TrainedLinear, put_in_training, teacher
+from converter.calibration.trained_linear import TrainedLinear, put_in_training, teacher
 from converter.errors import CalibrationError
 from converter.kinds import kind, output
 from converter.recipe import Recipe

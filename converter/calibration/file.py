@@ -67,29 +67,29 @@ def read(path: Path) -> dict[str, Params]:
     return params
 
 
-def table(path: Path, metadata: dict[str, str], key: str, kind: type[Table]) -> Table:
+def table(path: Path, metadata: dict[str, str], key: str, of: type[Table]) -> Table:
     """Return what the metadata of a file hold under `key` as JSON.
 
     Raises:
-        CalibrationError: when they hold nothing of that kind.
+        CalibrationError: when they hold nothing of that type.
     """
     try:
-        found = json.loads(metadata[key])
+        value = json.loads(metadata[key])
     except (KeyError, ValueError, RecursionError) as error:
         raise CalibrationError(f"{path}: metadata must hold {key} as JSON, got {said(error)}. {AGAIN}") from error
-    if not isinstance(found, kind):
-        what = {dict: "an object", list: "an array"}[kind]
-        raise CalibrationError(f"{path}: {key} must be {what}, got {shortened(repr(found))}. {AGAIN}")
-    return found
+    if not isinstance(value, of):
+        what = {dict: "an object", list: "an array"}[of]
+        raise CalibrationError(f"{path}: {key} must be {what}, got {shortened(repr(value))}. {AGAIN}")
+    return value
 
 
 def _check_settings(where: str, settings: Any) -> None:
     if not isinstance(settings, dict) or set(settings) != set(SETTINGS):
         wanted = ", ".join(SETTINGS)
         raise CalibrationError(f"{where}: settings must be {wanted}, got {shortened(repr(settings))}. {AGAIN}")
-    for key, kind in SETTINGS.items():
-        if type(settings[key]) is not kind:  # a bool is an int, too
-            raise CalibrationError(f"{where}: {key} must be of type {kind.__name__}, got {settings[key]!r}. {AGAIN}")
+    for key, of in SETTINGS.items():
+        if type(settings[key]) is not of:  # a bool is an int, too
+            raise CalibrationError(f"{where}: {key} must be of type {of.__name__}, got {settings[key]!r}. {AGAIN}")
     keep, group, shift_mode = settings["keep"], settings["group"], settings["shift_mode"]
     if not 0 < keep <= group:
         raise CalibrationError(f"{where}: keep must be from 1 to group, got {keep}:{group}. {AGAIN}")
@@ -125,5 +125,5 @@ def _check_parts(where: str, settings: dict[str, Any], parts: dict[str, Tensor])
         raise CalibrationError(
             f"{where}: group must divide the input channels, got {settings['group']} and {sizes['K']}. {AGAIN}"
         )
-    if "permutation" in parts and (found := stray(parts["permutation"])):
-        raise CalibrationError(f"{where}: permutation must hold every channel once, got {found}. {AGAIN}")
+    if "permutation" in parts and (stray_entry := stray(parts["permutation"])):
+        raise CalibrationError(f"{where}: permutation must hold every channel once, got {stray_entry}. {AGAIN}")

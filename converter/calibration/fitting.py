@@ -92,9 +92,9 @@ def _allocated(now: Fitted, means: Means, progress: Progress) -> Fitted:
 def _arranged(now: Fitted, means: Means, progress: Progress) -> Fitted:
     """Return it with the checkpoint reordered."""
     walked, batch = _walked(now.recipe, means.windows()), now.recipe.calibration.batch
-    found = arrange(now.checkpoint.model(), now.plan, walked, batch, means.scratch, progress)
-    found.write(means.scratch / arrangement_file.NAME)
-    return replace(now, checkpoint=now.checkpoint.arranged(found), plan=now.plan.arranged(found.layers))
+    arrangement = arrange(now.checkpoint.model(), now.plan, walked, batch, means.scratch, progress)
+    arrangement.write(means.scratch / arrangement_file.NAME)
+    return replace(now, checkpoint=now.checkpoint.arranged(arrangement), plan=now.plan.arranged(arrangement.layers))
 
 
 def _calibrated(now: Fitted, means: Means, progress: Progress) -> Fitted:

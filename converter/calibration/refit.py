@@ -1,4 +1,4 @@
-"""Refit: the weight that serves a layer's pruned inputs best, in closed form.
+"""Refit: the weight that serves best what is kept of a layer's inputs, in closed form.
 
 With a_t what the sparse layer multiplies by W for the token t, and x_t its input, the sparse layer gives a_t W^T where
 the dense one gives x_t W^T. Ridge regression of the difference on a_t, with D the change of W^T:
@@ -63,7 +63,7 @@ def refit(fitting: Sums, held_out: Sums, weight: Tensor) -> Tensor | None:
     best, least = None, 0.0
     for damping in DAMPING:
         change = solve(fitting, weight, damping)
-        found = gain(held_out, weight, change)
-        if found > least:
-            best, least = change, found
+        gained = gain(held_out, weight, change)
+        if gained > least:
+            best, least = change, gained
     return None if best is None else (weight.double() + best.t()).float()

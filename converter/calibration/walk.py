@@ -127,7 +127,7 @@ def readers_of(model: nn.Module, layer: LayerPlan) -> Tensor:
 
 
 def _refitted(block: Block, params: dict[str, Params]) -> dict[str, Params]:
-    """Return the parameters with each weight that gains by it refitted to its layer's pruned inputs."""
+    """Return the parameters with each weight that gains by it refitted to what is kept of its layer's inputs."""
     sums = {
         name: [Sums.of(linear.in_features, linear.weight.device) for _ in range(2)]
         for name, linear in block.dense.items()

@@ -4,7 +4,7 @@ Nothing is read from names. A block is run on one token with the output of every
 ours, so that each dependency is a direct one, and attention over one token is its value. Each row has a random code
 of a few hundred bits, and each bit is one run (all in one batch) in which the rows with that bit have another number:
 the channel of an input that is made of two rows changes in just the runs where a bit of either is set, and the two are
-read off. Blocks of one kind are wired alike. What is found is then tried in every block, with random orders on real
+read off. Blocks that are alike are wired alike. What is found is then tried in every block, with random orders on real
 text, and counts only where the output stays the same.
 """
 
@@ -61,7 +61,7 @@ class Feed:
         if not torch.equal(rows[self.rows], self.rows[order]):
             return None
         names = parameter_names(model)
-        found: Orders = {names[id(_linear(model, layer).weight)]: {1: order}}
+        by_tensor: Orders = {names[id(_linear(model, layer).weight)]: {1: order}}
         start = 0
         for linear, size in zip(linears, sizes, strict=True):
             mine = rows[start : start + size] - start
@@ -71,8 +71,8 @@ class Feed:
             if not torch.equal(mine, torch.arange(size)):
                 for parameter in (linear.weight, linear.bias):
                     if parameter is not None:
-                        found.setdefault(names[id(parameter)], {})[0] = mine
-        return found
+                        by_tensor.setdefault(names[id(parameter)], {})[0] = mine
+        return by_tensor
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,10 @@ class Wiring:
 
     def stream_orders(self, order: Tensor) -> Orders:
         """Return what reorders the residual stream by `order [H]`."""
-        found: Orders = {}
+        by_tensor: Orders = {}
         for name, dim in self.stream:
-            found.setdefault(name, {})[dim] = order
-        return found
+            by_tensor.setdefault(name, {})[dim] = order
+        return by_tensor
 
 
 def wiring(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Wiring:
@@ -108,15 +108,15 @@ def wiring(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Wiring:
     with torch.no_grad():
         hidden, calls = first_hidden(model, blocks, ids), block_calls(model, blocks, ids)
         width = hidden.shape[-1]
-        kinds = _kinds(model, blocks, ids, width)
-        for index, (block, kind, call) in enumerate(zip(blocks, kinds, calls, strict=True)):
+        block_wirings = _block_wirings(model, blocks, ids, width)
+        for index, (block, block_wiring, call) in enumerate(zip(blocks, block_wirings, calls, strict=True)):
             prefix = f"{blocks_name}.{index}."
-            known &= kind is not None
-            if kind is not None:
-                readers |= {prefix + name for name in kind.readers}
-                stream |= {(names[id(block.get_parameter(name))], dim) for name, dim in kind.stream}
-                producers = tuple(prefix + name for name in kind.linears)
-                for inner, rows in kind.rows.items():
+            known &= block_wiring is not None
+            if block_wiring is not None:
+                readers |= {prefix + name for name in block_wiring.readers}
+                stream |= {(names[id(block.get_parameter(name))], dim) for name, dim in block_wiring.stream}
+                producers = tuple(prefix + name for name in block_wiring.linears)
+                for inner, rows in block_wiring.rows.items():
                     layer = sparse.get(prefix + inner)
                     for span in [] if layer is None else _spans(model, len(rows), layer.group):
                         name, feed = prefix + inner, Feed(producers, rows, span)
@@ -130,11 +130,11 @@ def wiring(model: PreTrainedModel, plan: Plan, ids: Tensor) -> Wiring:
             hidden = run_block(block, hidden, call)
         stream |= {(names[id(p)], dim) for p, dim in _outside(model, blocks, width)}
         groups = {sparse[name].group for name in readers if name in sparse}
-        found = Wiring(feeds, tuple(sorted(stream)), frozenset(readers & set(sparse)))
+        wired = Wiring(feeds, tuple(sorted(stream)), frozenset(readers & set(sparse)))
         if known and len(groups) == 1 and not stream & taken:
             order = torch.randperm(width, generator=generator)
-            if same_output(model, Arrangement(found.stream_orders(order)), ids):
-                return found
+            if same_output(model, Arrangement(wired.stream_orders(order)), ids):
+                return wired
     return Wiring(feeds)
 
 
@@ -166,8 +166,8 @@ def same_output(model: PreTrainedModel, arrangement: Arrangement, ids: Tensor) -
     return _same(after, before)
 
 
-def _same(found: Tensor, expected: Tensor) -> bool:
-    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max())
+def _same(value: Tensor, expected: Tensor) -> bool:
+    return bool((value - expected).abs().max() <= TOLERANCE * expected.abs().max())
 
 
 def _linear(model: nn.Module, name: str) -> nn.Linear:
@@ -210,8 +210,8 @@ def _outside(model: nn.Module, blocks: nn.ModuleList, width: int) -> Iterator[tu
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """The wiring of all blocks of one kind; names are those inside the block."""
+class _BlockWiring:
+    """How the blocks that are alike are wired; names are those inside the block."""
 
     linears: tuple[str, ...]
     readers: frozenset[str]  # layers whose input changes with the hidden state, whatever the other layers give
@@ -219,20 +219,20 @@ class _Kind:
     rows: dict[str, Tensor]  # the rows `[K, n]` of `linears` that each channel of a layer's input is made of
 
 
-def _kinds(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, width: int) -> list[_Kind | None]:
-    """Return the kind of each block; None for one with a layer that is not given each token once."""
+def _block_wirings(model: PreTrainedModel, blocks: nn.ModuleList, ids: Tensor, width: int) -> list[_BlockWiring | None]:
+    """Return the wiring of each block; None for one with a layer that is not given each token once."""
     most = max(sum(isinstance(m, nn.Linear) for m in block.modules()) for block in blocks)
     runs = 2 + CODE + most
     # What else a block is given depends on how many rows and tokens there are; of an image model it is nothing.
     calls = block_calls(model, blocks, kind_of_model(model).cut(ids, runs, 1))
-    found: dict[str, _Kind | None] = {}
-    kinds = []
+    by_name: dict[str, _BlockWiring | None] = {}
+    wirings = []
     for block, call in zip(blocks, calls, strict=True):
         text = signature(block)
-        if text not in found:
-            found[text] = _Probe(block, call, runs, width).kind()
-        kinds.append(found[text])
-    return kinds
+        if text not in by_name:
+            by_name[text] = _Probe(block, call, runs, width).wiring()
+        wirings.append(by_name[text])
+    return wirings
 
 
 class _Probe:
@@ -263,18 +263,18 @@ class _Probe:
         device = next(block.parameters()).device
         self.hidden, self.codes, self.outputs = hidden.to(device), codes.to(device), outputs.to(device)
 
-    def kind(self) -> _Kind | None:
+    def wiring(self) -> _BlockWiring | None:
         """Return what the runs show."""
         inputs, out = self._run()
         if len(inputs) < len(self.linears):
             return None
         readers = frozenset(name for name, x in inputs.items() if _moved(x[1 + CODE], x[0]).any())
         rows = {name: self._rows(x) for name, x in inputs.items() if name not in readers}
-        return _Kind(
+        return _BlockWiring(
             tuple(self.linears),
             readers,
             tuple(self._stream(inputs, out, readers)),
-            {name: found for name, found in rows.items() if found is not None},
+            {name: row for name, row in rows.items() if row is not None},
         )
 
     def _run(self) -> tuple[dict[str, Tensor], Tensor]:
@@ -323,19 +323,19 @@ class _Probe:
         if changed.all(-1).any() or not changed.any(-1).all():
             return None
         codes = self.codes.float()
-        found = []
+        result = []
         for part in changed.split(256):
             inside = (~part).float() @ codes == 0  # no bit of the row's code is outside of what changed
             counts = inside.sum(-1)
             if counts[0] == 0 or (counts != counts[0]).any():
                 return None
-            found.append(inside.nonzero()[:, 1].reshape(len(part), -1))
-        if len({part.shape[1] for part in found}) != 1:
+            result.append(inside.nonzero()[:, 1].reshape(len(part), -1))
+        if len({part.shape[1] for part in result}) != 1:
             return None
-        rows = torch.cat(found)
+        rows = torch.cat(result)
         return rows.cpu() if torch.equal(self.codes[:, rows].any(-1).t(), changed) else None
 
 
-def _moved(found: Tensor, base: Tensor) -> Tensor:
+def _moved(value: Tensor, base: Tensor) -> Tensor:
     """Return which channels differ by more than rounding."""
-    return (found - base).abs() > TOLERANCE * base.abs()
+    return (value - base).abs() > TOLERANCE * base.abs()

@@ -41,20 +41,20 @@ def evaluated(out: Path) -> Evaluated | None:
         ) from error
 
 
-def verdict(found: Evaluated | None) -> Line:
+def verdict(evaluated: Evaluated | None) -> Line:
     """Return the sentence about accuracy; it is good news where no task is shown to be worse."""
-    if found is None:
+    if evaluated is None:
         return Line("How accurate it is was not measured: run nmsparse evaluate on it.", good=False)
-    left = [one for one in found.results.compared if one.metric == "acc"]
+    left = [one for one in evaluated.results.compared if one.metric == "acc"]
     worse = [one.task for one in left if one.high < 0]
     says = [
         f"perplexity {one.dense:.2f} dense, {one.sparse:.2f} sparse ({one.task})"
-        for one in found.results.compared
+        for one in evaluated.results.compared
         if one.metric == PERPLEXITY
     ]
     if left:
         of = left[0].task if len(left) == 1 else f"the mean of {len(left)} tasks"
-        share = f"{found.results.recovery:.0%} of the dense model's accuracy is left ({of})"
+        share = f"{evaluated.results.recovery:.0%} of the dense model's accuracy is left ({of})"
         examples = sum(one.examples for one in left)
         chance = (
             f"{' and '.join(worse)} worse beyond chance" if worse else f"{examples} examples show no task to be worse"
@@ -64,11 +64,11 @@ def verdict(found: Evaluated | None) -> Line:
     return Line(f"{text[0].upper()}{text[1:]}.", good=not worse)
 
 
-def sections(found: Evaluated | None) -> Iterator[Section]:
+def sections(evaluated: Evaluated | None) -> Iterator[Section]:
     """Yield what the page of one OUT says of its accuracy."""
-    if found is None:
+    if evaluated is None:
         return
-    rows = found.results.compared
+    rows = evaluated.results.compared
     kept = [one for one in rows if one.recovery]
     charts = []
     if kept:
@@ -79,7 +79,7 @@ def sections(found: Evaluated | None) -> Iterator[Section]:
             "Accuracy by task, in percent of the dense model's on the same examples, with a paired 95 % bootstrap.",
         )
         charts.append(chart)
-    setting = found.results.setting
+    setting = evaluated.results.setting
     limit = "all examples" if setting.limit is None else f"the first {setting.limit} examples of each task"
     shots = "as many shots as each task says" if setting.shots is None else f"{setting.shots} shots"
     head = ("task", "metric", "examples", "dense", "sparse", "difference", "95 %", "p of the t-test", "p of McNemar")
@@ -125,8 +125,8 @@ def side_by_side(sides: Sequence[Side]) -> Iterator[Section]:
     yield from _differences(there)
 
 
-def _tasks(found: dict[Side, Evaluated]) -> Iterator[Section]:
-    kept = [(side.name, one) for side, of in found.items() for one in of.results.compared if one.recovery]
+def _tasks(by_side: dict[Side, Evaluated]) -> Iterator[Section]:
+    kept = [(side.name, one) for side, of in by_side.items() for one in of.results.compared if one.recovery]
     if not kept:
         return
     kept.sort(key=lambda pair: (pair[1].task, pair[1].metric))  # of equal ones the order of the OUTs stays
@@ -141,9 +141,9 @@ def _tasks(found: dict[Side, Evaluated]) -> Iterator[Section]:
     yield Section("Accuracy", "", [chart], head, rows)
 
 
-def _perplexities(found: dict[Side, Evaluated]) -> Iterator[Section]:
+def _perplexities(by_side: dict[Side, Evaluated]) -> Iterator[Section]:
     rows = [
-        (one.task, side, one) for side, of in found.items() for one in of.results.compared if one.metric == PERPLEXITY
+        (one.task, side, one) for side, of in by_side.items() for one in of.results.compared if one.metric == PERPLEXITY
     ]
     for task in dict.fromkeys(name for name, _, _ in rows):
         here = [(side, one) for name, side, one in rows if name == task]
@@ -157,7 +157,7 @@ def _perplexities(found: dict[Side, Evaluated]) -> Iterator[Section]:
         yield Section(f"Perplexity of {task}", "", [chart], ("OUT", "pattern", "dense", "sparse"), table)
 
 
-def _differences(found: dict[Side, Evaluated]) -> Iterator[Section]:
+def _differences(by_side: dict[Side, Evaluated]) -> Iterator[Section]:
     """Yield the analysis of variance: over patterns and mitigations where they are crossed, else over the models."""
     try:
         import pandas as pd
@@ -167,18 +167,22 @@ def _differences(found: dict[Side, Evaluated]) -> Iterator[Section]:
         raise OutputError(
             f"compare: must have pandas and statsmodels, got {error}. Install nmsparse[evaluate]."
         ) from error
-    tables = {side: pd.read_parquet(one.folder / EXAMPLES) for side, one in found.items()}
-    kinds = {(side.pattern, side.mitigation) for side in found}
-    patterns, mitigations = ({kind[place] for kind in kinds} for place in (0, 1))
-    crossed = min(len(patterns), len(mitigations)) > 1 and len(patterns) * len(mitigations) == len(kinds) == len(found)
+    tables = {side: pd.read_parquet(one.folder / EXAMPLES) for side, one in by_side.items()}
+    cells = {(side.pattern, side.mitigation) for side in by_side}
+    patterns, mitigations = ({cell[place] for cell in cells} for place in (0, 1))
+    crossed = min(len(patterns), len(mitigations)) > 1 and len(patterns) * len(mitigations) == len(cells) == len(
+        by_side
+    )
     factors = None
     if crossed:
-        names = [side.name for side in found]
+        names = [side.name for side in by_side]
         factors = pd.DataFrame(
-            {name: [getattr(side, name) for side in found] for name in ("pattern", "mitigation")}, names
+            {name: [getattr(side, name) for side in by_side] for name in ("pattern", "mitigation")}, names
         )
     effects, pairs = [], []
-    for task in dict.fromkeys(one.task for of in found.values() for one in of.results.compared if one.metric == "acc"):
+    for task in dict.fromkeys(
+        one.task for of in by_side.values() for one in of.results.compared if one.metric == "acc"
+    ):
         columns = {} if crossed else {"dense": _right(next(iter(tables.values())), task, "dense")}
         columns |= {side.name: _right(table, task, "sparse") for side, table in tables.items()}
         of_factor, table = anova(pd.DataFrame(columns), factors)

@@ -20,10 +20,10 @@ def inspect(folder: Path, table: Path | None = None, target: str | None = None) 
         BuildError: when the table cannot be read, or has no row for a layer.
     """
     graph, rows = exported(folder), dispatch.read(table)
-    costs, found = layer_costs(graph), []
+    costs, costed = layer_costs(graph), []
     dtype = form_of(graph).dtype if costs else ""
     for cost in costs:
         shape = (cost.keep, cost.group, cost.in_features, cost.out_features)
         layer = dispatch.described(target or dispatch.ANY, dtype, *shape)
-        found.append((cost, dispatch.paths(dispatch.choose(rows, layer), layer)))
-    return found
+        costed.append((cost, dispatch.paths(dispatch.choose(rows, layer), layer)))
+    return costed

@@ -97,8 +97,8 @@ def compare(outs: Sequence[Out]) -> str:
             Line("These are conversions of different checkpoints: " + ", ".join(o.source() for o in outs), False)
         ]
     for name, out in zip(names, outs, strict=True):
-        found = _parity_line(out)
-        verdict.append(Line(f"{name}: {found.text}", found.good))
+        parity = _parity_line(out)
+        verdict.append(Line(f"{name}: {parity.text}", parity.good))
     size = bars(
         names,
         {
@@ -138,25 +138,25 @@ def compare(outs: Sequence[Out]) -> str:
 
 
 def _layers(out: Out) -> list[Section]:
-    kinds: dict[str, list[LayerCost]] = {}
+    by_name: dict[str, list[LayerCost]] = {}
     for cost in out.costs:
-        kinds.setdefault(cost.name.rpartition(".")[2], []).append(cost)
+        by_name.setdefault(cost.name.rpartition(".")[2], []).append(cost)
     charts = [
         _map(
             out.costs,
             lambda cost: cost.name,
             lambda cost: 100 * cost.sparse_products / cost.products,
             100,
-            f"Percent of each layer's weights that a token uses, by block and kind of layer: {out.patterns()}.",
+            f"Percent of each layer's weights that a token uses, by block and projection: {out.patterns()}.",
         ),
         bars(
-            list(kinds),
+            list(by_name),
             {
-                "dense": [2 * _total(costs, "products") / 1e6 for costs in kinds.values()],
-                "sparse": [2 * _total(costs, "sparse_products") / 1e6 for costs in kinds.values()],
+                "dense": [2 * _total(costs, "products") / 1e6 for costs in by_name.values()],
+                "sparse": [2 * _total(costs, "sparse_products") / 1e6 for costs in by_name.values()],
             },
             "MFLOP a token",
-            "Millions of floating-point operations for a token, by kind of layer: "
+            "Millions of floating-point operations for a token, by projection: "
             f"{2 * _total(out.costs, 'products') / 1e6:.0f} dense, "
             f"{2 * _total(out.costs, 'sparse_products') / 1e6:.0f} sparse in all.",
         ),
@@ -253,10 +253,10 @@ def _training(out: Out) -> list[Section]:
 
 def _speeds(bench: Sequence[SpeedRow]) -> dict[tuple[str, int], dict[str, float]]:
     """Return the measurements by call and threads: tokens a second, and the quartiles of dense time by ours."""
-    found: dict[tuple[str, int], dict[str, float]] = {}
+    figures: dict[tuple[str, int], dict[str, float]] = {}
     for row in bench:
-        found.setdefault((row.call, row.threads), {})[row.what] = row.value
-    return found
+        figures.setdefault((row.call, row.threads), {})[row.what] = row.value
+    return figures
 
 
 def _speed_line(bench: Sequence[SpeedRow]) -> Line:
@@ -310,14 +310,14 @@ def _about(out: Out) -> list[Section]:
 def _map(
     items: Iterable[Item], name: Callable[[Item], str], value: Callable[[Item], float], most: float, says: str
 ) -> Chart:
-    """Return a map of the items by kind of layer and block; what lies in no block is in a column of its own."""
-    found: dict[str, dict[str, float]] = {}
+    """Return a map of the items by projection and block; what lies in no block is in a column of its own."""
+    rows: dict[str, dict[str, float]] = {}
     for item in items:
         block = BLOCK.search(name(item))
-        kind = name(item)[block.end() :] if block else name(item)
-        found.setdefault(kind, {})[block[1] if block else "-"] = value(item)
-    columns = list(dict.fromkeys(column for row in found.values() for column in row))
-    return heat(list(found), columns, [[row.get(column) for column in columns] for row in found.values()], most, says)
+        which = name(item)[block.end() :] if block else name(item)
+        rows.setdefault(which, {})[block[1] if block else "-"] = value(item)
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    return heat(list(rows), columns, [[row.get(column) for column in columns] for row in rows.values()], most, says)
 
 
 def _total(costs: Iterable[LayerCost], what: str) -> float:

@@ -39,7 +39,7 @@ class Answers:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self, error_type: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Close the file."""
         self.database.close()
@@ -75,8 +75,8 @@ class Answers:
             ) from error
 
     def _row(self, question: Any) -> Any:
-        found = self.database.execute("SELECT answer FROM answers WHERE question = ?", (_digest(question),))
-        return found.fetchone()
+        rows = self.database.execute("SELECT answer FROM answers WHERE question = ?", (_digest(question),))
+        return rows.fetchone()
 
 
 def _opened(path: Path) -> sqlite3.Connection:

@@ -48,23 +48,23 @@ def generated(model: PreTrainedModel, graph: PreTrainedModel, ids: Tensor, limit
     A token may be another where the model's logits for the two are nearer than two errors within the limits; what that
     row writes afterwards is not compared.
     """
-    found = Generated()
+    result = Generated()
     for name, at in boundaries(model.config).items():
         label = f"{name} {at}"
         if at > MOST:
-            found.not_tried[label] = f"it takes too long for more than {MOST} tokens"
+            result.not_tried[label] = f"it takes too long for more than {MOST} tokens"
             continue
         rows, mask = _prompts(ids, at)
         reference = _written(model, rows, mask, at)
-        found.tokens[label] = 0
+        result.tokens[label] = 0
         try:
             tested = _written(graph, rows, mask, at)
         except ValueError as error:  # the family's own loop gives what the graph does not serve
-            found.failures.append(f"{label}: the graph must write on, got {error}")
+            result.failures.append(f"{label}: the graph must write on, got {error}")
             continue
         for row in range(len(rows)):
-            _compare(found, label, row, reference, tested, rows.shape[1], limits)
-    return found
+            _compare(result, label, row, reference, tested, rows.shape[1], limits)
+    return result
 
 
 def _prompts(ids: Tensor, at: int) -> tuple[Tensor, Tensor]:
@@ -102,7 +102,7 @@ def _written(model: Any, rows: Tensor, mask: Tensor, at: int) -> tuple[Tensor, T
 
 
 def _compare(
-    found: Generated,
+    result: Generated,
     label: str,
     row: int,
     reference: tuple[Tensor, Tensor],
@@ -117,14 +117,14 @@ def _compare(
         error = float((logits[number] - expected[number]).abs().max()) / max(largest, 1e-30)
         where = f"{label}: row {row}, token {length + number + 1}"
         if not error <= limits.model:
-            found.failures.append(
+            result.failures.append(
                 f"{where}: logits must differ by at most {limits.model:g} of the largest, got {error:.3g}."
             )
             return
-        found.error = max(found.error, error)
+        result.error = max(result.error, error)
         if theirs != own:
             gap = float(expected[number, theirs] - expected[number, own])
             if gap > 2 * limits.model * largest:
-                found.failures.append(f"{where}: must be {theirs}, as PyTorch writes, got {own}.")
+                result.failures.append(f"{where}: must be {theirs}, as PyTorch writes, got {own}.")
             return
-        found.tokens[label] += 1
+        result.tokens[label] += 1

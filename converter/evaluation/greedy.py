@@ -53,11 +53,11 @@ def compared(model: PreTrainedModel, prompts: Tensor, dense: list[list[int]], wr
             logits = model(input_ids=torch.tensor([[*prompt, *theirs[:-1]]], device=model.device)).logits
         following = logits[0, len(prompt) - 1 :].argmax(-1).tolist()
         equal = [one == other for one, other in zip(theirs, own, strict=False)]
-        found = {
+        frame = {
             "same_next": sum(one == other for one, other in zip(theirs, following, strict=True)) / len(theirs),
             "same": sum(equal) / max(len(theirs), len(own)),
             "parts_at": [*equal, False].index(False),
             "length": len(own),
         }
-        rows += [(TASK, number, metric, float(value), 1.0, -1, -1) for metric, value in found.items()]
+        rows += [(TASK, number, metric, float(value), 1.0, -1, -1) for metric, value in frame.items()]
     return pd.DataFrame(rows, columns=list(COLUMNS))

@@ -182,7 +182,7 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
         return self._kept("loglikelihood_rolling", requests, self._rolling)
 
     def _rolling(self, requests: list[Instance]) -> list[float]:
-        found = []
+        sums = []
         for (text,) in (request.args for request in requests):
             windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
@@ -191,16 +191,16 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
                 context_len=1,
             )
             parts = [(None, *make_disjoint_window(window)) for window in windows]
-            found.append(sum(score for score, _ in self._loglikelihood_tokens(parts)))
-            self._note("loglikelihood_rolling", (text,), found[-1])
-        return found
+            sums.append(sum(score for score, _ in self._loglikelihood_tokens(parts)))
+            self._note("loglikelihood_rolling", (text,), sums[-1])
+        return sums
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return what the model writes after each prompt, greedily, to the first string that ends it."""
         return self._kept("generate_until", requests, self._written)
 
     def _written(self, requests: list[Instance]) -> list[str]:
-        found = []
+        texts = []
         for number, (prompt, settings) in enumerate(request.args for request in requests):
             until = settings.get("until") or []
             until = [until] if isinstance(until, str) else until
@@ -214,9 +214,9 @@ class HarnessLM(TemplateLM):  # type: ignore[misc] # lm-eval has no types
             new = greedy(self.model, self.tokenizer, ids, length, until)
             text = postprocess_generated_text(self.tokenizer.decode(new, skip_special_tokens=True), until, None)
             self._note("generate_until", (prompt, settings), text)
-            found.append(text)
+            texts.append(text)
             self.advance(number + 1, len(requests))
-        return found
+        return texts
 
 
 def greedy(

@@ -30,9 +30,9 @@ def check_range(
     for sparse in (False, True):
         if sparse:
             make_sparse(model, params, storage, phases)
-        found = beyond_float16(model, given)
-        if found:
-            raise ExportError(found)
+        beyond = beyond_float16(model, given)
+        if beyond:
+            raise ExportError(beyond)
 
 
 def beyond_float16(model: PreTrainedModel, given: Tensor) -> str:
@@ -41,14 +41,14 @@ def beyond_float16(model: PreTrainedModel, given: Tensor) -> str:
     `given` are token ids `[B, S]` or images. The inputs of layers are checked as well: they are the sums and products
     between layers.
     """
-    found: list[str] = []
+    beyond: list[str] = []
 
     def note(name: str, where: str, tensors: Any) -> None:
         for tensor in tensors if isinstance(tensors, tuple | list) else (tensors,):
-            if not found and isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
+            if not beyond and isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.numel():
                 largest = float(tensor.abs().max())
                 if not largest <= LARGEST:
-                    found.append(
+                    beyond.append(
                         f"{name}: numbers must be at most {LARGEST:g} for float16, got {largest:.2g} at its {where}. "
                         f"{ADVICE}"
                     )
@@ -67,4 +67,4 @@ def beyond_float16(model: PreTrainedModel, given: Tensor) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return found[0] if found else ""
+    return beyond[0] if beyond else ""

@@ -118,13 +118,13 @@ def validate(
     dtype = storage.dtype
     report = Parity(dtype, LIMITS[dtype], 0)
     graph = onnx.load(folder / MODEL, load_external_data=False)
-    kind = np.float16 if dtype == "float16" else np.float32
+    element = np.float16 if dtype == "float16" else np.float32
     with torch.no_grad(), quiet():
         rounded = round_model(model, params, storage)
         unfitted = use_fitted(model, rounded)
         if dtype == "float16" and _overflows(report, model, ids):
             return report
-        feeds = kind_of_model(model).feeds(model, ids, kind)
+        feeds = kind_of_model(model).feeds(model, ids, element)
         dense = session(_dense(graph), folder, prepack=False)
         _compare_dense(report, dense, model, feeds)
         if kind_of_model(model).boundaries(model.config):
@@ -135,7 +135,7 @@ def validate(
             install(model, name, layer, unfitted[name], phases)
         if dtype == "float16" and _overflows(report, model, ids):
             return report
-        inputs = layer_inputs(model, [_layer(node) for node in _nodes(graph)], ids, kind)
+        inputs = layer_inputs(model, [_layer(node) for node in _nodes(graph)], ids, element)
         report.tokens = sum(len(next(iter(feed.values()))) for feed in inputs)
         if _phase_nodes(graph):
             # Of two rows, so that a graph that takes the batch for the sequence is found out.
@@ -145,7 +145,7 @@ def validate(
         progress(2, 4)
         _compare_layers(report, folder, graph, model, inputs, flipped)
         progress(3, 4)
-        _report_sparse(report, folder, graph, model, ids, kind)
+        _report_sparse(report, folder, graph, model, ids, element)
         progress(4, 4)
     return report
 
@@ -182,8 +182,8 @@ def _compare(
             for name in list(iteration):
                 iteration[name] = keep(number, name, iteration[name].astype(np.float32))
             largest.append({name: float(np.abs(iteration[name]).max(initial=0)) for name in iteration})
-    found = Comparator.compare_accuracy(results, compare_func=SimpleCompareFunc(check_error_stat="max"))
-    (compared,) = found[0].values()
+    comparison = Comparator.compare_accuracy(results, compare_func=SimpleCompareFunc(check_error_stat="max"))
+    (compared,) = comparison[0].values()
     return [
         {name: (float(result.max_absdiff), largest[number][name]) for name, result in outputs.items()}
         for number, outputs in enumerate(compared)
@@ -207,9 +207,9 @@ def _seen(feed: Any, array: Array) -> Array:
 
 def _overflows(report: Parity, model: PreTrainedModel, ids: Tensor) -> bool:
     """Note the first layer that needs larger numbers than the graph has, with which nothing is left to compare."""
-    found = beyond_float16(model, ids)
-    report.failures += [found] if found else []
-    return bool(found)
+    beyond = beyond_float16(model, ids)
+    report.failures += [beyond] if beyond else []
+    return bool(beyond)
 
 
 def _dense(graph: onnx.ModelProto) -> onnx.ModelProto:
@@ -223,13 +223,13 @@ def _dense(graph: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _compare_dense(report: Parity, dense: Any, model: PreTrainedModel, feeds: Any) -> None:
-    found = _compare(
+    errors = _compare(
         lambda feed: kind_of_model(model).run(model, feed),
         dense,
         feeds,
         lambda number, _, array: _seen(feeds[number], array),
     )
-    for phase, outputs in zip(kind_of_model(model).calls, found, strict=True):
+    for phase, outputs in zip(kind_of_model(model).calls, errors, strict=True):
         error, where = max((_relative(*pair), name) for name, pair in outputs.items())
         report.dense[phase] = error
         if not error <= report.limits.model:
@@ -245,9 +245,9 @@ def _hint(report: Parity, error: float) -> str:
 
 
 def _compare_generated(report: Parity, dense: Any, model: PreTrainedModel, text: Tensor) -> None:
-    found = generated(model, decoder(model.config, dense), text, report.limits)
-    report.generated, report.not_tried = found.tokens, found.not_tried
-    report.failures += found.failures
+    written = generated(model, decoder(model.config, dense), text, report.limits)
+    report.generated, report.not_tried = written.tokens, written.not_tried
+    report.failures += written.failures
 
 
 # The layers, each by itself.
@@ -269,7 +269,7 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
     """
     tensors = {tensor.name: tensor for tensor in graph.graph.initializer}
     stored = tensors[_nodes(graph)[0].input[1]].data_type
-    kind = onnx.TensorProto.FLOAT if widens(graph) else stored
+    element = onnx.TensorProto.FLOAT if widens(graph) else stored
     nodes: dict[str, list[onnx.NodeProto]] = {}
     phase = _phase_nodes(graph)
     inputs, outputs, weights = [value for value in graph.graph.input if phase and value.name == IDS], [], {}
@@ -292,8 +292,8 @@ def _layers_graph(graph: onnx.ModelProto, probe: bool) -> onnx.ModelProto:
             elif given and row.stored:
                 weights[given] = tensors[given]
         nodes[name] = [new]
-        inputs.append(onnx.helper.make_tensor_value_info(f"{name}.X", kind, ["tokens", width]))
-        outputs.append(onnx.helper.make_tensor_value_info(f"{name}.Y", kind, ["tokens", width if probe else size]))
+        inputs.append(onnx.helper.make_tensor_value_info(f"{name}.X", element, ["tokens", width]))
+        outputs.append(onnx.helper.make_tensor_value_info(f"{name}.Y", element, ["tokens", width if probe else size]))
     ordered = sorted(nodes, key=lambda key: not key.startswith(("identity.", "filled.")))
     body = onnx.helper.make_graph(
         [*phase, *(node for key in ordered for node in nodes[key])], "layers", inputs, outputs, list(weights.values())
@@ -307,33 +307,33 @@ def _phase_nodes(graph: onnx.ModelProto) -> list[onnx.NodeProto]:
     """Return the nodes, in order, that tell the layers the phase from `input_ids`; none where no layer asks."""
     position = INPUTS.index("sparse")
     wanted = {node.input[position] for node in _nodes(graph) if len(node.input) > position}
-    found: list[onnx.NodeProto] = []
+    nodes: list[onnx.NodeProto] = []
     for node in reversed(graph.graph.node):
         if wanted.intersection(node.output):
             wanted.update(node.input)
-            found.insert(0, node)
-    return found
+            nodes.insert(0, node)
+    return nodes
 
 
-def _filled(dims: list[int], kind: int, value: float) -> tuple[str, list[onnx.NodeProto]]:
+def _filled(dims: list[int], element: int, value: float) -> tuple[str, list[onnx.NodeProto]]:
     """Return the name of a tensor of that shape filled with `value`, and the nodes that make it where they are run."""
-    name, make = f"filled.{'x'.join(map(str, dims))}.{kind}.{value}", onnx.helper.make_node
+    name, make = f"filled.{'x'.join(map(str, dims))}.{element}.{value}", onnx.helper.make_node
     filling = onnx.numpy_helper.from_array(np.array([value], np.float32))
     return name, [
         make("Constant", [], [f"{name}.shape"], value_ints=dims),
         make("ConstantOfShape", [f"{name}.shape"], [f"{name}.32"], value=filling),
-        make("Cast", [f"{name}.32"], [name], to=kind),
+        make("Cast", [f"{name}.32"], [name], to=element),
     ]
 
 
-def _identity(width: int, kind: int) -> tuple[str, list[onnx.NodeProto]]:
+def _identity(width: int, element: int) -> tuple[str, list[onnx.NodeProto]]:
     """Return the name of the identity `[K, K]`, and the nodes that make it where they are run."""
     name, make = f"identity.{width}", onnx.helper.make_node
     return name, [
         make("Constant", [], [f"{name}.shape"], value_ints=[width, width]),
         make("ConstantOfShape", [f"{name}.shape"], [f"{name}.empty"]),
         make("EyeLike", [f"{name}.empty"], [f"{name}.32"]),
-        make("Cast", [f"{name}.32"], [name], to=kind),
+        make("Cast", [f"{name}.32"], [name], to=element),
     ]
 
 
@@ -350,7 +350,7 @@ def _compare_masks(
             name = output.removesuffix(".Y")
             layer = sparse_layer(model, parts(name)[0])
             baked = layer.baked
-            z, zs, _ = layer.pruned(torch.from_numpy(feed[f"{name}.X"]).float())
+            z, zs, _ = layer.selected(torch.from_numpy(feed[f"{name}.X"]).float())
             scores = z.abs() if baked.channel_scale is None else z.abs() * baked.channel_scale
             differ = (zs != 0) != torch.from_numpy(y != 0)
             margin = _margin(_arranged(scores, baked), _arranged(zs != 0, baked), _arranged(differ, baked), baked.group)
@@ -394,22 +394,22 @@ def _compare_layers(
     """Judge the values of every layer on the tokens whose masks agree."""
 
     def reference(feed: Any) -> dict[str, Array]:
-        found = {}
+        outputs = {}
         for given, x in feed.items():
             if given != IDS:
                 name = given.removesuffix(".X")
                 layers = (sparse_layer(model, part) for part in parts(name))
-                found[f"{name}.Y"] = torch.cat([layer(torch.from_numpy(x).float()) for layer in layers], -1).numpy()
-        return found
+                outputs[f"{name}.Y"] = torch.cat([layer(torch.from_numpy(x).float()) for layer in layers], -1).numpy()
+        return outputs
 
     ort = session(_layers_graph(graph, probe=False), folder, prepack=False)
-    found = _compare(
+    by_layer = _compare(
         reference, ort, feeds, lambda number, name, array: np.where(flipped[number][name][:, None], 0, array)
     )
     masks, report.layers = report.layers, []
     phases = kind_of_model(model).calls
     for entry in masks:
-        outputs = found[phases.index(entry.phase)]
+        outputs = by_layer[phases.index(entry.phase)]
         error = _relative(*outputs[f"{entry.layer}.Y"])
         good = error <= report.limits.layer
         report.layers.append(LayerParity(entry.layer, entry.phase, entry.flips, entry.margin, error, good))
@@ -421,19 +421,19 @@ def _compare_layers(
 
 
 def _report_sparse(
-    report: Parity, folder: Path, graph: onnx.ModelProto, model: PreTrainedModel, ids: Tensor, kind: Any
+    report: Parity, folder: Path, graph: onnx.ModelProto, model: PreTrainedModel, ids: Tensor, element: Any
 ) -> None:
     found_kind = kind_of_model(model)
-    feeds, name = found_kind.feeds(model, ids, kind), found_kind.output
+    feeds, name = found_kind.feeds(model, ids, element), found_kind.output
     ort = session(graph, folder, prepack=False)
     for phase, feed in zip(found_kind.calls, feeds, strict=True):
-        found = _seen(feed, ort.run([name], feed)[0].astype(np.float32))
+        got = _seen(feed, ort.run([name], feed)[0].astype(np.float32))
         expected = _seen(feed, found_kind.run(model, feed)[name])
-        error = _relative(float(np.abs(found - expected).max()), float(np.abs(expected).max()))
+        error = _relative(float(np.abs(got - expected).max()), float(np.abs(expected).max()))
         report.sparse[f"{phase}_{name}_error"] = error
         if not np.isfinite(error):
             report.failures.append(f"{name} ({phase}): must be finite, got NaN or Inf.{_hint(report, error)}")
         if name == "logits":
-            same = found.argmax(-1) == expected.argmax(-1)
-            seen = feed[MASK][:, -found.shape[1] :].astype(bool) if MASK in feed else slice(None)
+            same = got.argmax(-1) == expected.argmax(-1)
+            seen = feed[MASK][:, -got.shape[1] :].astype(bool) if MASK in feed else slice(None)
             report.sparse[f"{phase}_same_top_token"] = float(same[seen].mean())

@@ -32,13 +32,13 @@ def perplexity(model: PreTrainedModel, windows: Tensor, progress: Callable[[int,
     """
     count, context = windows.shape
     mean = window_losses(model, windows, progress).mean()
-    found = mean.exp().item()
-    if not math.isfinite(found):
+    value = mean.exp().item()
+    if not math.isfinite(value):
         raise EvaluationError(
-            f"perplexity: must be finite, got {found} of a mean loss of {mean.item():g}. Where float16 overflows, "
+            f"perplexity: must be finite, got {value} of a mean loss of {mean.item():g}. Where float16 overflows, "
             "export with --dtype bfloat16 or float32."
         )
-    return Perplexity(found, count * (context - 1), context)
+    return Perplexity(value, count * (context - 1), context)
 
 
 def window_losses(

@@ -52,10 +52,10 @@ def use_fitted(model: nn.Module, params: dict[str, Params]) -> dict[str, nn.Modu
 
 def round_params(params: Params, storage: Storage) -> Params:
     """Return the parameters with weight and low-rank residual rounded as the export does; the rest is float32."""
-    kind = getattr(torch, storage.dtype)
+    rounded_to = getattr(torch, storage.dtype)
 
     def rounded(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.to(kind).float()
+        return None if tensor is None else tensor.to(rounded_to).float()
 
     return replace(
         params,

@@ -78,11 +78,11 @@ def compare(dense: pd.DataFrame, sparse: pd.DataFrame, seed: int = 0) -> list[Pa
     """Return the comparison of every metric of every task; F1 of BoolQ's yes besides, without tests."""
     keys = ["task", "metric", "example"]
     both = dense.merge(sparse, on=keys, suffixes=("_dense", "_sparse"), validate="1:1").sort_values(keys)
-    found = []
+    pairs = []
     for (task, metric), rows in both.groupby(["task", "metric"], sort=False):
         one, other, weight = (rows[name].to_numpy() for name in ("value_dense", "value_sparse", "weight_dense"))
-        found.append(paired(str(task), str(metric), one, other, weight, seed))
-    return found
+        pairs.append(paired(str(task), str(metric), one, other, weight, seed))
+    return pairs
 
 
 def f1(rows: pd.DataFrame) -> float | None:
@@ -91,9 +91,9 @@ def f1(rows: pd.DataFrame) -> float | None:
     return None if asked.empty else float(f1_score(asked.target, asked.predicted, zero_division=0))
 
 
-def recovery(found: Sequence[Paired]) -> float | None:
+def recovery(pairs: Sequence[Paired]) -> float | None:
     """Return sparse / dense accuracy, the mean over tasks, or None where no task has an accuracy above 0."""
-    shares = [one.recovery[1] for one in found if one.metric == "acc" and one.recovery]
+    shares = [one.recovery[1] for one in pairs if one.metric == "acc" and one.recovery]
     return float(np.mean(shares)) if shares else None
 
 
@@ -114,7 +114,7 @@ def anova(values: pd.DataFrame, factors: pd.DataFrame | None = None) -> tuple[di
         table = AnovaRM(long, "value", "example", within=list(factors.columns)).fit().anova_table
         each = [float(np.nan_to_num(ttest_rel(values[a], values[b]).pvalue, nan=1.0)) for a, b in pairs]
     effects = {str(name): float(np.nan_to_num(p, nan=1.0)) for name, p in table["Pr > F"].items()}
-    found = pd.DataFrame(pairs, columns=["model", "other"])
-    found["difference"] = [float((values[b] - values[a]).mean()) for a, b in pairs]
-    found["p_holm"] = multipletests(each, method="holm")[1]
-    return effects, found
+    frame = pd.DataFrame(pairs, columns=["model", "other"])
+    frame["difference"] = [float((values[b] - values[a]).mean()) for a, b in pairs]
+    frame["p_holm"] = multipletests(each, method="holm")[1]
+    return effects, frame

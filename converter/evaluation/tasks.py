@@ -78,7 +78,7 @@ def load_tasks(setting: Setting, data: Path | None) -> list[Any]:
         if name not in manager.all_tasks:
             near = difflib.get_close_matches(name, manager.all_tasks, n=5)
             raise EvaluationError(f"--tasks: must be a task of lm-eval, got {name!r}. Nearest: {', '.join(near)}.")
-    found: list[Any] = []
+    tasks: list[Any] = []
     for name in setting.tasks:
         changes: dict[str, Any] = {} if setting.shots is None else {"num_fewshot": setting.shots}
         if data is not None:
@@ -95,8 +95,8 @@ def load_tasks(setting: Setting, data: Path | None) -> list[Any]:
                 f"{name}: its data must be on the Hub and in reach, got {type(error).__name__}: "
                 f"{(str(error).splitlines() or [''])[0]}. Give a folder with --data-dir."
             ) from error
-        found += loaded["tasks"].values()
-    return found
+        tasks += loaded["tasks"].values()
+    return tasks
 
 
 @once
@@ -149,7 +149,7 @@ def ask(lm: HarnessLM, tasks: list[Any], setting: Setting) -> pd.DataFrame:
 
     A perplexity's value is a document's log-likelihood, and its weight the words or bytes it is spread over.
     """
-    found = lm_eval.simple_evaluate(
+    answers = lm_eval.simple_evaluate(
         lm,
         tasks=tasks,
         limit=setting.limit,
@@ -162,7 +162,7 @@ def ask(lm: HarnessLM, tasks: list[Any], setting: Setting) -> pd.DataFrame:
         torch_random_seed=setting.seed,
         fewshot_random_seed=setting.seed,
     )
-    rows = [row for task, samples in found["samples"].items() for sample in samples for row in _values(task, sample)]
+    rows = [row for task, samples in answers["samples"].items() for sample in samples for row in _values(task, sample)]
     return pd.DataFrame(rows, columns=COLUMNS)
 
 

@@ -55,8 +55,8 @@ def layer_costs(model: onnx.ModelProto) -> list[LayerCost]:
 
 def span(costs: Iterable[LayerCost]) -> str:
     """Return the pattern of the layers, or the sparsest and the densest of theirs: `4:16 to 12:16`."""
-    found = sorted({(cost.keep / cost.group, f"{cost.keep}:{cost.group}") for cost in costs})
-    return " to ".join(dict.fromkeys((found[0][1], found[-1][1])))
+    shares = sorted({(cost.keep / cost.group, f"{cost.keep}:{cost.group}") for cost in costs})
+    return " to ".join(dict.fromkeys((shares[0][1], shares[-1][1])))
 
 
 def _size(tensor: onnx.TensorProto) -> float:

@@ -37,9 +37,9 @@ def _product(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto], wide: bo
     """Return the nodes that give `(x - shift) W + bias`, with what is stored in float32 cast to the dtype of W."""
     given = {part: name for part, name in zip(INPUTS, node.input, strict=False) if name}
     make, y, x, w = onnx.helper.make_node, node.output[0], given["X"], given["W"]
-    kind, dequantize = stored[w].data_type, []
+    element, dequantize = stored[w].data_type, []
     if "weight_scale" in given:
-        scale, kind = stored[given["weight_scale"]], onnx.TensorProto.FLOAT
+        scale, element = stored[given["weight_scale"]], onnx.TensorProto.FLOAT
         block = stored[w].dims[0] // scale.dims[0]
         if block not in BLOCKS:
             raise BuildError(
@@ -49,10 +49,10 @@ def _product(node: onnx.NodeProto, stored: dict[str, onnx.TensorProto], wide: bo
         dequantize = [make("DequantizeLinear", [w, scale.name], [f"{y}.W"], axis=0, block_size=block)]
         w = f"{y}.W"
     elif wide:
-        kind = onnx.TensorProto.FLOAT
-        dequantize, w = [make("Cast", [w], [f"{y}.W"], to=kind)], f"{y}.W"
+        element = onnx.TensorProto.FLOAT
+        dequantize, w = [make("Cast", [w], [f"{y}.W"], to=element)], f"{y}.W"
     nodes = dequantize + [
-        make("Cast", [given[part]], [f"{y}.{part}"], to=kind) for part in ("shift", "bias") if part in given
+        make("Cast", [given[part]], [f"{y}.{part}"], to=element) for part in ("shift", "bias") if part in given
     ]
     if "shift" in given:
         nodes.append(make("Sub", [x, f"{y}.shift"], [f"{y}.z"]))

@@ -123,9 +123,9 @@ def paths(row: Row, layer: Mapping[str, str]) -> str:
     keep, group = map(int, layer["pattern"].split(":"))
     fits = row.sparse_tokens > 0 and fits_sparse(keep, group, int(layer["k"]))
     from_tokens = max(row.gemv_tokens + 1, row.sparse_tokens)  # the GEMV goes first where both would
-    found = [f"gemv to {row.gemv_tokens}"] if row.gemv_tokens else []
+    names = [f"gemv to {row.gemv_tokens}"] if row.gemv_tokens else []
     if not fits:
-        return ", ".join([*found, "dense"])
+        return ", ".join([*names, "dense"])
     if from_tokens > row.gemv_tokens + 1:
-        found.append(f"dense to {from_tokens - 1}")
-    return ", ".join([*found, "sparse"])
+        names.append(f"dense to {from_tokens - 1}")
+    return ", ".join([*names, "sparse"])

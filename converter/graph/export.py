@@ -70,7 +70,7 @@ def export(
     params, tied, dtype = storage.every_layer(skeleton, sparse.params), tied_weights(skeleton), DTYPES[storage.dtype]
     names = (name for name, _ in skeleton.named_parameters(remove_duplicate=False))
     biased = {name.removesuffix(".bias") for name in names if name.endswith(".bias")}
-    found = _form(biased, params, storage, phases)
+    form = _form(biased, params, storage, phases)
     # A dense layer that shares its weight keeps torch's layout.
     nodes = {
         layer.name: LinearNode(
@@ -82,7 +82,7 @@ def export(
         for layer in plan.layers
         if layer.name in params or f"{layer.name}.weight" not in tied
     }
-    model = stamp(trace(skeleton, nodes, found, dtype, checkpoint.blank()), plan.blocks)
+    model = stamp(trace(skeleton, nodes, form, dtype, checkpoint.blank()), plan.blocks)
     if phases != "both":
         model = give_phase(model, phases)
     if sparse.share:
@@ -90,7 +90,7 @@ def export(
     outputs = {layer.name: layer.out_features for layer in plan.layers}
     _attach_weights(model, WeightSource(checkpoint, params, storage, tied, biased), outputs, set(nodes))
     _attach_patterns(model, params)
-    model.functions[(DOMAIN, OP, "")] = function(found)
+    model.functions[(DOMAIN, OP, "")] = function(form)
     model.opset_imports[DOMAIN] = VERSION
     model.ir_version = IR_VERSION
     model.producer_name, model.producer_version = "nmsparse", metadata["nmsparse.version"]
@@ -176,7 +176,7 @@ class Initializers:
     outputs: dict[str, int]
     transposed: set[str]
 
-    def tensor(self, name: str, shape: tuple[int, ...], kind: torch.dtype) -> Tensor:
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the content of the initializer of that name.
 
         Raises:
@@ -194,16 +194,16 @@ class Initializers:
                 tensor = tensor.t()
         if tuple(tensor.shape) != shape:
             raise ExportError(f"{name}: must have shape {shape} in the graph, got {tuple(tensor.shape)}.")
-        found = tensor.to(kind).contiguous()
-        if kind == torch.float16 and not found.isfinite().all():
+        converted = tensor.to(dtype).contiguous()
+        if dtype == torch.float16 and not converted.isfinite().all():
             raise ExportError(
                 f"{name}: numbers must be at most 65504 for float16, got {tensor.abs().max():g}. Use --dtype bfloat16."
             )
-        return found
+        return converted
 
-    def stored(self, name: str, shape: tuple[int, ...], kind: torch.dtype, stored: ir.DataType) -> ir.TensorProtocol:
+    def stored(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, stored: ir.DataType) -> ir.TensorProtocol:
         """Return the initializer's content as it is stored."""
-        tensor = self.tensor(name, shape, kind)
+        tensor = self.tensor(name, shape, dtype)
         # Torch has no numbers of four bits.
         return TorchTensor(tensor, name=name) if stored != FOUR_BITS else ir.tensor(tensor.numpy(), stored, name=name)
 
@@ -220,18 +220,18 @@ def _attach_weights(model: ir.Model, layers: WeightSource, outputs: dict[str, in
     remember, storage = lru_cache(maxsize=most), layers.storage
     baked = remember(layers.baked)
     quantized = remember(lambda layer: storage.quantized(baked(layer).w))
-    found = Initializers(layers, baked, quantized, outputs, transposed)
-    kinds = {value: DTYPES[key] for key, value in IR_DTYPES.items()}
-    kinds |= {ir.DataType.INT64: torch.int64, ir.DataType.INT8: torch.int8}
+    initializers = Initializers(layers, baked, quantized, outputs, transposed)
+    dtypes = {value: DTYPES[key] for key, value in IR_DTYPES.items()}
+    dtypes |= {ir.DataType.INT64: torch.int64, ir.DataType.INT8: torch.int8}
     for name, value in model.graph.initializers.items():
         if value.const_value is None:
             assert value.shape is not None
             assert value.dtype is not None
-            shape, kind = value.shape.numpy(), kinds[value.dtype]
+            shape, dtype = value.shape.numpy(), dtypes[value.dtype]
             if value.dtype == ir.DataType.INT8 and storage.bits == 4:
                 value.type = ir.TensorType(FOUR_BITS)  # its own: copies of a block share theirs
             value.const_value = ir.LazyTensor(
-                partial(found.stored, name, shape, kind, value.dtype),
+                partial(initializers.stored, name, shape, dtype, value.dtype),
                 dtype=value.dtype,
                 shape=ir.Shape(shape),
                 name=name,

@@ -1,6 +1,6 @@
 """Make one node of the sparse layers that read one tensor and choose the same of its channels: q, k and v; gate and up.
 
-Their weights lie side by side in one `[K, N]`, so the input is pruned once, and a kept channel is one long row.
+Their weights lie side by side in one `[K, N]`, so channels are selected once, and a kept channel is one long row.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ def function(form: Form) -> ir.Function:
     x = "X" if form.dtype == "float32" else "X32"
     start = [] if x == "X" else ["X32 = Cast <to = 1> (X)"]
     start += ["last = Constant <value_ints = [-1]> ()", *_shifted(form, x)]
-    selection, zs = _if_sparse(form, _select(form), "pruned", _z(form))
+    selection, zs = _if_sparse(form, _select(form), "zs", _z(form))
     correction, y = _if_sparse(form, *_corrected(form, zs), "product")
     lines = [*start, *_weight(form), *selection, *_product(form, zs), *correction, *_epilogue(form, y)]
     body = "\n".join(f"  {line}" for line in lines)
@@ -35,14 +35,14 @@ def function(form: Form) -> ir.Function:
     return ir.serde.deserialize_function(onnx.parser.parse_function(text))
 
 
-def _if_sparse(form: Form, lines: Sequence[str], found: str, otherwise: str) -> tuple[Sequence[str], str]:
+def _if_sparse(form: Form, lines: Sequence[str], result: str, otherwise: str) -> tuple[Sequence[str], str]:
     """Return lines after which a name, returned too, is what `lines` call `found`; in a dense phase `otherwise`."""
-    if "sparse" not in form or found == otherwise:
-        return lines, found
-    chosen, kept = f"{found}_or_dense", f"{found}_dense"
+    if "sparse" not in form or result == otherwise:
+        return lines, result
+    chosen, kept = f"{result}_or_dense", f"{result}_dense"
     return [
         f"{chosen} = If (sparse) <",
-        f"  then_branch = sparse_phase () => ({found}) {{",
+        f"  then_branch = sparse_phase () => ({result}) {{",
         *(f"    {line}" for line in lines),
         f"  }}, else_branch = dense_phase () => ({kept}) {{ {kept} = Identity ({otherwise}) }}",
         ">",
@@ -70,9 +70,9 @@ def _select(form: Form) -> Sequence[str]:
         "kept_z = GatherElements <axis = -1> (z_groups, kept)",
         "groups_shape = Shape (z_groups)",
         "zero_groups = ConstantOfShape <value = float[1] {0.0}> (groups_shape)",
-        "pruned_groups = ScatterElements <axis = -1> (zero_groups, kept, kept_z)",
+        "zs_groups = ScatterElements <axis = -1> (zero_groups, kept, kept_z)",
         f"z_shape = Shape ({_z(form)})",
-        *(_back(form) if "permutation" in form else ["pruned = Reshape (pruned_groups, z_shape)"]),
+        *(_back(form) if "permutation" in form else ["zs = Reshape (zs_groups, z_shape)"]),
     ]
 
 
@@ -84,9 +84,9 @@ def _arranged(name: str, of: str, form: Form) -> Sequence[str]:
 
 
 def _back(form: Form) -> Sequence[str]:
-    """Return lines that put the pruned channels into the order of W's rows."""
+    """Return lines that put zs into the order of W's rows."""
     return [
-        "pruned_arranged = Reshape (pruned_groups, z_shape)",
+        "zs_arranged = Reshape (zs_groups, z_shape)",
         "first = Constant <value_int = 0> ()",
         "step = Constant <value_int = 1> ()",
         "scalar_axis = Constant <value_ints = [0]> ()",
@@ -96,7 +96,7 @@ def _back(form: Form) -> Sequence[str]:
         # A place that no channel of the permutation takes has no index: then Gather refuses it.
         "nowhere = ConstantOfShape <value = int64[1] {2147483647}> (width_1d)",
         "inverse = ScatterElements <axis = 0> (nowhere, permutation, places)",
-        "pruned = Gather <axis = -1> (pruned_arranged, inverse)",
+        "zs = Gather <axis = -1> (zs_arranged, inverse)",
     ]
 
 
@@ -152,14 +152,14 @@ def _product(form: Form, zs: str) -> Sequence[str]:
         return [f"product = MatMul ({zs}, {'W' if form.weights == 'dtype' else WIDENED})"]
     if form.dtype == "bfloat16":
         return [
-            f"pruned_x = CastLike ({zs}, X)",
-            "pruned_32 = Cast <to = 1> (pruned_x)",
+            f"zs_x = CastLike ({zs}, X)",
+            "zs_32 = Cast <to = 1> (zs_x)",
             "W32 = Cast <to = 1> (W)",
-            "product = MatMul (pruned_32, W32)",
+            "product = MatMul (zs_32, W32)",
         ]
     return [
-        f"pruned_x = CastLike ({zs}, X)",
-        "product_x = MatMul (pruned_x, W)",
+        f"zs_x = CastLike ({zs}, X)",
+        "product_x = MatMul (zs_x, W)",
         "product = Cast <to = 1> (product_x)",
     ]
 
@@ -207,9 +207,9 @@ def _corrected(form: Form, zs: str) -> tuple[Sequence[str], str]:
             "one_32 = Constant <value = float {1.0}> ()",
             "freedom = Sub (channels_32, one_32)",
             *_variance("variance_z", _z(form)),
-            *_variance("variance_pruned", zs),
+            *_variance("variance_zs", zs),
             "floor = Constant <value = float {1e-9}> ()",
-            "variance_floored = Max (variance_pruned, floor)",
+            "variance_floored = Max (variance_zs, floor)",
             "ratio = Div (variance_z, variance_floored)",
             "nu = Sqrt (ratio)",
             f"scaled = Mul ({y}, nu)",

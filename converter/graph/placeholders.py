@@ -34,7 +34,7 @@ class TracedLinear(nn.Module):
         super().__init__()
         self.node, self.form, self.out_features = node, form, linear.out_features
         sizes = {"K": linear.in_features, "N": linear.out_features, "r": node.rank, "B": node.blocks}
-        kinds = {"X": dtype, "int64": torch.int64, "float32": torch.float32}
+        dtypes = {"X": dtype, "int64": torch.int64, "float32": torch.float32}
         weight = dtype
         if node.sparse and form.weights != "dtype":
             weight = torch.int8 if form.quantized else getattr(torch, form.weights)
@@ -44,7 +44,7 @@ class TracedLinear(nn.Module):
             self.names = tuple(row.name for row in rows)
             for row in rows:
                 shape = tuple(sizes[letter] for letter in row.dims)
-                self.register_parameter(row.name, placeholder(shape, kinds[row.dtype]))
+                self.register_parameter(row.name, placeholder(shape, dtypes[row.dtype]))
         else:
             self.names = ("bias",) if node.bias else ()
             self.register_parameter("bias", placeholder((linear.out_features,), dtype) if node.bias else None)

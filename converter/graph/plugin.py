@@ -100,9 +100,11 @@ def _arrange(weight: ir.Value, permutation: ir.Value) -> None:
     assert permutation.const_value is not None
     assert len(weight.uses()) == len(permutation.uses()) == 1, "W and permutation are a layer's own"
     order = permutation.const_value.numpy()
-    if found := stray(torch.from_numpy(order.copy())):
+    if stray_entry := stray(torch.from_numpy(order.copy())):
         where = (weight.name or "").removesuffix(".weight")
-        raise BuildError(f"{where}: permutation must hold every channel once, got {found}. Convert the model again.")
+        raise BuildError(
+            f"{where}: permutation must hold every channel once, got {stray_entry}. Convert the model again."
+        )
     weight.const_value = ir.tensor(weight.const_value.numpy()[order], name=weight.name)
     permutation.const_value = ir.tensor(order.astype(np.int32), name=permutation.name)
     permutation.dtype = ir.DataType.INT32

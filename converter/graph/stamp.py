@@ -60,15 +60,15 @@ class _Body:
 
 
 def _ancestors(values: list[ir.Value], stop: set[ir.Value]) -> set[ir.Node]:
-    found: set[ir.Node] = set()
+    nodes: set[ir.Node] = set()
     stack = list(values)
     while stack:
         value = stack.pop()
         node = None if value in stop else value.producer()
-        if node is not None and node not in found:
-            found.add(node)
+        if node is not None and node not in nodes:
+            nodes.add(node)
             stack.extend(v for v in node.inputs if v is not None)
-    return found
+    return nodes
 
 
 def _expand(graph: ir.Graph, placeholder: ir.Node, body: _Body, index: int, prefix: str) -> None:
@@ -124,8 +124,8 @@ def _replace(old: ir.Value, new: ir.Value) -> None:
 
 def _sort_caches(graph: ir.Graph, blocks: int) -> None:
     """Put the caches into the order of the blocks, behind the other inputs and outputs."""
-    for values, kind in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
-        order = [name for index in range(blocks) for name in cache_names(kind, index)]
-        found = {value.name: value for value in values}
+    for values, prefix in ((graph.inputs, "past_key_values"), (graph.outputs, "present")):
+        order = [name for index in range(blocks) for name in cache_names(prefix, index)]
+        by_name = {value.name: value for value in values}
         others = [value for value in values if value.name not in order]
-        values[:] = [*others, *(found[name] for name in order if name in found)]
+        values[:] = [*others, *(by_name[name] for name in order if name in by_name)]

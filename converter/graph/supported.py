@@ -26,15 +26,15 @@ def check_supported(model: PreTrainedModel) -> None:
     """
     _, blocks = find_blocks(model)
     config = model.config.get_text_config()
-    for found, what in (
+    for modules, what in (
         (_experts(blocks, config), "experts, of which each token goes through some (mixture of experts)"),
         (_latent(config), "keys and values compressed to a latent vector (MLA)"),
         (_stateful(blocks, config), "blocks with a state other than keys and values"),
     ):
-        if found:
+        if modules:
             raise ExportError(
                 f"{type(model).__name__}: must be a model whose blocks are attention and a feed-forward part, "
-                f"got {what}: {found}. Such models cannot be converted yet."
+                f"got {what}: {modules}. Such models cannot be converted yet."
             )
     check_blocks(model)
 
@@ -54,7 +54,7 @@ def _latent(config: Any) -> str:
 
 
 def _stateful(blocks: nn.ModuleList, config: Any) -> str:
-    for kind in map(str, getattr(config, "layer_types", None) or ()):
-        if not ATTENTION.search(kind):
-            return kind
+    for layer_type in map(str, getattr(config, "layer_types", None) or ()):
+        if not ATTENTION.search(layer_type):
+            return layer_type
     return next((name for name, module in blocks.named_modules() if isinstance(module, STATEFUL)), "")

@@ -1,4 +1,4 @@
-"""Trace a model into an ONNX graph: every linear layer one node, and blocks of one kind traced only once.
+"""Trace a model into an ONNX graph: every linear layer one node, and blocks that are alike traced only once.
 
 The skeleton that is traced has no weights, so the trace costs no memory for them. A block that equals an earlier one
 (same classes, settings and shapes) is traced as one placeholder node; `converter.graph.stamp` replaces it by a copy of
@@ -95,8 +95,8 @@ def _captured(
     """Return what torch.export makes of the skeleton, of blocks that are alike only the first, and how it is called."""
     _, blocks = find_blocks(model)
     _fill(model, dtype)
-    kinds = [signature(block) for block in blocks]
-    likes = [kinds.index(kind) for kind in kinds]
+    signatures = [signature(block) for block in blocks]
+    likes = [signatures.index(one) for one in signatures]
     bare = list(blocks)
     while True:
         traced: list[TracedBlock] = []
@@ -154,9 +154,9 @@ def check_blocks(model: PreTrainedModel) -> None:
 
 
 def _rope_types(module: nn.Module) -> list[Any]:
-    """Return the kinds of rotary embedding that the module computes, one for each kind of block."""
-    found = getattr(module, "rope_type", None)
-    return list(found.values()) if isinstance(found, dict) else [found]
+    """Return the types of rotary embedding that the module computes, one for each type of block."""
+    ropes = getattr(module, "rope_type", None)
+    return list(ropes.values()) if isinstance(ropes, dict) else [ropes]
 
 
 def _fill(model: nn.Module, dtype: torch.dtype) -> None:
@@ -166,8 +166,8 @@ def _fill(model: nn.Module, dtype: torch.dtype) -> None:
         for name, parameter in list(module.named_parameters(recurse=False)):
             if parameter.device.type == "meta":
                 if id(parameter) not in done:
-                    kind = dtype if parameter.is_floating_point() else parameter.dtype
-                    done[id(parameter)] = placeholder(tuple(parameter.shape), kind)
+                    own = dtype if parameter.is_floating_point() else parameter.dtype
+                    done[id(parameter)] = placeholder(tuple(parameter.shape), own)
                 setattr(module, name, done[id(parameter)])
 
 

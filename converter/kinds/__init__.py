@@ -51,15 +51,15 @@ def kind_of(config: PreTrainedConfig, where: str) -> Kind:
             f"{where}: architectures must be names, got {shortened(repr(classes))}. Mend config.json."
         )
     saved = classes[0]
-    found = _kind(config, saved)
-    if found is None:
+    model_kind = _kind(config, saved)
+    if model_kind is None:
         what = shortened(saved or config.model_type)
         got = f"an encoder-decoder, {what}" if config.is_encoder_decoder else f"{what}, a head for another task"
         raise CheckpointError(
             f"{where}: must be a causal or masked language model, an image classifier or an encoder, got {got}. "
             + ("None can be converted yet." if config.is_encoder_decoder else "Save its base model alone.")
         )
-    return found
+    return model_kind
 
 
 def kind(model: PreTrainedModel) -> Kind:
@@ -89,13 +89,13 @@ def _kind(config: PreTrainedConfig, saved: str) -> Kind | None:
 
 
 def _names(mapping: Any, config: PreTrainedConfig) -> tuple[str, ...]:
-    found = mapping.get(config.model_type, ())
-    return (found,) if isinstance(found, str) else tuple(found)
+    names = mapping.get(config.model_type, ())
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
-def without_head(found: Kind) -> Kind | None:
+def without_head(model_kind: Kind) -> Kind | None:
     """Return the kind of the bare model of a kind with a head, or None where that is not one of ours."""
-    return {MASKED.name: ENCODER, CLASSIFIER.name: IMAGE_ENCODER}.get(found.name)
+    return {MASKED.name: ENCODER, CLASSIFIER.name: IMAGE_ENCODER}.get(model_kind.name)
 
 
 def causal_class(config: PreTrainedConfig) -> str:
@@ -115,12 +115,12 @@ def output(model: PreTrainedModel, given: Tensor, *, last: bool = False) -> Tens
 
     With `last`, for the last token alone where it can be.
     """
-    found = kind(model)
-    result: Tensor = getattr(found.call(model, given, last), found.output)
+    model_kind = kind(model)
+    result: Tensor = getattr(model_kind.call(model, given, last), model_kind.output)
     return result
 
 
-def completed(recipe: Recipe, found: Kind, config: PreTrainedConfig) -> Recipe:
+def completed(recipe: Recipe, model_kind: Kind, config: PreTrainedConfig) -> Recipe:
     """Return the recipe for a model of that kind, with the calibration text that such a model has by default.
 
     Of an image model a window of text is an image.
@@ -129,12 +129,12 @@ def completed(recipe: Recipe, found: Kind, config: PreTrainedConfig) -> Recipe:
         RecipeError: when it asks for what only a model with a cache can do.
         CalibrationError: when a window of text is longer than the model's positions, or an image model has no images.
     """
-    recipe = recipe if recipe.calibration.source else recipe.replace({"calibration.source": found.source})
-    found.check(found.name, recipe, config)
+    recipe = recipe if recipe.calibration.source else recipe.replace({"calibration.source": model_kind.source})
+    model_kind.check(model_kind.name, recipe, config)
     return recipe
 
 
 def vocabulary(processor: Any) -> dict[str, int]:
     """Return the tokens that what makes a model's input knows; none of a processor of images."""
-    found: dict[str, int] = processor.get_vocab() if hasattr(processor, "get_vocab") else {}
-    return found
+    ids: dict[str, int] = processor.get_vocab() if hasattr(processor, "get_vocab") else {}
+    return ids

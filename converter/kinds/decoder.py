@@ -154,10 +154,10 @@ def sampling(folder: Path, config: Callable[[], PreTrainedConfig], source: str) 
     """
     if not (folder / "generation_config.json").exists():
         return GenerationConfig.from_model_config(config())
-    found: GenerationConfig = from_saved(
+    generation: GenerationConfig = from_saved(
         GenerationConfig, folder, source, "hold a generation_config.json that transformers can read"
     )
-    return found
+    return generation
 
 
 def boundaries(config: PreTrainedConfig) -> dict[str, int]:
@@ -167,13 +167,13 @@ def boundaries(config: PreTrainedConfig) -> dict[str, int]:
     model's positions is none.
     """
     settings = config.get_text_config()
-    found = {name: getattr(settings, name, None) for name in (*WINDOWS, SWITCH)}
+    lengths = {name: getattr(settings, name, None) for name in (*WINDOWS, SWITCH)}
     ropes = getattr(settings, "rope_parameters", None) or {}
     for rope in (ropes, *(part for part in ropes.values() if isinstance(part, dict))):
         if rope.get("rope_type") == "longrope":
-            found[SWITCH] = rope.get(SWITCH) or found[SWITCH]
+            lengths[SWITCH] = rope.get(SWITCH) or lengths[SWITCH]
     most = positions(config)
-    return {name: at for name, at in found.items() if at and (most is None or at < most)}
+    return {name: at for name, at in lengths.items() if at and (most is None or at < most)}
 
 
 DECODER = Kind(

@@ -79,19 +79,19 @@ class Kind:
 
 def positions(config: PreTrainedConfig) -> int | None:
     """Return how many tokens a call of the model may have in all, or None where nothing bounds them."""
-    found: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found
+    most: int | None = getattr(config.get_text_config(), "max_position_embeddings", None)
+    return most
 
 
-def of_logits(found: Tensor, wanted: Tensor) -> Tensor:
+def of_logits(got: Tensor, wanted: Tensor) -> Tensor:
     """Return the mean over the rows of KL(wanted || found), in nats, of logits `[..., V]`."""
-    logs, targets = (part.flatten(0, -2).log_softmax(-1) for part in (found, wanted))
+    logs, targets = (part.flatten(0, -2).log_softmax(-1) for part in (got, wanted))
     return nn.functional.kl_div(logs, targets, reduction="batchmean", log_target=True)
 
 
-def of_states(found: Tensor, wanted: Tensor) -> Tensor:
+def of_states(got: Tensor, wanted: Tensor) -> Tensor:
     """Return the mean over the tokens of the squared error relative to the token's length, of states `[B, S, H]`."""
-    return ((found - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-30)).mean()
+    return ((got - wanted).square().sum(-1) / wanted.square().sum(-1).clamp_min(1e-30)).mean()
 
 
 def drawn(y: Tensor, _given: Tensor, generator: torch.Generator) -> Tensor:

@@ -47,8 +47,8 @@ def cut(ids: Tensor, rows: int, tokens: int) -> Tensor:
 
 def pieces(windows: Tensor, window: int) -> tuple[Tensor, str]:
     """Return windows of at most `window` tokens, and what they are called."""
-    found = windows.reshape(-1, min(window, windows.shape[1]))
-    return found, f"windows of {found.shape[1]}"
+    cut_windows = windows.reshape(-1, min(window, windows.shape[1]))
+    return cut_windows, f"windows of {cut_windows.shape[1]}"
 
 
 def validated(_recipe: Recipe) -> tuple[str, int]:

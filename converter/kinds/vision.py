@@ -61,8 +61,8 @@ def _cut(image: Tensor, _rows: int, _tokens: int) -> Tensor:
     return image
 
 
-def _pieces(found: Tensor, _window: int) -> tuple[Tensor, str]:
-    return found, "images"
+def _pieces(pixels: Tensor, _window: int) -> tuple[Tensor, str]:
+    return pixels, "images"
 
 
 def _validated(recipe: Recipe) -> tuple[str, int]:

@@ -34,15 +34,15 @@ def whole(name: str, given: Any, shape: tuple[int | None, ...], most: int | None
     _check_shape(name, given, shape)
     if given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
         raise ValueError(f"{name}: must be whole numbers, got {given.dtype}. Give torch.int64.")
-    found: Tensor = given.to(torch.int64)
-    low, high = int(found.min()), int(found.max())
+    numbers: Tensor = given.to(torch.int64)
+    low, high = int(numbers.min()), int(numbers.max())
     if low < least or (most is not None and high >= most):
         limit = "" if most is None else f" to {most - 1}"
         raise ValueError(
             f"{name}: must be from {least}{limit}, got {low if low < least else high}. "
             "Is it from this model's tokenizer?"
         )
-    return found
+    return numbers
 
 
 def real(name: str, given: Any, shape: tuple[int | None, ...]) -> Tensor:
@@ -54,8 +54,8 @@ def real(name: str, given: Any, shape: tuple[int | None, ...]) -> Tensor:
     _check_shape(name, given, shape)
     if not given.is_floating_point():
         raise ValueError(f"{name}: must be floating-point numbers, got {given.dtype}. Let the processor make them.")
-    found: Tensor = given
-    return found
+    numbers: Tensor = given
+    return numbers
 
 
 def mask(given: Any, shape: tuple[int, int]) -> Tensor:
@@ -65,10 +65,10 @@ def mask(given: Any, shape: tuple[int, int]) -> Tensor:
         ValueError: when it is not of ones and zeros of that shape.
     """
     _check_shape("attention_mask", given, shape)
-    found: Tensor = given.to(torch.int64)
+    numbers: Tensor = given.to(torch.int64)
     if not ((given == 0) | (given == 1)).all():
         raise ValueError("attention_mask: must be 1 for a token that is seen and 0 for padding, got other numbers.")
-    return found
+    return numbers
 
 
 def zeros(name: str, given: Any, shape: tuple[int, int]) -> None:

@@ -91,10 +91,10 @@ class GraphCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: when a cache is asked for that the graph cannot fill.
         """
-        kind, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
-        if kind not in {None, "dynamic"}:
+        cache, given = generation_config.cache_implementation, model_kwargs.get("past_key_values")
+        if cache not in {None, "dynamic"}:
             raise ValueError(
-                f"cache_implementation: must be dynamic for a graph, got {kind}. Leave it out, or set "
+                f"cache_implementation: must be dynamic for a graph, got {cache}. Leave it out, or set "
                 "generation_config.cache_implementation = None."
             )
         if generation_config.assistant_early_exit is not None:
@@ -189,10 +189,10 @@ class GraphCausalLM(PreTrainedModel, GenerationMixin):
         held = [part for layer in cache.layers for part in (layer.keys, layer.values)]
         rows = held[0].shape[0] if batch is None else batch
         wanted = [((rows, value.heads, past, value.width), value.dtype) for value in self.caches]
-        found = [(tuple(part.shape), part.dtype) for part in held]
-        if found != wanted:
-            differing = next((pair for pair in zip(wanted, found, strict=False) if pair[0] != pair[1]), None)
-            expected, got = differing or (f"{len(wanted) // 2} layers", f"{len(found) // 2}")
+        shapes = [(tuple(part.shape), part.dtype) for part in held]
+        if shapes != wanted:
+            differing = next((pair for pair in zip(wanted, shapes, strict=False) if pair[0] != pair[1]), None)
+            expected, got = differing or (f"{len(wanted) // 2} layers", f"{len(shapes) // 2}")
             raise ValueError(
                 f"past_key_values: must hold {expected}, got {got}. Give what this model returned for as many rows."
             )
@@ -230,12 +230,12 @@ def _graph_class(family: type[PreTrainedModel]) -> Any:
 
 def generation_config(folder: Path) -> GenerationConfig:
     """Return how the model in `folder` wants to be sampled; one that asks for a cache of fixed size is warned of."""
-    found = sampling(folder, lambda: Checkpoint(str(folder), None, folder).config, str(folder))
-    if found.cache_implementation not in {None, "dynamic"}:
+    generation = sampling(folder, lambda: Checkpoint(str(folder), None, folder).config, str(folder))
+    if generation.cache_implementation not in {None, "dynamic"}:
         logging.getLogger(__name__).warning(
             "%s: cache_implementation %s is left out: the graph keeps every position.",
             folder / "generation_config.json",
-            found.cache_implementation,
+            generation.cache_implementation,
         )
-        found.cache_implementation = None
-    return found
+        generation.cache_implementation = None
+    return generation

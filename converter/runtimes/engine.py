@@ -83,7 +83,7 @@ def build(
         version=trt.__version__,
         profiles=[str(profile) for profile in profiles],
         network_layers=network.num_layers,
-        layers=kinds(logger.layers),
+        layers=layer_counts(logger.layers),
         inputs=[_tensor(network.get_input(number)) for number in range(network.num_inputs)],
         outputs=[_tensor(network.get_output(number)) for number in range(network.num_outputs)],
         bytes=plan.nbytes,
@@ -101,15 +101,15 @@ def load_plugin(trt: Any, library: Path) -> None:
         raise BuildError(f"--plugin: must be a library that TensorRT {trt.__version__} can load, got {library}.")
 
 
-def kinds(layers: str) -> dict[str, int]:
+def layer_counts(layers: str) -> dict[str, int]:
     """Return how many layers of each type and output dtype the list of a builder holds."""
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for line in layers.splitlines():
         if name := re.match(r"Name: .*?, LayerType: ([^,]+),", line):
             outputs = line.partition("Outputs: [")[2].partition("]}]")[0]
             dtypes = re.findall(r"(?:Datatype|Format/Datatype): (\w+)", outputs)
-            found[f"{name[1]} {dtypes[0].lower()}" if dtypes else name[1]] += 1
-    return dict(sorted(found.items()))
+            counts[f"{name[1]} {dtypes[0].lower()}" if dtypes else name[1]] += 1
+    return dict(sorted(counts.items()))
 
 
 def _builder(trt: Any, logger: Any, product: str) -> Any:
@@ -122,10 +122,10 @@ def _builder(trt: Any, logger: Any, product: str) -> Any:
 
 def _allow_decomposition(trt: Any, network: Any) -> None:
     """Let attention be built from simpler layers where there is no kernel for its dtype, as for float32."""
-    kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)  # TensorRT before 10.14 has none
+    attention = getattr(trt.LayerType, "ATTENTION_INPUT", None)  # TensorRT before 10.14 has none
     for number in range(network.num_layers):
         layer = network.get_layer(number)
-        if kind is not None and layer.type == kind:
+        if attention is not None and layer.type == attention:
             layer.__class__ = trt.IAttentionInputLayer  # the bindings know the class of a layer only by its type
             layer.attention.decomposable = True
 

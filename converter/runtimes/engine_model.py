@@ -68,20 +68,20 @@ class Engine:
         for name, tensor in given.items():
             self._check(context.set_input_shape(name, tuple(tensor.shape)))
             self._check(context.set_tensor_address(name, placed[name].data_ptr()))
-        found = []
+        outputs = []
         for name, dtype in self.outputs.items():
-            found.append(torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device=self.device))
-            self._check(context.set_tensor_address(name, found[-1].data_ptr()))
+            outputs.append(torch.empty(tuple(context.get_tensor_shape(name)), dtype=dtype, device=self.device))
+            self._check(context.set_tensor_address(name, outputs[-1].data_ptr()))
         self._check(context.execute_async_v3(stream.cuda_stream))
         stream.synchronize()
-        return found
+        return outputs
 
     def _check(self, done: bool) -> None:
         if not done:
             raise ExportError(f"{self.place / ENGINE}: TensorRT cannot run it: {'; '.join(self.log.errors[-3:])}")
 
 
-def load_engine(folder: Path, found: Runnable, options: EngineOptions) -> GraphCausalLM:
+def load_engine(folder: Path, ready: Runnable, options: EngineOptions) -> GraphCausalLM:
     """Return the engine that was found for OUT, ready to run.
 
     Where the options allow host code it may bring some for this CPU, as one that is version-compatible or has the
@@ -91,10 +91,10 @@ def load_engine(folder: Path, found: Runnable, options: EngineOptions) -> GraphC
         BuildError: when TensorRT or the plugin's library is missing.
         DeviceError: when this GPU cannot run it.
     """
-    engine = found.engine
-    trt = found.runtime.ready(found.place, engine, options.plugin)
+    engine = ready.engine
+    trt = ready.runtime.ready(ready.place, engine, options.plugin)
     inputs, outputs = ({t["name"]: DTYPES[t["dtype"]] for t in side} for side in (engine.inputs, engine.outputs))
-    loaded = Engine(trt, found.place, inputs, outputs, host_code=options.allow_host_code)
+    loaded = Engine(trt, ready.place, inputs, outputs, host_code=options.allow_host_code)
     caches = [
         CacheInput(t["name"], t["shape"][1], t["shape"][3], inputs[t["name"]])
         for t in engine.inputs

@@ -32,9 +32,9 @@ def library() -> Path | None:
 
 def has_kernel(model: onnx.ModelProto) -> bool:
     """Return whether the kernel knows the model's numbers: activations in float32, weights in that or in fewer bits."""
-    kinds = {value.type.tensor_type.elem_type for value in model.graph.input}
+    elements = {value.type.tensor_type.elem_type for value in model.graph.input}
     widened: set[str] = set()
     if widens(model):
         widened = {node.input[1] for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, OP)}
-    kinds |= {tensor.data_type for tensor in model.graph.initializer if tensor.name not in widened}
-    return not kinds & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
+    elements |= {tensor.data_type for tensor in model.graph.initializer if tensor.name not in widened}
+    return not elements & {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}

@@ -28,11 +28,11 @@ LAYER = structure((), ("k", "n", "keep", "group", "shift_mode", "variance", "gem
 TENSORS = structure(("x", "w", "bias", "channel_scale", "shift", "row_sum", "permutation", "y"), ())
 
 
-def filled(kind: type[ctypes.Structure], arguments: Arguments) -> Any:
-    """Return a struct of that kind, with addresses where there are tensors."""
-    assert set(arguments) <= {field for field, *_ in kind._fields_}
+def filled(struct: type[ctypes.Structure], arguments: Arguments) -> Any:
+    """Return a struct of that type, with addresses where there are tensors."""
+    assert set(arguments) <= {field for field, *_ in struct._fields_}
     assert all(a.is_contiguous() for a in arguments.values() if isinstance(a, Tensor))
-    return kind(**{name: a.data_ptr() if isinstance(a, Tensor) else a for name, a in arguments.items()})
+    return struct(**{name: a.data_ptr() if isinstance(a, Tensor) else a for name, a in arguments.items()})
 
 
 class LayerLibrary:

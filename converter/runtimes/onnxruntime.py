@@ -65,8 +65,8 @@ def call_feed(run: onnxruntime.InferenceSession, ids: Tensor, caches: Sequence[A
     batch, length = ids.shape
     inputs = run.get_inputs()
     if caches is None:
-        kind = np.float16 if "float16" in inputs[3].type else np.float32
-        caches = [np.zeros((batch, value.shape[1], 0, value.shape[3]), kind) for value in inputs[3:]]
+        element = np.float16 if "float16" in inputs[3].type else np.float32
+        caches = [np.zeros((batch, value.shape[1], 0, value.shape[3]), element) for value in inputs[3:]]
     past = caches[0].shape[2]
     mask, positions = torch.ones(batch, past + length, dtype=torch.int64), torch.arange(past, past + length)
     arrays = [value.contiguous().numpy() for value in (ids, mask, positions.expand(batch, -1))]
@@ -158,8 +158,8 @@ class OnnxVision(PreTrainedModel):
         """Keep the session; `config` is that of the checkpoint."""
         super().__init__(config)
         self.session = onnx_session
-        (pixels,), (found,) = onnx_session.get_inputs(), onnx_session.get_outputs()
-        self.shape, self.output = (None, *pixels.shape[1:]), found.name
+        (pixels,), (logits,) = onnx_session.get_inputs(), onnx_session.get_outputs()
+        self.shape, self.output = (None, *pixels.shape[1:]), logits.name
         self.pixels = torch.float16 if "float16" in pixels.type else torch.float32
 
     @property

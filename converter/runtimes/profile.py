@@ -32,7 +32,7 @@ class Profile:
         Raises:
             BuildError: when an axis is missing, unknown or no range.
         """
-        found: dict[str, Range] = {}
+        ranges: dict[str, Range] = {}
         for part in text.split(","):
             match = re.fullmatch(r"\s*(\w+)=(\d+)(?::(\d+):(\d+))?\s*", part)
             if match is None or match[1] not in AXES:
@@ -45,10 +45,10 @@ class Profile:
                 raise BuildError(
                     f"--profile: {match[1]} must have MIN <= OPT <= MAX from {int(match[1] != 'past')}, got {part!r}."
                 )
-            found[match[1]] = (low, middle, high)
-        if set(found) != set(AXES):
-            raise BuildError(f"--profile: must have {', '.join(AXES)}, got {listing(found)}.")
-        return cls(**found)
+            ranges[match[1]] = (low, middle, high)
+        if set(ranges) != set(AXES):
+            raise BuildError(f"--profile: must have {', '.join(AXES)}, got {listing(ranges)}.")
+        return cls(**ranges)
 
     def __str__(self) -> str:
         """Return the text that `parse` reads back."""
@@ -74,19 +74,19 @@ def fitting(profiles: Sequence[Profile], batch: int, tokens: int, past: int) -> 
     Raises:
         BuildError: when none takes any.
     """
-    found = [
+    fits = [
         (min(batch, profile.batch[2]), -number)
         for number, profile in enumerate(profiles)
         if profile.batch[0] <= batch
         and profile.tokens[0] <= tokens <= profile.tokens[2]
         and profile.past[0] <= past <= profile.past[2]
     ]
-    if not found:
+    if not fits:
         raise BuildError(
             f"--profile: must take {batch} sequences of {tokens} tokens after {past}, got {listing(map(str, profiles))}"
             ". Build the engine with one more."
         )
-    rows, number = max(found)
+    rows, number = max(fits)
     return -number, rows
 
 

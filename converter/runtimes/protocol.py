@@ -35,9 +35,9 @@ class EngineRecord:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as it is in a manifest."""
-        found = asdict(self)
-        own: dict[str, Any] = found.pop("own")
-        return found | own
+        said = asdict(self)
+        own: dict[str, Any] = said.pop("own")
+        return said | own
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any]) -> EngineRecord:

@@ -135,18 +135,18 @@ def build(job: Job, library: Path, plugins: int, progress: Callable[[int, int], 
     runtime.engine_host_code_allowed = True  # of our own engine: a version-compatible one brings its runtime along
     inspector = runtime.deserialize_cuda_engine(built.plan).create_engine_inspector()
     layers = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    kinds = layer_kinds(layers)
-    found = sum(count for kind, count in kinds.items() if kind.startswith("Plugin"))
-    if found != plugins:
-        raise BuildError(f"{path}: the engine must have {plugins} plugin layers, got {found}.")
-    return Built(built.plan, replace(built.about, layers=kinds), layers)
+    counts = layers_by_type(layers)
+    plugin_layers = sum(count for kind, count in counts.items() if kind.startswith("Plugin"))
+    if plugin_layers != plugins:
+        raise BuildError(f"{path}: the engine must have {plugins} plugin layers, got {plugin_layers}.")
+    return Built(built.plan, replace(built.about, layers=counts), layers)
 
 
-def layer_kinds(information: str) -> dict[str, int]:
+def layers_by_type(information: str) -> dict[str, int]:
     """Return how many layers of each type an engine has by its inspector's JSON, which lists one for each profile."""
     layers = [layer for layer in json.loads(information)["Layers"] if isinstance(layer, dict)]
     names = {(re.sub(r" \[profile \d+\]$", "", layer["Name"]), layer["LayerType"]) for layer in layers}
-    return dict(Counter(kind for _, kind in sorted(names)))
+    return dict(Counter(name for _, name in sorted(names)))
 
 
 def script(inputs: Sequence[onnx.ValueInfoProto], profiles: Sequence[Profile], options: BuildOptions) -> str:

@@ -55,13 +55,13 @@ def write(folder: Path, profiles: Sequence[Profile], text: Callable[[int, int], 
             feed = {name: _bfloat16(array) if array.dtype == np.float32 else array for name, array in feed.items()}
         given = {name: value.float().numpy() if isinstance(value, Tensor) else value for name, value in feed.items()}
         names = [value.name for value in run.get_outputs()]
-        found = {
+        tensors = {
             name: _bfloat16(array) if rounded else array
             for name, array in zip(names, run.run(None, given), strict=True)
         }
         with quiet():
             save_json([feed], str(place / f"inputs-{number}.json"))
-            results = RunResults([("onnxruntime", [IterationResult(found, runner_name="onnxruntime")])])
+            results = RunResults([("onnxruntime", [IterationResult(tensors, runner_name="onnxruntime")])])
             results.save(str(place / f"outputs-{number}.json"))
 
 

@@ -65,12 +65,12 @@ def capability() -> str:
 
 def paths(shape: Shape, tokens: int) -> dict[str, dict[str, int]]:
     """Return the paths that a layer can take with so many tokens, and the thresholds that make it take each."""
-    found = {"dense": {"gemv_tokens": 0, "sparse_tokens": 0}}
+    best = {"dense": {"gemv_tokens": 0, "sparse_tokens": 0}}
     if tokens <= MOST_GEMV_TOKENS:
-        found["gemv"] = {"gemv_tokens": tokens, "sparse_tokens": 0}
+        best["gemv"] = {"gemv_tokens": tokens, "sparse_tokens": 0}
     if fits_sparse(shape.keep, shape.group, shape.k):
-        found["sparse"] = {"gemv_tokens": 0, "sparse_tokens": 1}
-    return found
+        best["sparse"] = {"gemv_tokens": 0, "sparse_tokens": 1}
+    return best
 
 
 def measured(library: LayerLibrary, shape: Shape, tokens: int, rounds: int) -> Iterator[Timing]:
@@ -108,7 +108,7 @@ def table(timings: Sequence[Timing], sm: str, source: str) -> list[Row]:
     best: dict[Shape, dict[int, str]] = {}
     for timing in sorted(timings, key=Timing.median):
         best.setdefault(timing.shape, {})[timing.tokens] = timing.path  # the last is the fastest
-    return [_row(shape, found, sm, source) for shape, found in sorted(best.items())]
+    return [_row(shape, fastest, sm, source) for shape, fastest in sorted(best.items())]
 
 
 def _row(shape: Shape, best: Mapping[int, str], sm: str, source: str) -> Row:

@@ -21,14 +21,14 @@ def images(source: str, processor: Any, count: int, seed: int) -> Tensor:
     Raises:
         CalibrationError: when there are fewer, they cannot be read, or the processor makes them of several shapes.
     """
-    found = drawn(source, count, seed)
-    if len(found) < count:
+    pictures = drawn(source, count, seed)
+    if len(pictures) < count:
         raise CalibrationError(
-            f"{source}: must have at least {count} images, got {len(found)}. "
+            f"{source}: must have at least {count} images, got {len(pictures)}. "
             "Give more, or ask for fewer with --calibration-tokens N, a window's worth for each image."
         )
     shape = image_shape(processor)
-    return torch.cat([pixels(row, source, processor, shape) for row in found])
+    return torch.cat([pixels(row, source, processor, shape) for row in pictures])
 
 
 def drawn(source: str, count: int, seed: int) -> Any:
@@ -56,9 +56,9 @@ def drawn(source: str, count: int, seed: int) -> Any:
     try:
         if hub:
             name, config, split = hub_name(source)
-            found = load_dataset(name, config, split=split)
+            dataset = load_dataset(name, config, split=split)
         else:
-            found = load_dataset("imagefolder", data_dir=source, split="train")
+            dataset = load_dataset("imagefolder", data_dir=source, split="train")
     except Exception as error:  # whatever a data set may raise
         raise CalibrationError(
             f"{source}: must be {SOURCES}, got {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
@@ -66,11 +66,11 @@ def drawn(source: str, count: int, seed: int) -> Any:
     finally:
         if shown:
             enable_progress_bars()
-    column = next((name for name, feature in found.features.items() if isinstance(feature, Image)), None)
+    column = next((name for name, feature in dataset.features.items() if isinstance(feature, Image)), None)
     if column is None:
-        raise CalibrationError(f"{source}: must have a column of images, got {', '.join(found.features)}.")
-    found = found.rename_column(column, "image") if column != "image" else found
-    return found.shuffle(seed=seed).select(range(min(count, len(found)))) if count else found
+        raise CalibrationError(f"{source}: must have a column of images, got {', '.join(dataset.features)}.")
+    dataset = dataset.rename_column(column, "image") if column != "image" else dataset
+    return dataset.shuffle(seed=seed).select(range(min(count, len(dataset)))) if count else dataset
 
 
 def pixels(row: Any, source: str, processor: Any, shape: tuple[int, ...]) -> Tensor:

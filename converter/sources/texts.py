@@ -137,14 +137,14 @@ def windows(
         first = False
         if count and len(ids) >= count * window:
             break
-    found = min(len(ids) // window, count or len(ids))
-    if found < max(count, 1):
+    number = min(len(ids) // window, count or len(ids))
+    if number < max(count, 1):
         raise CalibrationError(
             f"{source}: must have at least {max(count, 1) * window} tokens, got {len(ids)}. "
             "Give more text, or ask for fewer tokens or shorter windows."
         )
-    inner = torch.tensor(ids[: found * window]).reshape(found, window)
-    first_ids, last_ids = (torch.tensor(part, dtype=inner.dtype).expand(found, -1) for part in (before, after))
+    inner = torch.tensor(ids[: number * window]).reshape(number, window)
+    first_ids, last_ids = (torch.tensor(part, dtype=inner.dtype).expand(number, -1) for part in (before, after))
     return torch.cat([first_ids, inner, last_ids], 1)
 
 

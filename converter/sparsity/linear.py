@@ -98,8 +98,8 @@ def ranked(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | 
     return z, scores, eta
 
 
-def prune(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Return z = x - eta, its pruned form zs, and eta."""
+def select(x: Tensor, params: Params | Baked) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return z = x - eta, zs, what is kept of it beside zeros, and eta."""
     z, scores, eta = ranked(x, params)
     zs: Tensor = _Kept.apply(z, kept(scores, params))  # type: ignore[no-untyped-call]
     return z, zs, eta
@@ -144,8 +144,8 @@ def _variance(z: Tensor) -> Tensor:
 
 
 def approximate(x: Tensor, params: Params) -> tuple[Tensor, Tensor, Tensor]:
-    """Return z, its pruned form zs, and xhat = nu * zs + eta, what stands for x before the weight; all `[..., K]`."""
-    z, zs, eta = prune(x, params)
+    """Return z, zs and xhat = nu * zs + eta, what stands for x before the weight; all `[..., K]`."""
+    z, zs, eta = select(x, params)
     xhat = zs * token_scale(z, zs) if params.variance else zs
     return z, zs, xhat if eta is None else xhat + eta
 
@@ -210,7 +210,7 @@ class SparseLinear(nn.Module):
         Where the phase is dense every channel is kept: zs = z, nu = 1 and no residual.
         """
         baked, sparse = self.baked, self.sparse(x)
-        z, zs, eta = self.pruned(x)
+        z, zs, eta = self.selected(x)
         y = zs @ baked.w
         if sparse and baked.variance:
             y = y * token_scale(z, zs)
@@ -220,9 +220,9 @@ class SparseLinear(nn.Module):
             y = y + (z - zs) @ baked.residual_in @ baked.residual_out
         return y if baked.bias is None else y + baked.bias
 
-    def pruned(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Return z, zs and eta as the function `prune` does, with zs = z where the phase is dense."""
-        z, zs, eta = prune(x, self.baked)
+    def selected(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Return z, zs and eta as the function `select` does, with zs = z where the phase is dense."""
+        z, zs, eta = select(x, self.baked)
         return z, zs if self.sparse(x) else z, eta
 
     def sparse(self, x: Tensor) -> bool:

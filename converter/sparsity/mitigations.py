@@ -154,7 +154,7 @@ MITIGATIONS: dict[str, dict[str, Mitigation]] = {
         "svd": Mitigation(REPAIR, _low_rank, own=True),
         "trained": Mitigation(REPAIR, _low_rank, "model", trains=("residual_in", "residual_out"), own=True),
     },
-    # Ours: the weight is fitted to the pruned inputs, see converter/calibration/refit.py.
+    # Ours: the weight is fitted to what is kept of the inputs, see converter/calibration/refit.py.
     "refit": {"": Mitigation(REPAIR, lambda params, _: params, "block", needs_statistics=True)},
     # Ours: see converter/calibration/distill.py.
     "distill": {
@@ -171,7 +171,7 @@ def mitigations(names: Sequence[str], variants: dict[str, str]) -> list[Mitigati
         RecipeError: for an unknown name or variant, or two methods that set the same part of the op.
     """
     chosen: dict[str, str] = {}
-    found = []
+    methods = []
     for name in names:
         table = lookup(MITIGATIONS, "mitigation", name, RecipeError)
         variant = variants.get(name, "")
@@ -184,7 +184,7 @@ def mitigations(names: Sequence[str], variants: dict[str, str]) -> list[Mitigati
                 "Choose one."
             )
         chosen[method.role] = name
-        found.append(method)
+        methods.append(method)
     if "none" in names and len(names) > 1:
         raise RecipeError(f"mitigation: none cannot be combined, got {'+'.join(names)}. Leave out none.")
-    return found
+    return methods

@@ -64,12 +64,12 @@ class Storage:
         """
         if not self.bits:
             stored = self.dtype if self.weights == "dtype" else self.weights
-            found = weight.to(getattr(torch, stored)).float()
-            if stored == "float16" and not found.isfinite().all():
+            rounded_weight = weight.to(getattr(torch, stored)).float()
+            if stored == "float16" and not rounded_weight.isfinite().all():
                 raise RecipeError(
                     f"weights: must be at most 65504 for float16, got {weight.abs().max():g}. Use bfloat16."
                 )
-            return found
+            return rounded_weight
         weight = weight.to(getattr(torch, self.dtype)).float()
         whole, scale = self.quantized(weight.t())
         parts: Tensor = whole.unflatten(0, (len(scale), -1)) * scale[:, None]

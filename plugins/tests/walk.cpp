@@ -6,7 +6,7 @@
 
 #include "../kernels/cuda/launch.h"
 
-using Uncompress = void(uint16_t* values, void const* metadata, uint16_t* pruned, int padded, int k);
+using Uncompress = void(uint16_t* values, void const* metadata, uint16_t* zs, int padded, int k);
 extern "C" Uncompress pack_uncompressed, pack_uncompressed_wgmma;
 
 namespace nmsparse {
@@ -46,10 +46,10 @@ void multiply(T const* a, Gemm const& args) {
 
 template <class T>
 cudaError_t multiply_packed(Uncompress& uncompress, Gemm const& args) {
-    std::vector<uint16_t> values(size_t(args.padded) * args.k / 2), pruned(size_t(args.padded) * args.k);
+    std::vector<uint16_t> values(size_t(args.padded) * args.k / 2), zs(size_t(args.padded) * args.k);
     std::copy_n(static_cast<uint16_t const*>(args.a), values.size(), values.data());
-    uncompress(values.data(), args.metadata, pruned.data(), args.padded, args.k);
-    multiply(reinterpret_cast<T const*>(pruned.data()), args);
+    uncompress(values.data(), args.metadata, zs.data(), args.padded, args.k);
+    multiply(reinterpret_cast<T const*>(zs.data()), args);
     return cudaSuccess;
 }
 

@@ -80,12 +80,12 @@ Way way(Layer const& layer, int64_t tokens);
 // Rows of a block: such that in most patterns each block keeps a multiple of eight, and that they share a scale.
 int64_t block_rows(Layer const& layer);
 
-// Chooses the channels of token `t`. What is not null is written, at place `slot`: zs and z - zs.
-struct Chosen {
+// Selects the channels of token `t`. What is not null is written, at place `slot`: zs and z - zs.
+struct Selected {
     int64_t slot;
     Lists const *kept, *dropped;
 };
-Token choose(Layer const& layer, int64_t t, Chosen const& to);
+Token select_channels(Layer const& layer, int64_t t, Selected const& to);
 
 // What a product is cut into: tiles of so many columns, and parts of so many rows of W, or one part.
 struct Cut {

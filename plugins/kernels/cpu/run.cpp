@@ -1,4 +1,4 @@
-// The whole of a call: `choose` (parallel over tokens), `product` (over tiles of columns and parts of the rows) and
+// The whole of a call: `select_channels` (parallel over tokens), `product` (over tiles of columns and parts of the rows) and
 // `epilogue` (at once where a tile has one part), in chunks of tokens.
 #include <algorithm>
 
@@ -59,7 +59,7 @@ void run_layer(Layer const& layer, Host& host) {
     for (int64_t first = 0; first < layer.tokens; first += most) {
         int64_t const tokens = std::min(most, layer.tokens - first);
         host.parallel(tokens, tokens * k >= TUNING.worth_waking, [&](int64_t t) {
-            about[t] = choose(layer, first + t, {t, &kept, rank ? &dropped : nullptr});
+            about[t] = select_channels(layer, first + t, {t, &kept, rank ? &dropped : nullptr});
             if (rank) list_thin(layer, dropped, thin, t);
         });
         int64_t const tiles = ceil_div(n, cut.columns), size = tokens * n;

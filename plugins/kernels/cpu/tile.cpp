@@ -1,4 +1,4 @@
-// The product of pruned tokens with W, in one of three ways.
+// The product of tokens with W, in one of three ways.
 //
 // STREAMED, for very few tokens: each reads the rows that it keeps from where they are, eight at once.
 // HELD, for few: every row is read once, eight at once, and held in registers while it is multiplied for all tokens, by
@@ -8,7 +8,7 @@
 //
 // A sum has three levels (the rows of a block, a run of blocks, all runs), so that its error is below that of a GEMM's
 // long chains. The scale of integers is applied to the sum of a block, whose rows share it. What is added to what
-// depends on the pruned numbers alone: not on the way, the tile, the other tokens or the threads. (A row times zero
+// depends on the kept numbers alone: not on the way, the tile, the other tokens or the threads. (A row times zero
 // changes no sum, unless W holds Inf or NaN, which HELD shows as a dense product does.)
 #include <algorithm>
 #include <cstring>

@@ -7,7 +7,7 @@ namespace nmsparse::cpu {
 
 // Measured on an Intel Xeon of 2023 by benchmarks/cpu.py; another processor may want other numbers.
 struct Tuning {
-    int64_t worth_waking = 1 << 15;  // numbers: to choose among fewer takes less time than to wake a thread
+    int64_t worth_waking = 1 << 15;  // numbers: to select among fewer takes less time than to wake a thread
 
     // A panel costs so much that it pays from t tokens on where t * (read * group - 6 * keep) >= cost * group: with
     // float32 from 32 where half is kept and from 19 where a quarter is, with 16 bits from 20 and 12. Of integers few rows

@@ -2,7 +2,7 @@
 //
 // A source that includes <hwy/foreach_target.h> includes itself again for each kind of processor (on x86-64 SSE2, SSE4,
 // AVX2 and AVX-512, on Arm NEON), whose vectors, and all that is made of them, are in a namespace of its own. Which of
-// them runs is chosen at the first call. Nothing is fused but by multiply_add, so sums are the same wherever code is
+// them runs is selected at the first call. Nothing is fused but by multiply_add, so sums are the same wherever code is
 // inlined.
 #if defined(NMSPARSE_VECTORS_INL) == defined(HWY_TARGET_TOGGLE)  // once for each
 #ifdef NMSPARSE_VECTORS_INL

@@ -1,12 +1,12 @@
 // y = nu * (zs W) + eta * row_sum + bias for a few tokens, reading only the rows of W[K, N] that a token keeps.
 //
-// Gemv: a block has 256 columns of one token and a part of its groups. It chooses the channels of its part itself: a
+// Gemv: a block has 256 columns of one token and a part of its groups. It selects the channels of its part itself: a
 // kernel of its own for that took a third of the time. Then a warp takes every eighth row
 // of the list, a lane 8 columns, 16 bytes a row. GemvSum adds the parts in their order, so that the result is the same
 // every time.
 #pragma once
 
-#include "../select.h"
+#include "rank.h"
 
 namespace nmsparse {
 

@@ -34,7 +34,7 @@ int compute_capability();
     DEFINE(GemvSum<__nv_bfloat16>)
 
 // y[tokens, n] = nu * (a w) + eta * row_sum + bias in 16 bits, summed in float32. `a` is what Pack writes, with
-// `metadata`, or what Select writes as `pruned`, without.
+// `metadata`, or what Select writes as `zs`, without.
 struct Gemm {
     void const* a;
     uint32_t const* metadata;

@@ -15,7 +15,7 @@ int up(int value, int to) { return (value + to - 1) / to * to; }
 struct Buffers {
     float *eta = nullptr, *nu = nullptr, *partial = nullptr;
     Moments *z = nullptr, *kept = nullptr;
-    void *packed = nullptr, *pruned = nullptr;
+    void *packed = nullptr, *zs = nullptr;
     uint32_t* metadata = nullptr;
     int padded, parts, splits = 1;  // parts: of a token, with moments of their own; splits: of K, with sums of their own
     size_t bytes = 0;
@@ -59,7 +59,7 @@ Buffers lay_out(Layer const& layer, int tokens, void* workspace) {
         take(buffers.packed, rows * layer.k / 2 * sizeof(__half));
         take(buffers.metadata, rows * up(layer.k, wgmma ? WGMMA_CHANNELS : 32) / 32 * sizeof(uint32_t));
     } else if (path == Path::DENSE) {
-        take(buffers.pruned, rows * layer.k * sizeof(__half));
+        take(buffers.zs, rows * layer.k * sizeof(__half));
     }
     return buffers;
 }
@@ -133,11 +133,11 @@ cudaError_t run_layer(Layer const& layer, Tensors const& tensors, int tokens, Ti
     else
         next([&] {
             return launch<Select<T>>({x, tensors.channel_scale, shift, at.eta, tensors.permutation,
-                                      static_cast<T*>(at.pruned), at.z, at.kept, tokens, layer.k, layer.keep, layer.group},
+                                      static_cast<T*>(at.zs), at.z, at.kept, tokens, layer.k, layer.keep, layer.group},
                                      stream);
         });
     if (at.partial != nullptr) {
-        Gemm const gemm{at.pruned, nullptr, tensors.w, nullptr, nullptr, nullptr, nullptr, nullptr,
+        Gemm const gemm{at.zs, nullptr, tensors.w, nullptr, nullptr, nullptr, nullptr, nullptr,
                         tokens, tokens, layer.k, layer.n, at.partial, at.splits};
         next([&] { return skinny_gemm_sm90<T>(gemm, stream); });
         next([&] { return launch<GemvSum<T>>(sums, stream); });
@@ -145,7 +145,7 @@ cudaError_t run_layer(Layer const& layer, Tensors const& tensors, int tokens, Ti
     }
     if (at.z != nullptr)
         next([&] { return launch<TokenScale>({at.z, at.kept, at.nu, at.padded, at.parts}, stream); });
-    Gemm const gemm{at.packed != nullptr ? at.packed : at.pruned, at.metadata, tensors.w, at.nu, at.eta, tensors.row_sum,
+    Gemm const gemm{at.packed != nullptr ? at.packed : at.zs, at.metadata, tensors.w, at.nu, at.eta, tensors.row_sum,
                     tensors.bias, tensors.y, tokens, at.padded, layer.k, layer.n};
     bool const wgmma = order_of(layer) == MetadataOrder::WGMMA;
     next([&] {

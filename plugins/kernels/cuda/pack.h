@@ -16,7 +16,7 @@
 // padded is T up to the next 32, or 64 for WGMMA: the rows beyond T are packed as tokens of zeros.
 #pragma once
 
-#include "../select.h"
+#include "rank.h"
 
 namespace nmsparse {
 
@@ -77,7 +77,7 @@ struct Pack {
                     int const token = first + warp + 8 * row;
                     Eight<T> out;
                     load(args, token, channel, z);
-                    halves[row][half] = choose(args, scale, z, kept, out);
+                    halves[row][half] = select(args, scale, z, kept, out);
                     *reinterpret_cast<Eight<T>*>(args.values + (int64_t(token) * args.k + channel) / 2) = out;
                     if (args.z == nullptr) continue;
                     Moments &of_z = shared.z[warp + 8 * row][lane], &of_kept = shared.kept[warp + 8 * row][lane];
@@ -160,7 +160,7 @@ struct Pack {
     }
 
     // Of 16 channels: the kept ones as numbers beside zeros, packed, and their places in 16 bits.
-    NMSPARSE_DEVICE static uint32_t choose(Args const& args, float const* scale, float const* z, float* kept, Eight<T>& out) {
+    NMSPARSE_DEVICE static uint32_t select(Args const& args, float const* scale, float const* z, float* kept, Eight<T>& out) {
         uint32_t metadata = 0;
 #pragma unroll
         for (int group = 0; group < 4; ++group) {

@@ -4,7 +4,7 @@
 // A block has some whole groups of one token. A thread ranks a channel by counting who goes before it in its group.
 #pragma once
 
-#include "../select.h"
+#include "rank.h"
 
 namespace nmsparse {
 
@@ -18,7 +18,7 @@ struct Select {
         float const* shift;          // [k] or null
         float const* eta;            // [tokens] or null
         int32_t const* permutation;  // [k] or null: place -> channel; the rows of W are in the order of the places
-        T* pruned;                   // [tokens, k]
+        T* zs;                   // [tokens, k]
         Moments* z;                  // [tokens, blocks_y] or null
         Moments* kept;               // likewise
         int tokens, k, keep, group;  // group is at most PLACES
@@ -67,7 +67,7 @@ struct Select {
     NMSPARSE_DEVICE static void write(Args const& args, Shared& shared, int token, int first, int i) {
         T value;
         narrow(shared.keep[i] ? shared.z[i] : 0, value);
-        args.pruned[int64_t(token) * args.k + first + i] = value;
+        args.zs[int64_t(token) * args.k + first + i] = value;
     }
 };
 

@@ -7,7 +7,7 @@
 #include <vector>
 
 #undef HWY_TARGET_INCLUDE
-#define HWY_TARGET_INCLUDE "choose.cpp"
+#define HWY_TARGET_INCLUDE "select.cpp"
 #include <hwy/foreach_target.h>
 
 #include "layer.h"
@@ -51,11 +51,11 @@ void score_keys(float const* z, float const* scale, int64_t k, int32_t* keys) {
 }
 
 // zs, by bits: a branch on what is kept would be guessed wrong half of the time.
-void prune(float const* z, int32_t const* marks, int64_t k, float* zs) {
+void keep_only(float const* z, int32_t const* kept, int64_t k, float* zs) {
     int64_t i = 0;
     for (; i + LANES <= k; i += LANES)
-        store(zs + i, hn::And(load(z + i), hn::BitCast(FLOATS, hn::LoadU(INTS, marks + i))));
-    for (; i < k; ++i) zs[i] = marks[i] ? z[i] : 0.0F;
+        store(zs + i, hn::And(load(z + i), hn::BitCast(FLOATS, hn::LoadU(INTS, kept + i))));
+    for (; i < k; ++i) zs[i] = kept[i] ? z[i] : 0.0F;
 }
 
 // The sum of (x - centre) or of its square, over 16 sums in runs of 64, then over the sums: a fixed order.
@@ -104,7 +104,7 @@ int32_t nth_largest(int32_t const* keys, int64_t count, int64_t rank, std::vecto
 // Ranks the channels of as many groups at once as a register has lanes: how many of its group go before each one.
 // `place` says which channel is at a place of the arrangement.
 template <class Place>
-HWY_INLINE void mark_by_counting(int32_t const* keys, int64_t k, int64_t keep, int64_t group, Place place,
+HWY_INLINE void select_by_counting(int32_t const* keys, int64_t k, int64_t keep, int64_t group, Place place,
                                  int32_t* kept) {
     Ints key[COUNTED], before[COUNTED];
     int64_t const groups = k / group;
@@ -155,7 +155,7 @@ HWY_INLINE void sort(Ints* keys) {
 
 // The same for groups of a power of two that lie side by side: sorts as many of them at once.
 template <int GROUP>
-HWY_NOINLINE void mark_by_sorting(int32_t const* keys, int64_t k, int64_t keep, int32_t* kept) {
+HWY_NOINLINE void select_by_sorting(int32_t const* keys, int64_t k, int64_t keep, int32_t* kept) {
     constexpr int64_t COUNT = LANES * GROUP;
     Ints const one = hn::Set(INTS, 1);
     for (int64_t i = 0; i < k; i += COUNT) {
@@ -200,25 +200,25 @@ HWY_INLINE void with_group(int64_t group, Body const& body) {
     }
 }
 
-void mark_small(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, int32_t* kept,
+void select_small(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, int32_t* kept,
                 std::vector<int32_t>& arranged) {
     if (group > 1 && 32 % group == 0) {
         if (permutation == nullptr)
-            return with_group(group, [=](auto size) { mark_by_sorting<size>(keys, k, keep, kept); });
+            return with_group(group, [=](auto size) { select_by_sorting<size>(keys, k, keep, kept); });
         arranged.resize(2 * k);
         int32_t *const from = arranged.data(), *const to = from + k;
         for (int64_t i = 0; i < k; ++i) from[i] = keys[permutation[i]];
-        mark_small(from, k, keep, group, nullptr, to, arranged);
+        select_small(from, k, keep, group, nullptr, to, arranged);
         for (int64_t i = 0; i < k; ++i) kept[permutation[i]] = to[i];
         return;
     }
     if (permutation != nullptr)
-        mark_by_counting(keys, k, keep, group, [=](int64_t i) { return permutation[i]; }, kept);
+        select_by_counting(keys, k, keep, group, [=](int64_t i) { return permutation[i]; }, kept);
     else
-        mark_by_counting(keys, k, keep, group, [](int64_t i) { return i; }, kept);
+        select_by_counting(keys, k, keep, group, [](int64_t i) { return i; }, kept);
 }
 
-void mark_large(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, int32_t* kept,
+void select_large(int32_t const* keys, int64_t k, int64_t keep, int64_t group, int64_t const* permutation, int32_t* kept,
                 std::vector<int32_t>& arranged, std::vector<int32_t>& few) {
     for (int64_t g = 0; g < k; g += group) {
         arranged.clear();
@@ -262,7 +262,7 @@ void list(Lists const& lists, int64_t slot, Wanted wanted, Value value) {
     }
 }
 
-void list_kept(Lists const& lists, int64_t slot, int32_t const* marks, float const* z) {
+void list_kept(Lists const& lists, int64_t slot, int32_t const* kept, float const* z) {
     int32_t* const rows = lists.rows + slot * lists.capacity;
     float* const values = lists.values + slot * lists.capacity;
     size_t count = 0;
@@ -270,10 +270,10 @@ void list_kept(Lists const& lists, int64_t slot, int32_t const* marks, float con
         int64_t const end = std::min(lists.k, (b + 1) * lists.block);
         for (int64_t i = b * lists.block; i < end; i += LANES) {
             size_t const here = std::min<size_t>(LANES, end - i);
-            auto const marked = hn::MaskFromVec(hn::LoadN(INTS, marks + i, here));
-            auto const kept = hn::RebindMask(FLOATS, marked);
-            hn::CompressBlendedStore(hn::Iota(INTS, static_cast<int32_t>(i)), marked, INTS, rows + count);
-            count += hn::CompressBlendedStore(hn::LoadN(FLOATS, z + i, here), kept, FLOATS, values + count);
+            auto const is_kept = hn::MaskFromVec(hn::LoadN(INTS, kept + i, here));
+            auto const number_is_kept = hn::RebindMask(FLOATS, is_kept);
+            hn::CompressBlendedStore(hn::Iota(INTS, static_cast<int32_t>(i)), is_kept, INTS, rows + count);
+            count += hn::CompressBlendedStore(hn::LoadN(FLOATS, z + i, here), number_is_kept, FLOATS, values + count);
         }
         lists.ends[slot * lists.blocks() + b] = static_cast<int32_t>(count);
     }
@@ -285,7 +285,7 @@ struct Scratch {
     std::vector<int32_t> kept;  // -1 where a channel is, else 0
 };
 
-void mark(Layer const& layer, float const* z, Scratch& scratch) {
+void select_kept(Layer const& layer, float const* z, Scratch& scratch) {
     int64_t const k = layer.k;
     if (!layer.sparse || layer.keep == layer.group) {
         std::fill(scratch.kept.begin(), scratch.kept.end(), -1);
@@ -295,14 +295,14 @@ void mark(Layer const& layer, float const* z, Scratch& scratch) {
     int32_t* const kept = scratch.kept.data();
     score_keys(z, layer.channel_scale, k, keys);
     if (layer.group <= COUNTED)
-        mark_small(keys, k, layer.keep, layer.group, layer.permutation, kept, scratch.arranged);
+        select_small(keys, k, layer.keep, layer.group, layer.permutation, kept, scratch.arranged);
     else
-        mark_large(keys, k, layer.keep, layer.group, layer.permutation, kept, scratch.arranged, scratch.few);
+        select_large(keys, k, layer.keep, layer.group, layer.permutation, kept, scratch.arranged, scratch.few);
 }
 
 }  // namespace
 
-Token chosen(Layer const& layer, int64_t t, Chosen const& to) {
+Token selected(Layer const& layer, int64_t t, Selected const& to) {
     thread_local Scratch scratch;
     int64_t const k = layer.k;
     scratch.z.resize(k), scratch.keys.resize(k), scratch.kept.resize(k);
@@ -312,22 +312,22 @@ Token chosen(Layer const& layer, int64_t t, Chosen const& to) {
         subtract(z, layer.shift, token.eta, k, scratch.z.data());
         z = scratch.z.data();
     }
-    int32_t const* const marks = scratch.kept.data();
-    mark(layer, z, scratch);
+    int32_t const* const kept = scratch.kept.data();
+    select_kept(layer, z, scratch);
     if (to.kept->rows != nullptr) {
-        list_kept(*to.kept, to.slot, marks, z);
+        list_kept(*to.kept, to.slot, kept, z);
     } else {
-        float* const pruned = to.kept->values + to.slot * to.kept->capacity;
-        prune(z, marks, k, pruned);
-        std::fill(pruned + k, pruned + to.kept->capacity, 0.0F);
+        float* const zs = to.kept->values + to.slot * to.kept->capacity;
+        keep_only(z, kept, k, zs);
+        std::fill(zs + k, zs + to.kept->capacity, 0.0F);
     }
     // z - zs is 0 where a channel is kept, but NaN of Inf and NaN.
     if (to.dropped != nullptr)
-        list(*to.dropped, to.slot, [=](int64_t i) { return !marks[i] || !std::isfinite(z[i]); },
-             [=](int64_t i) { return z[i] - (marks[i] ? z[i] : 0.0F); });
+        list(*to.dropped, to.slot, [=](int64_t i) { return !kept[i] || !std::isfinite(z[i]); },
+             [=](int64_t i) { return z[i] - (kept[i] ? z[i] : 0.0F); });
     if (layer.variance && layer.sparse) {
         scratch.zs.resize(k);
-        prune(z, marks, k, scratch.zs.data());
+        keep_only(z, kept, k, scratch.zs.data());
         float const of_kept = variance(scratch.zs.data(), k);
         token.nu = std::sqrt(variance(z, k) / (of_kept < VARIANCE_FLOOR ? VARIANCE_FLOOR : of_kept));
     }
@@ -340,9 +340,9 @@ HWY_AFTER_NAMESPACE();
 #if HWY_ONCE
 namespace nmsparse::cpu {
 
-HWY_EXPORT(chosen);
+HWY_EXPORT(selected);
 
-Token choose(Layer const& layer, int64_t t, Chosen const& to) { return HWY_DYNAMIC_DISPATCH(chosen)(layer, t, to); }
+Token select_channels(Layer const& layer, int64_t t, Selected const& to) { return HWY_DYNAMIC_DISPATCH(selected)(layer, t, to); }
 
 }  // namespace nmsparse::cpu
 #endif

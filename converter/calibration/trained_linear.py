@@ -46,8 +46,8 @@ class TrainedLinear(nn.Module):
 
     def trained(self) -> Params:
         """Return the parameters without their gradients, and with a weight only where one was fitted or trained."""
-        found = self.current()
-        values: dict[str, Any] = dict(vars(found))
+        now = self.current()
+        values: dict[str, Any] = dict(vars(now))
         for name, value in values.items():
             values[name] = value.detach() if isinstance(value, Tensor) else value
         if not (self.refitted or "weight" in self.parts or "up" in self.parts):

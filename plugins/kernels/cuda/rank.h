@@ -1,8 +1,8 @@
 // Which channels of a group are kept, and what a token's rows are scaled by. The definition is in docs/format.md.
 #pragma once
 
-#include "cuda/kernel.h"
-#include "../op_spec.h"
+#include "kernel.h"
+#include "../../op_spec.h"
 
 namespace nmsparse {
 
