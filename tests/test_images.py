@@ -90,7 +90,7 @@ def test_a_classifier_is_fitted_and_keeps_its_accuracy(
     options = ["--calibration", digits / "train", "--calibration-tokens", "16384", "--pattern", "4:16"]
     for setting in (
         "training.tokens=81920",
-        "training.steps=288",
+        "training.steps=160",
         "training.held_out=32",
         "training.batch=8",
         "training.learning_rate=5e-4",
@@ -214,7 +214,7 @@ def test_the_features_of_a_real_backbone(backbone: Path, tmp_path: Path) -> None
     graph = onnx.load(backbone)
     as_checkpoint(graph.graph, tmp_path / "model")
     china, flower = load_sample_images().images
-    crops(tmp_path / "calibration", china, 24, 0)
+    crops(tmp_path / "calibration", china, 12, 0)
     crops(tmp_path / "test", flower, 8, 1)
     model, processor = load_with_processor(tmp_path / "model")
     given = processor([Image.open(path) for path in sorted((tmp_path / "test").iterdir())], return_tensors="pt")
@@ -232,7 +232,7 @@ def test_the_features_of_a_real_backbone(backbone: Path, tmp_path: Path) -> None
         "magnitude": {"criterion": "magnitude", "mitigation": "none"},
         "ours": {"criterion": "wina", "mitigation": "permute+var"},
     }.items():
-        source = {"calibration.source": str(tmp_path / "calibration"), "calibration.tokens": 24 * 256}
+        source = {"calibration.source": str(tmp_path / "calibration"), "calibration.tokens": 12 * 256}
         out = convert(str(tmp_path / "model"), tmp_path / name, PLAIN.replace({"pattern": "8:16", **source, **changes}))
         found = load(out)(**given).last_hidden_state
         cosines[name] = torch.cosine_similarity(found, dense, dim=-1).mean().item()

@@ -79,7 +79,8 @@ def test_the_default_methods_train_real_weights(
     nmsparse: Callable[..., subprocess.CompletedProcess[str]], few_blocks: Path, tmp_path: Path
 ) -> None:
     out, options = tmp_path / "out", ["--calibration", "python", "--calibration-tokens", "2048", "--json"]
-    for setting in ("training.tokens=4096", "training.steps=12", "allocation.tokens=2048"):
+    short = ("training.window=128", "training.tokens=2048", "training.steps=8", "training.held_out=2")
+    for setting in (*short, "allocation.tokens=2048"):
         options += ["--set", setting]
     done = nmsparse("convert", few_blocks, out, *options)
     assert done.returncode == 0, done.stderr
@@ -145,8 +146,8 @@ def test_layers_that_share_their_channels_give_the_same_model(
     assert nmsparse("convert", few_blocks, out, *settings).returncode == 0
     export(out, apart, {"share": False}, Stages())
     nodes = [len(json.loads(nmsparse("inspect", folder, "--json").stdout)) for folder in (out, apart)]
-    assert nodes == [24, 42]
-    assert json.loads((out / "report.json").read_text())["parity"]["layers"] == 42
+    assert nodes == [12, 21]
+    assert json.loads((out / "report.json").read_text())["parity"]["layers"] == 21
     found = [
         json.loads(nmsparse("perplexity", folder, "--text", wikitext, "--tokens", 512, "--json").stdout)["perplexity"]
         for folder in (out, apart)
@@ -265,7 +266,7 @@ def test_an_engine_for_gpus_that_are_not_here(
     assert engine["profiles"] == ["batch=1:1:1,tokens=1:128:512,past=0:256:1023"]
     assert max(stage["peak_bytes"] for stage in about["stages"]) < 4e9
     layers = json.loads((out / "manifest.json").read_text())["layers"]["sparse"]
-    assert layers == {"half": 210, "exact": 42}[model]
+    assert layers == {"half": 210, "exact": 21}[model]
     # The compiler fuses what it can into a product; that of each layer is in the dtype of its weight.
     kinds = [(kind.split(), count) for kind, count in engine["layers"].items()]
     products = [(kind[1], count) for kind, count in kinds if kind[0] in {"gemm", "runtime_fusion"}]
