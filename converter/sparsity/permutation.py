@@ -23,7 +23,7 @@ def decorrelate(together: Tensor, group: int) -> Tensor:
     room = np.full(groups, group)
     load = np.zeros((groups, channels))  # of each group's members, summed, with every channel
     for channel in np.argsort(-np.diagonal(moments), kind="stable").tolist():
-        best = int(np.where(room > 0, load[:, channel], np.inf).argmin())
+        best = int(np.argmin(np.where(room > 0, load[:, channel], np.inf)))
         members[best].append(channel)
         room[best] -= 1
         load[best] += moments[channel]
