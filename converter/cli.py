@@ -47,20 +47,20 @@ DEBUG = "--debug"
 LONGEST = 4000  # characters of an error
 PLUGIN = Path("build/plugins/libnmsparse_tensorrt.so")
 Device = Annotated[
-    Literal["cpu", "cuda"], Parameter(help="where to calibrate: on the CPU, or on a GPU that PyTorch can use")
+    Literal["cpu", "cuda"], Parameter(help="Where to calibrate: on the CPU, or on a GPU that PyTorch can use.")
 ]
 
 
-Json = Annotated[bool, Parameter(name="--json", help="print the result as JSON")]
-DtypeOption = Annotated[Dtype | None, Parameter(help="what the graph computes in (default float32)")]
+Json = Annotated[bool, Parameter(name="--json", help="Print the result as JSON.")]
+DtypeOption = Annotated[Dtype | None, Parameter(help="The data type that the graph computes in (default float32).")]
 WeightsOption = Annotated[
-    Weights | None, Parameter(help="how weights are stored; fewer bits than the dtype are for float32 (default dtype)")
+    Weights | None, Parameter(help="How weights are stored; narrower than --dtype only with float32 (default dtype).")
 ]
-Revision = Annotated[str | None, Parameter(help="a branch, tag or commit of MODEL on the Hub")]
+Revision = Annotated[str | None, Parameter(help="A branch, tag or commit of MODEL on the Hub.")]
 Threads = Annotated[int, Parameter(validator=validators.Number(gte=1, lte=1024))]
 Seconds = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=3600))]
 EmbedKernel = Annotated[
-    bool, Parameter(help="put the CPU kernel's library into OUT: onnxruntime-genai then runs it by itself")
+    bool, Parameter(help="Copy the CPU kernel's library into OUT, so that onnxruntime-genai loads it by itself.")
 ]
 Group = Parameter(name="*")  # of options that are each an option of its own on the command line
 if TYPE_CHECKING:
@@ -76,24 +76,30 @@ class RecipeOptions:
     """The recipe on the command line; what is not given comes from --recipe, else from the defaults."""
 
     pattern: Annotated[
-        str | None, Parameter(help="N:M, K, or P% of a token's channels, in every layer (default: 8:16 on average)")
+        str | None,
+        Parameter(help="What every layer keeps: N:M, K or P% of a token's channels (default: 8:16 on average)."),
     ] = None
     criterion: Annotated[
-        str | None, Parameter(help="magnitude, clact, amber, amber_trimmed, wina, weight_variance")
+        str | None,
+        Parameter(help="How channels are ranked: magnitude, clact, amber, amber_trimmed, wina or weight_variance."),
     ] = None
     mitigation: Annotated[
-        str | None, Parameter(help="none, or a sum of methods such as permute+var; see docs/reference/recipe.md")
+        str | None, Parameter(help="none, or methods joined by +, such as permute+var; see docs/reference/recipe.md.")
     ] = None
-    calibration: Annotated[str | None, Parameter(help="self, python, a text file, or hub:NAME[:CONFIG[:SPLIT]]")] = None
-    calibration_tokens: Annotated[int | None, Parameter(help="how many tokens of it")] = None
-    phases: Annotated[Phases | None, Parameter(help="when the layers are sparse (default both)")] = None
+    calibration: Annotated[
+        str | None, Parameter(help="The calibration text: self, python, a text file, or hub:NAME[:CONFIG[:SPLIT]].")
+    ] = None
+    calibration_tokens: Annotated[int | None, Parameter(help="How many tokens of the calibration text to use.")] = None
+    phases: Annotated[Phases | None, Parameter(help="In which phases the layers are sparse (default both).")] = None
     dtype: DtypeOption = None
     weights: WeightsOption = None
-    targets: Annotated[str | None, Parameter(help="comma-separated name patterns of the layers to make sparse")] = None
-    ignore: Annotated[str | None, Parameter(help="comma-separated name patterns of the layers to leave dense")] = None
+    targets: Annotated[str | None, Parameter(help="Comma-separated name patterns of the layers to make sparse.")] = None
+    ignore: Annotated[str | None, Parameter(help="Comma-separated name patterns of the layers to leave dense.")] = None
     seed: Seed | None = None
-    recipe: Annotated[Path | None, Parameter(help="a YAML recipe")] = None
-    set: Annotated[list[str] | None, Parameter(help="KEY=VALUE of the recipe, such as s_pts=scalar")] = None
+    recipe: Annotated[Path | None, Parameter(help="A recipe file in YAML.")] = None
+    set: Annotated[
+        list[str] | None, Parameter(help="A setting of the recipe as KEY=VALUE, such as s_pts=scalar; may be repeated.")
+    ] = None
 
     def effective(self) -> Recipe:
         """Return the recipe: defaults, then the file, then --set, then the other options."""
@@ -126,7 +132,7 @@ def convert(
     *,
     model_revision: Revision = None,
     device: Device = "cpu",
-    dry_run: Annotated[bool, Parameter(help="print the plan of every layer and write nothing")] = False,
+    dry_run: Annotated[bool, Parameter(help="Print the plan of every layer and write nothing.")] = False,
     embed_kernel: EmbedKernel = False,
     json_output: Json = False,
 ) -> None:
@@ -151,7 +157,7 @@ def calibrate(
     model_revision: Revision = None,
     device: Device = "cpu",
 ) -> None:
-    """Fit the recipe to MODEL and write calibration and recipe to the folder OUT, for `nmsparse export`."""
+    """Fit the recipe to MODEL and write the calibration and the recipe to the folder OUT, for `nmsparse export`."""
     recipe = (options or RecipeOptions()).effective()
     from converter.pipeline import calibrate as stage
 
@@ -171,7 +177,7 @@ def export(
     embed_kernel: EmbedKernel = False,
     json_output: Json = False,
 ) -> None:
-    """Write OUT from the folder that `nmsparse calibrate` (or convert) wrote."""
+    """Write OUT from a folder written by `nmsparse calibrate` or `nmsparse convert`."""
     from converter.pipeline import export as stage
 
     changes = {key: value for key, value in (("dtype", dtype), ("weights", weights)) if value is not None}
@@ -188,14 +194,14 @@ def validate(
     engine: Annotated[EngineOptions | None, Group] = None,
     json_output: Json = False,
 ) -> None:
-    """Compare OUT in ONNX Runtime with its checkpoint in PyTorch, or an engine of it with ONNX Runtime.
+    """Compare OUT in ONNX Runtime with its checkpoint in PyTorch, or an engine of OUT with ONNX Runtime.
 
-    Exit code 14 when they differ too much; 17 when an engine could not run, because no GPU is here.
+    Exit code 14 means that they differ too much; 17, that an engine could not run because there is no GPU.
 
     Parameters
     ----------
     runtime
-        What runs OUT: ONNX Runtime, or an engine that `nmsparse build` wrote.
+        What runs OUT: ONNX Runtime, or an engine built by `nmsparse build`.
     """
     given, run = parity or ParityOptions(), engine or EngineOptions()
     _refuse_others(f"with --runtime {runtime}", named(given, run), registry.own(runtime, "validate"))
@@ -227,10 +233,10 @@ def build(
     options: Annotated[BuildOptions | None, Group] = None,
     json_output: Json = False,
 ) -> None:
-    """Build an engine of OUT: of TensorRT-RTX on any machine, of TensorRT with our plugin where a GPU is.
+    """Build an engine of OUT: for TensorRT-RTX on any machine, for TensorRT with our plugin on one with a GPU.
 
-    TensorRT-RTX knows no plugins: its engine computes the sparse model by dense GEMMs. For TensorRT the graph with
-    plugin nodes is written, and a script that builds it with polygraphy; with --plugin also the engine.
+    An engine for TensorRT-RTX contains no plugin and computes the sparse model with dense GEMMs. For TensorRT, the
+    graph with plugin nodes and a script that builds it with polygraphy are written; with --plugin, the engine too.
     """
     given = options or BuildOptions()
     _refuse_others(f"with --runtime {runtime}", named(given), registry.own(runtime, "build"))
@@ -258,24 +264,24 @@ def bench(
     plugin: Path | None = None,
     json_file: Annotated[Path | None, Parameter(name="--json")] = None,
 ) -> None:
-    """Measure OUT on the CPU of this machine, beside the same OUT run dense, both in ONNX Runtime.
+    """Measure the speed of OUT on this machine's CPU beside the same model run dense, both in ONNX Runtime.
 
-    With --tune the layers of OUT on its GPU instead, beside PyTorch's dense product.
+    With --tune, measure the layers of OUT on the GPU instead, beside PyTorch's dense product.
 
     Parameters
     ----------
     threads
-        How many threads ONNX Runtime has; may be repeated. By default 1, then one for each core.
+        Number of ONNX Runtime's threads; may be repeated. By default 1, then as many as there are cores.
     prefill
-        Tokens of a prompt; may be repeated. By default 128, then 512.
+        Number of tokens in a prompt; may be repeated. By default 128, then 512.
     seconds
-        How long each measurement takes, 10 by default; there are five rounds at least.
+        Duration of each measurement, 10 by default; there are at least five rounds.
     tune
-        Where to write the table of paths for nmsparse build --dispatch.
+        Where to write the table of paths, for nmsparse build --dispatch.
     plugin
         With --tune: the library of the TensorRT plugin.
     json_file
-        Where to write rows of name, value, unit, goal and met; without --tune of call, threads and what, too.
+        Where to write the results: rows of name, value, unit, goal and met; without --tune also call, threads and what.
     """
     from converter import bench as stage
 
@@ -302,17 +308,17 @@ def inspect(
     dispatch: Path | None = None,
     json_output: Json = False,
 ) -> None:
-    """List the sparse layers of OUT: shapes, patterns, what one token costs dense and sparse, paths on TensorRT.
+    """List the sparse layers of OUT: shapes, patterns, the dense and sparse cost of a token, and paths on TensorRT.
 
-    The sparse figures are those of a kernel that reads only the weights a token uses; the ONNX function body, which
-    runs where there is no kernel, reads all. --json has every layer, else layers of one name and shape share a row.
+    The sparse figures hold for a kernel that reads only the weights that a token uses. The ONNX function body, which
+    runs where there is no kernel, reads all of them. Layers of one name and shape share a row, except with --json.
 
     Parameters
     ----------
     target
-        The compute capability whose paths are shown, such as sm_89.
+        The compute capability to show the paths for, such as sm_89.
     dispatch
-        The table of paths that nmsparse bench --tune wrote; by default the one that comes with nmsparse.
+        A table of paths written by nmsparse bench --tune; by default the one shipped with nmsparse.
     """
     from converter.delivery.inspect import inspect as stage
 
@@ -328,10 +334,10 @@ def report(
     out: Path,
     /,
     *,
-    bench: Annotated[Path | None, Parameter(help="what nmsparse bench OUT --json wrote")] = None,
-    to: Annotated[Path | None, Parameter(help="the page's file; by default OUT/report.html")] = None,
+    bench: Annotated[Path | None, Parameter(help="A file written by nmsparse bench OUT --json.")] = None,
+    to: Annotated[Path | None, Parameter(help="Where to write the page; by default OUT/report.html.")] = None,
 ) -> None:
-    """Write one HTML page about OUT that needs no network: verdict, layers, parity, training, speed, recipe."""
+    """Write one HTML page about OUT, readable offline: verdict, accuracy, layers, parity, training, speed, recipe."""
     from converter.delivery import report as stage
 
     rows = json_rows.read_speed(bench) if bench else []
@@ -340,12 +346,12 @@ def report(
 
 @app.command
 def compare(
-    outs: Annotated[list[Path], Parameter(help="two or more OUTs")],
+    outs: Annotated[list[Path], Parameter(help="Two or more OUTs.")],
     /,
     *,
-    to: Annotated[Path, Parameter(help="the page's file")] = Path("comparison.html"),
+    to: Annotated[Path, Parameter(help="Where to write the page.")] = Path("comparison.html"),
 ) -> None:
-    """Write one HTML page that shows several OUTs side by side."""
+    """Write one HTML page that compares several OUTs side by side."""
     from converter.delivery import report as stage
 
     _write_page(to, stage.compare([stage.read(out) for out in outs]))
@@ -353,12 +359,12 @@ def compare(
 
 @app.command
 def doctor(*folders: Path, plugin: Path = PLUGIN, json_output: Json = False) -> None:
-    """Say what works on this machine and how to get the rest; clear away what killed runs left behind.
+    """Report what works on this machine and how to get the rest; remove what killed runs left behind.
 
     Parameters
     ----------
     folders
-        Where OUTs have been written to; by default the working folder.
+        Folders in which OUTs were written; by default the working folder.
     plugin
         The library of the TensorRT plugin.
     """
@@ -373,7 +379,7 @@ def doctor(*folders: Path, plugin: Path = PLUGIN, json_output: Json = False) -> 
 
 @app.command
 def genai_overlay() -> None:
-    """Print what makes onnxruntime-genai load the CPU kernel that is installed here: JSON for its Config.overlay."""
+    """Print JSON for Config.overlay that makes onnxruntime-genai load the CPU kernel installed here."""
     from converter.runtimes.genai import overlay
 
     print(overlay())
@@ -385,19 +391,19 @@ def generate(
     prompt: str,
     /,
     *,
-    max_new_tokens: Annotated[PositiveInt, Parameter(help="the most tokens to write")] = 128,
+    max_new_tokens: Annotated[PositiveInt, Parameter(help="Limit on the number of tokens to generate.")] = 128,
     chat: Annotated[bool, Parameter(negative="--no-chat")] = True,
     sample: bool = False,
     seed: Seed = 0,
 ) -> None:
-    """Continue PROMPT with OUT (on ONNX Runtime) or with a checkpoint (dense, in PyTorch), printing text as it comes.
+    """Continue PROMPT with OUT (in ONNX Runtime) or a checkpoint (dense, in PyTorch), printing text as it is generated.
 
     Parameters
     ----------
     chat
-        Put the prompt into the model's chat template, where it has one.
+        Put the prompt into the model's chat template, if it has one.
     sample
-        Sample with the model's generation config; else the likeliest token each time.
+        Sample by the model's generation config; otherwise the most likely token is taken each time.
     """
     import torch
     from transformers import TextStreamer
@@ -458,21 +464,23 @@ def perplexity(
     context: PositiveInt = 512,
     tokens: NonNegativeInt = 0,
     bos: bool = False,
-    field: Annotated[str, Parameter(help="which field of a .jsonl, .parquet or Hub data set holds the text")] = "text",
+    field: Annotated[
+        str, Parameter(help="The field of a .jsonl, .parquet or Hub data set that holds the text.")
+    ] = "text",
     json_output: Json = False,
 ) -> None:
-    """Measure the perplexity of OUT (on ONNX Runtime) or of a checkpoint (dense, in PyTorch) on a text.
+    """Measure the perplexity of OUT (in ONNX Runtime) or a checkpoint (dense, in PyTorch) on a text.
 
     Parameters
     ----------
     text
         A file, hub:NAME[:CONFIG[:SPLIT]], or python: the language reference that comes with every Python.
     context
-        Tokens in a window; windows do not overlap.
+        Number of tokens in a window; windows do not overlap.
     tokens
-        How many tokens of the text to use, whole windows of them; 0 for all.
+        Number of tokens of the text to use, in whole windows; 0 means all.
     bos
-        Begin each window with the token that begins a text, as some models always see it.
+        Begin each window with the beginning-of-text token, which some models expect.
     """
     from converter.evaluation.perplexity import perplexity as measure
     from converter.kinds import positions
@@ -525,16 +533,16 @@ def evaluate(
     options: Annotated[EvaluationOptions | None, Group] = None,
     json_output: Json = False,
 ) -> None:
-    """Measure tasks of lm-evaluation-harness on OUT beside its checkpoint, dense, in PyTorch.
+    """Measure lm-evaluation-harness tasks on OUT beside its dense checkpoint in PyTorch.
 
-    Of a checkpoint, on it alone. Answers are kept under the Hub cache: what was interrupted goes on, and the dense
-    model is asked once for all that were made of it.
+    Given a checkpoint, measure it alone. Answers are cached beside the Hub's files: an interrupted evaluation resumes,
+    and a dense model is asked only once, however many OUTs were made of it.
 
     Parameters
     ----------
     runtime
-        What runs OUT: ONNX Runtime; PyTorch, whose sparse model is what validate compares it with; or, where a GPU is,
-        an engine that `nmsparse build` wrote.
+        What runs OUT: ONNX Runtime; PyTorch, whose sparse model is the reference of validate; or, on a machine with a
+        GPU, an engine built by `nmsparse build`.
     """
     wanted, run = asked or TaskOptions(), engine or EngineOptions()
     _refuse_others(f"with --runtime {runtime}", named(run), registry.own(runtime, "evaluate"))

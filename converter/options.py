@@ -12,7 +12,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter, validators
 from cyclopts.types import NonNegativeInt, PositiveInt
 
-Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32), help="seed of every random choice")]
+Seed = Annotated[int, Parameter(validator=validators.Number(gte=0, lt=2**32), help="Seed of every random choice.")]
 Share = Annotated[float, Parameter(validator=validators.Number(gt=0, lte=10))]
 
 
@@ -21,8 +21,8 @@ class ParityOptions:
     """What ONNX Runtime is compared on.
 
     Attributes:
-        text: The text to compare on: a file, hub:NAME, or python (default). Of an engine it is fixed when it is built.
-        model: Where the checkpoint is now, when it has moved.
+        text: The text to compare on: a file, hub:NAME, or python (the default). An engine's is fixed when it is built.
+        model: Where the checkpoint is now, if it has moved.
     """
 
     text: str | None = None
@@ -34,9 +34,9 @@ class EngineOptions:
     """Which engine of OUT is run, and what it may bring.
 
     Attributes:
-        target: With tensorrt-rtx: the compute capabilities of the engine, where OUT has several.
-        plugin: With tensorrt: the plugin's library.
-        allow_host_code: let the engine bring code for this CPU: only one that you have built yourself
+        target: With tensorrt-rtx: the compute capabilities of the engine to use, if OUT has several engines.
+        plugin: With tensorrt: the library of the plugin.
+        allow_host_code: Allow the engine to run its own code on this CPU. Use it only with engines that you built.
     """
 
     target: str | None = None
@@ -50,15 +50,15 @@ class BuildOptions:
 
     Attributes:
         target: Comma-separated compute capabilities, such as sm_89,sm_120. With tensorrt-rtx: one engine for all of
-            them. With tensorrt: the one whose rows of the dispatch table are used.
+            them. With tensorrt: the one whose rows of the dispatch table apply.
         profile: Shapes to tune for, such as batch=1,tokens=1:128:512,past=0:256:1023 (MIN:OPT:MAX); may be repeated.
-            By default one for decoding and one for prefill, of one sequence of up to 2048 tokens.
-        workspace_mib: The most scratch memory of a layer on the GPU, in MiB; by default the runtime's own choice.
-        dispatch: With tensorrt: the table of paths that nmsparse bench --tune writes; by default nmsparse's own.
-        plugin: With tensorrt: the plugin's library, to build the engine here.
-        version_compatible: With tensorrt: the engine also loads in later versions of TensorRT.
-        hardware_compatible: With tensorrt: the engine runs on every GPU from Ampere on.
-        embed_plugin: With tensorrt and --plugin: the engine carries the library in it.
+            By default one for decoding and one for prefill, each for one sequence of up to 2048 tokens.
+        workspace_mib: Limit on the scratch memory of a layer on the GPU, in MiB; the runtime decides by default.
+        dispatch: With tensorrt: a table of paths written by nmsparse bench --tune, in place of the one shipped.
+        plugin: With tensorrt: the library of the plugin; with it the engine is built here.
+        version_compatible: With tensorrt: make the engine loadable by later versions of TensorRT.
+        hardware_compatible: With tensorrt: make the engine run on every GPU since Ampere.
+        embed_plugin: With tensorrt and --plugin: store the library inside the engine.
     """
 
     target: str | None = None
@@ -80,15 +80,15 @@ class TaskOptions:
     """What OUT and its checkpoint are asked.
 
     Attributes:
-        tasks: Comma-separated names of lm-eval's tasks, which may be empty; by default piqa, arc_easy, boolq,
+        tasks: Comma-separated names of lm-eval tasks, or an empty text for none; by default piqa, arc_easy, boolq,
             winogrande and wikitext.
-        images: For an image classifier, instead of tasks: a folder that has one folder of images for each class, or
+        images: For an image classifier, instead of tasks: a folder with one subfolder of images for each class, or
             hub:NAME[:CONFIG[:SPLIT]].
-        limit: How many examples of each task, the first ones; by default all.
-        shots: Examples in each prompt; by default as many as the task says.
+        limit: Use only the first so many examples of each task; all by default.
+        shots: Solved examples in each prompt; by default the number that the task sets.
         chat: Put the prompts into the model's chat template.
-        prompts: From how many prompts, 64 tokens of --text each, both models write on: how much of it is the same.
-        text: Where these prompts come from, as for nmsparse perplexity.
+        prompts: Let both models continue so many prompts, 64 tokens of --text each, and measure how much agrees.
+        text: Where the prompts come from, as for nmsparse perplexity.
     """
 
     tasks: str | None = None
@@ -106,13 +106,13 @@ class EvaluationOptions:
     """What OUT is held against, how it is asked, and where the results go.
 
     Attributes:
-        against: The dense checkpoint, where it is no longer where OUT was made from.
-        data_dir: A folder with the data of the tasks, such as piqa/valid.jsonl; by default they come from the Hub.
-        context: The most tokens in a sequence, and in a window of a perplexity.
-        batch: Sequences in a call.
-        min_recovery: Exit code 19 when sparse / dense accuracy, the mean over the tasks, is less.
-        out: Where to write each example's results and the comparison; by default OUT/evaluation, of a checkpoint
-            nowhere.
+        against: Where the dense checkpoint is now, if it has moved since OUT was made.
+        data_dir: A folder with the tasks' data, such as piqa/valid.jsonl; by default the data come from the Hub.
+        context: Limit on the tokens in a sequence, and the window in which perplexity is measured.
+        batch: Sequences in one call of the model.
+        min_recovery: Exit with code 19 if sparse / dense accuracy, averaged over the tasks, is below this.
+        out: Where to write the results of each example and the comparison. By default OUT/evaluation; results of a
+            checkpoint are not written by default.
     """
 
     against: str | None = None
