@@ -1,4 +1,4 @@
-"""Which combinations of settings a run of the tests tries: every pair of values, or with NMSPARSE_TEST_FULL all."""
+"""Which combinations of settings a run of the tests tries: every pair, or every value; with NMSPARSE_TEST_FULL all."""
 
 from __future__ import annotations
 
@@ -25,6 +25,17 @@ def pairs(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
         product = sorted(chosen)
     rows = ([axis[index] for axis, index in zip(axes, row, strict=True)] for row in product)
     return [tuple(part for value in row for part in (value if isinstance(value, tuple) else [value])) for row in rows]
+
+
+def each(*axes: Sequence[Any]) -> list[tuple[Any, ...]]:
+    """Return combinations in which every value of every axis is tried, for tests that take seconds each.
+
+    The values of the axes go round side by side, so that the longest axis decides how many there are; `make test-all`
+    tries the whole product.
+    """
+    if os.environ.get("NMSPARSE_TEST_FULL"):
+        return list(itertools.product(*axes))
+    return [tuple(axis[turn % len(axis)] for axis in axes) for turn in range(max(map(len, axes)))]
 
 
 def _pairs(row: tuple[int, ...]) -> list[tuple[tuple[int, int], tuple[int, int]]]:

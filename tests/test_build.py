@@ -16,6 +16,7 @@ import onnx
 import pytest
 import torch
 from conftest import PLAIN, WITH_RTX, make_tiny
+from pairs import each
 from polygraphy.json import load_json
 
 from converter import convert
@@ -77,8 +78,7 @@ def outputs(model: onnx.ModelProto, folder: Path) -> list[np.ndarray]:
     return run.run(None, feeds)
 
 
-@pytest.mark.parametrize("mitigation", ["var", "d_pts+permute", "s_pts+r_sparse"])
-@pytest.mark.parametrize("phases", ["both", "decode"])
+@pytest.mark.parametrize(("phases", "mitigation"), each(["decode", "both"], ["d_pts+permute", "var", "s_pts+r_sparse"]))
 def test_the_lowered_graph_computes_the_same_by_standard_nodes(
     converted: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, mitigation: str, phases: str
 ) -> None:
@@ -142,8 +142,7 @@ def test_bad_profiles(text: str, said: str) -> None:
 
 
 @WITH_RTX
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("pattern", ["2:4", "8:16"])
+@pytest.mark.parametrize(("pattern", "dtype"), each(["2:4", "8:16"], ["float32", "float16", "bfloat16"]))
 def test_engines_of_every_dtype(converted: Callable[..., Path], dtype: str, pattern: str) -> None:
     out = converted(dtype, pattern=pattern)
     engine, folder = build(out, "sm_89").to_json()["engine"], out / "engines" / "tensorrt-rtx-sm_89"
@@ -232,8 +231,8 @@ def test_the_trial_tells_a_wrong_model_from_the_right_one(
         feed = load_json(str(tmp_path / f"inputs-{number}.json"))[0]
         assert (feed["input_ids"].shape, feed["attention_mask"].shape) == (ids, mask)
         assert str(feed["past_key_values.0.key"].dtype).removeprefix("torch.") == dtype
-    if dtype == "bfloat16":
-        return  # which ONNX Runtime's CPU provider has no kernels for
+    if dtype != "float16":
+        return  # the commands are the same, and ONNX Runtime's CPU provider has no kernels for bfloat16
     commands = trial.commands(2, f"{tmp_path}/")
     monkeypatch.setattr(trial, "commands", lambda *_: [on_onnxruntime(command) for command in commands])
     (tmp_path / "polygraphy").mkdir()  # what lies beside an engine is not imported

@@ -127,8 +127,6 @@ METHODS = [
     {"criterion": "clact", "mitigation": "pcs+var"},
     {"criterion": "amber_trimmed", "mitigation": "permute+s_pts"},
     {"criterion": "wina", "mitigation": "permute+r_sparse+d_pts+var", "rank": 3},
-    {"mitigation": "r_sparse", "rank": 3, "dtype": "float16"},
-    {"mitigation": "permute+r_sparse", "rank": 3, "dtype": "bfloat16"},
     {"mitigation": "l_pts+ls+var", "training.learning_rate": 1e-2, **SHORT},
     {"mitigation": "permute+r_sparse", "r_sparse": "trained", "rank": 3, "training.learning_rate": 2e-3, **SHORT},
     {"mitigation": "l_pts+ls+var", "training.objective": "layer", "training.learning_rate": 1e-3, **SHORT},

@@ -13,6 +13,7 @@ import onnx
 import pytest
 import torch
 from conftest import PLAIN, make_tiny
+from pairs import each
 from safetensors.torch import load_file, save_file
 
 from converter import convert, genai_overlay, load
@@ -126,8 +127,7 @@ def test_a_number_too_large_for_float16_is_refused(
     convert(str(model), tmp_path / "out", PLAIN.replace({"dtype": "bfloat16"}))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("phases", ["prefill", "decode"])
+@pytest.mark.parametrize(("phases", "dtype"), each(["prefill", "decode"], ["float32", "float16", "bfloat16"]))
 def test_phases(converted: Callable[..., Path], phases: str, dtype: str) -> None:
     out = converted("llama", "s_pts+var", dtype, phases)
     assert json.loads((out / "report.json").read_text())["parity"]["passed"]

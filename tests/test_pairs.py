@@ -3,7 +3,7 @@
 import itertools
 
 import pytest
-from pairs import pairs
+from pairs import each, pairs
 
 
 def test_every_two_values_meet(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -15,3 +15,11 @@ def test_every_two_values_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(rows) < 16
     monkeypatch.setenv("NMSPARSE_TEST_FULL", "1")
     assert pairs(*axes) == list(itertools.product(*axes))
+
+
+def test_every_value_is_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    axes = ([1, 2, 3], ["a", "b"], [True])
+    monkeypatch.delenv("NMSPARSE_TEST_FULL", raising=False)
+    assert each(*axes) == [(1, "a", True), (2, "b", True), (3, "a", True)]
+    monkeypatch.setenv("NMSPARSE_TEST_FULL", "1")
+    assert each(*axes) == list(itertools.product(*axes))
