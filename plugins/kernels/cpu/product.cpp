@@ -30,7 +30,8 @@ Way way(Layer const& layer, int64_t tokens) {
 Cut cut(Way way, Lists const& lists, int64_t tokens, Weight const& w) {
     int64_t const n = w.n;
     if (way == Way::PACKED) {
-        // As much for each thread, as this process has them.
+        // As much for each thread, of as many as this process may have: ONNX Runtime does not tell a kernel how many its
+        // session has, and fewer share the tiles evenly where their number divides this one.
         static int64_t const threads = std::max(std::thread::hardware_concurrency(), 1U);
         int64_t const tiles = round_up(ceil_div(n, TUNING.widest), threads);
         return {std::max<int64_t>(round_up(ceil_div(n, tiles), 32), TUNING.narrowest), 1};

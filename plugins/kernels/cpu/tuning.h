@@ -5,7 +5,8 @@
 
 namespace nmsparse::cpu {
 
-// Measured on an Intel Xeon of 2023 by benchmarks/cpu.py; another processor may want other numbers.
+// Measured on an Intel Xeon of 2023 by benchmarks/cpu.py; another processor may want other numbers, which
+// benchmarks/tuning.py --write finds for the panels.
 struct Tuning {
     int64_t worth_waking = 1 << 15;  // numbers: to select among fewer takes less time than to wake a thread
 
