@@ -4,9 +4,9 @@
 
 The kernel multiplies several tokens in one of two ways: it holds the kept rows in registers as they come, or it packs
 them into a panel first. A panel pays from t tokens on where t * (read * group - 6 * keep) >= cost * group, which
-product.cpp computes. The kernel is built twice here, once for each way alone; the two take turns on layers of several patterns and of every
-width of weights, and `cost` and `read` are those that put the crossing where it was measured, by least squares. Where
-one way is faster for every number of tokens there is no crossing to learn from.
+product.cpp computes. The kernel is built twice here, once for each way alone; the two take turns on layers of several
+patterns and of every width of weights, and `cost` and `read` are those that put the crossing where it was measured,
+by least squares. Where one way is faster for every number of tokens there is no crossing to learn from.
 """
 
 from __future__ import annotations
