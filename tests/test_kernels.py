@@ -17,7 +17,7 @@ from converter.sparsity.linear import Params, SparseLinear, bake, select, token_
 DTYPES = [torch.float16, torch.bfloat16]
 PLACES, PART = 1024, 256  # of a block of Select and Pack, and of one of Gemv
 # Of dtype, keep and group, shift_mode, permuted.
-PRUNINGS = pairs(
+SELECTIONS = pairs(
     DTYPES,
     [(8, 16), (2, 4), (5, 16), (1, 2), (16, 32), (3, 100), (200, 600)],
     ["none", "static", "token_median"],
@@ -113,26 +113,26 @@ def test_pack_is_the_pruned_input(
 
 @pytest.mark.parametrize(
     ("dtype", "keep", "group", "shift_mode", "permuted"),
-    PRUNINGS,
+    SELECTIONS,
 )
-def test_select_prunes_as_the_reference(
+def test_select_keeps_what_the_reference_keeps(
     native: Native, dtype: torch.dtype, keep: int, group: int, shift_mode: str, permuted: bool
 ) -> None:
     tokens, k = 5, 2400 if 2400 % group == 0 else 2048
     x, params = awkward(tokens, k, dtype), the_params(keep, group, k, shift_mode, permuted)
-    zs = torch.full((tokens, k), 7, dtype=dtype)
+    written = torch.full((tokens, k), 7, dtype=dtype)
     moments, nu = torch.empty(2, tokens, -(-k // (PLACES // group * group)), 3), torch.empty(tokens)
     kernel, shape = given_to_kernel(x, params), {"tokens": tokens, "k": k, "keep": keep, "group": group}
-    native.run("select", dtype, **kernel, zs=zs, z=moments[0], kept=moments[1], **shape)
+    native.run("select", dtype, **kernel, zs=written, z=moments[0], kept=moments[1], **shape)
     native.run("token_scale", z=moments[0], kept=moments[1], nu=nu, tokens=tokens, parts=moments.shape[2])
     z, zs, _ = select(x.float(), params)
-    assert_same_bits(zs, in_places(zs, params).to(dtype))
+    assert_same_bits(written, in_places(zs, params).to(dtype))
     torch.testing.assert_close(nu, token_scale(z, zs)[:, 0], rtol=1e-5, atol=1e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize(
     ("dtype", "keep", "group", "shift_mode", "permuted"),
-    PRUNINGS,
+    SELECTIONS,
 )
 def test_gemv_reads_the_kept_rows_and_no_other(
     native: Native, dtype: torch.dtype, keep: int, group: int, shift_mode: str, permuted: bool
