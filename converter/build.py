@@ -12,7 +12,7 @@ from torch import Tensor
 from converter import registry
 from converter.checkpoint import Checkpoint
 from converter.delivery.bundle import staged, write_manifest
-from converter.delivery.manifest import ENGINES, MANIFEST, check_files, context_length, manifest
+from converter.delivery.manifest import ENGINES, MANIFEST, check_files, context_length
 from converter.errors import BuildError, DeviceError, OutputError, UsageError, listing
 from converter.names import MODEL
 from converter.options import BuildOptions, EngineOptions
@@ -63,7 +63,7 @@ def build(folder: Path, runtime: str, options: BuildOptions, stages: Stages) -> 
     out = folder / ENGINES / builder.folder(options)
     profiles = [Profile.parse(text) for text in options.profile or []]
     with stages.stage("check"):
-        check_files(folder)
+        files = check_files(folder).files
         context = context_length(folder)
         profiles = profiles or [*default_profiles(context)]
     with staged(out, _bytes(folder)) as place:
@@ -72,8 +72,7 @@ def build(folder: Path, runtime: str, options: BuildOptions, stages: Stages) -> 
             trial.write(folder, profiles, _text(folder), place)
             script = trial.script(builder.environment, len(profiles), plugin=written.plugin)
             (place / trial.SCRIPT).write_text(script, "utf-8")
-        sha256 = manifest(folder).files[MODEL].sha256
-        report = BuildReport(runtime, written, profiles, sha256, stages.costs)
+        report = BuildReport(runtime, written, profiles, files[MODEL].sha256, stages.costs)
         write_manifest(place, report.to_json())
     return report
 
@@ -107,12 +106,12 @@ def runnable(folder: Path, runtime: str, target: str | None) -> Runnable:
         BuildError: when there is no such engine, or OUT is not what it was built of.
         DeviceError: when there is no GPU to run it on; what is known of it is in the message.
     """
-    check_files(folder)
+    files = check_files(folder).files
     builder = registry.engine_runtime(runtime)
     place = _built(folder, builder.folders(target))
     record = check_files(place)
     about = record.more
-    if about.get("model_sha256") != manifest(folder).files[MODEL].sha256:
+    if about.get("model_sha256") != files[MODEL].sha256:
         raise BuildError(f"{place}: must be built of {folder / MODEL}, got another graph's. Build it again.")
     if "engine" not in about:
         raise BuildError(f"{place}: the engine must be of nmsparse build --plugin, got another. Run validate.sh on it.")

@@ -587,7 +587,7 @@ def _show_plan(model: str, revision: str | None, recipe: Recipe, json_output: bo
 
 def _show_report(out: Path, report: Report, json_output: bool) -> None:
     if json_output:
-        print(json.dumps(report.to_json(), indent=2))
+        print(json.dumps(asdict(report), indent=2))
         return
     from converter.delivery.manifest import GENAI
 

@@ -138,7 +138,7 @@ def run(
         _export(fitted, about, folder, stages, embed_kernel)
         parity = _validate(folder, fitted.checkpoint, fitted.params, fitted.recipe, None, stages)
         report = _report(fitted, folder, stages, parity)
-        write_json(folder / REPORT, report.to_json())
+        write_json(folder / REPORT, asdict(report))
         write_manifest(folder, asdict(about))
     return report
 
@@ -171,7 +171,7 @@ def export(
         fitted = Fitted(checkpoint, recipe, layers, params)
         _export(fitted, about, folder, stages, embed_kernel)
         report = _report(fitted, folder, stages, None)
-        write_json(folder / REPORT, report.to_json())
+        write_json(folder / REPORT, asdict(report))
         write_manifest(folder, asdict(about))
     return report
 
@@ -279,11 +279,10 @@ def _written(checkpoint: Checkpoint, recipe: Recipe, count: int, state: Path | N
 
 def _export(fitted: Fitted, about: About, folder: Path, stages: Stages, embed_kernel: bool) -> None:
     checkpoint, recipe, params = fitted.checkpoint, fitted.recipe, fitted.params
-    name = about.source.name.encode("utf-8", "backslashreplace").decode()  # a path may be any bytes
     metadata = {
         "nmsparse.version": about.versions["nmsparse"],
         "nmsparse.recipe_sha256": about.recipe_sha256,
-        "nmsparse.source": name,
+        "nmsparse.source": about.source.text(),
         "nmsparse.source_revision": about.source.revision or about.source.weights_sha256,
     }
     with stages.stage("export", "tensors") as advance:

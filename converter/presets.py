@@ -27,10 +27,10 @@ class Skips:
 
     def fits(self, config: PretrainedConfig) -> bool:
         """Return whether `config` has the type and the sizes of that model."""
-        by_preset = (
+        sizes = (
             getattr(config, name, None) for name in ("model_type", "num_hidden_layers", "hidden_size", "vocab_size")
         )
-        return (self.model_type, self.blocks, self.hidden_size, self.vocab_size) == tuple(by_preset)
+        return (self.model_type, self.blocks, self.hidden_size, self.vocab_size) == tuple(sizes)
 
 
 # Source: arXiv:2508.02128. The number of blocks alone would take Qwen2-1.5B for Qwen2-7B, and Llama-2-7B for

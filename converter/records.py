@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,7 +27,7 @@ def parsed(of: type[Record], said: Any) -> Record:
     """
     from pydantic import TypeAdapter  # not for those who only write
 
-    return TypeAdapter(of).validate_json(json.dumps(said), strict=True)
+    return TypeAdapter(of).validate_python(said)  # not as JSON, whose text cannot hold a name of any bytes
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,10 @@ class Source:
     name: str
     revision: str | None
     weights_sha256: str
+
+    def text(self) -> str:
+        """Return its name as UTF-8 can hold it: a path may be any bytes."""
+        return self.name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True)
@@ -140,6 +144,15 @@ class Permutations:
 
 
 @dataclass(frozen=True)
+class Choices:
+    """What the pages say of a recipe."""
+
+    criterion: str
+    mitigation: list[str]
+    weights: str
+
+
+@dataclass(frozen=True)
 class Report:
     """report.json: what a conversion was, took and found; `parity` is None where it was not validated.
 
@@ -154,10 +167,6 @@ class Report:
     bytes: int
     parity: ParitySummary | None
     parity_layers: list[LayerParity]
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as it is in the file."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -211,8 +220,8 @@ class Results:
     context: int
     versions: dict[str, str]
     recovery: float | None
-    f1: dict[str, float] = field(default_factory=dict)
-    compared: list[Paired] = field(default_factory=list)
+    f1: dict[str, float]
+    compared: list[Paired]
 
     def under(self) -> tuple[Any, ...]:
         """Return all that two evaluations must share to be compared."""

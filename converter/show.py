@@ -23,19 +23,19 @@ def _table(*columns: str) -> Table:
     return Table(*columns, box=None, padding=(0, 2, 0, 0), pad_edge=False)
 
 
-def layers(rows_of: Sequence[tuple[LayerCost, str]]) -> None:
+def layers(costed: Sequence[tuple[LayerCost, str]]) -> None:
     """Print a row for the layers of each name and shape, then the paths that they take on TensorRT."""
     from converter.graph.costs import span
 
     rows: dict[tuple[str, int, int], list[LayerCost]] = {}
     paths: dict[str, list[str]] = {}
-    for cost, path in rows_of:
+    for cost, path in costed:
         name = cost.name.rpartition(".")[2]
         rows.setdefault((name, cost.in_features, cost.out_features), []).append(cost)
         if name not in paths.setdefault(path, []):
             paths[path].append(name)
     table = _table("layers", "count", "in x out", "pattern", "used", "MFLOP", "MB")
-    for (name, k, n), costs in [*rows.items(), (("all", 0, 0), [cost for cost, _ in rows_of])]:
+    for (name, k, n), costs in [*rows.items(), (("all", 0, 0), [cost for cost, _ in costed])]:
         products, kept, size, read = (
             sum(getattr(cost, what) for cost in costs)
             for what in ("products", "sparse_products", "bytes", "sparse_bytes")

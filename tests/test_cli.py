@@ -179,7 +179,11 @@ def test_names_that_are_not_utf_8(nmsparse: Command, tiny: Path, tmp_path: Path)
     model, out = (Path(os.fsdecode(os.fsencode(tmp_path) + name)) for name in (b"/model\xff", b"/out\xfe"))
     shutil.copytree(tiny, model)
     out.mkdir()
-    for command in (["convert", model, out, *QUICK], ["generate", out, "the fox", "--max-new-tokens", "2"]):
+    for command in (
+        ["convert", model, out, *QUICK],
+        ["generate", out, "the fox", "--max-new-tokens", "2"],
+        ["report", out],
+    ):
         found = nmsparse(*command, errors="surrogateescape")
         assert found.returncode == 0, found.stderr
     assert sorted(os.listdir(os.fsencode(tmp_path))) == [b"model\xff", b"out\xfe"]

@@ -6,14 +6,14 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import PLAIN, QUICK, make_tiny
+from conftest import PLAIN, QUICK, make_tiny, relisted
 from huggingface_hub import constants
 from playwright.sync_api import Browser, Page, sync_playwright
 
@@ -249,6 +249,8 @@ def test_accuracy_is_said_first_and_is_that_of_the_evaluation(asked: list[Out]) 
     found = replace(kept, results=replace(kept.results, compared=worse))
     assert not accuracy.verdict(found).good
     assert "piqa worse beyond chance; perplexity " in accuracy.verdict(found).text
+    nothing_right = replace(kept, results=replace(kept.results, recovery=None))
+    assert "None" not in accuracy.verdict(nothing_right).text
     assert '<li class="bad">How accurate it is was not measured' in report(replace(asked[1], evaluated=None), [])
 
 
@@ -347,6 +349,12 @@ def test_bad_input(out: Out, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "evaluation" / "results.json").write_text("{}")
     with pytest.raises(OutputError, match="must be what nmsparse evaluate wrote, got "):
         accuracy.evaluated(tmp_path)
+    for name, data in {"list": [], "recipe": {**asdict(out.report), "recipe": {"criterion": "wina"}}}.items():
+        shutil.copytree(out.folder, tmp_path / name)
+        (tmp_path / name / "report.json").write_text(json.dumps(data))
+        relisted(tmp_path / name)
+        with pytest.raises(OutputError, match=r"must hold report.json and recipe.yaml as nmsparse wrote them"):
+            read(tmp_path / name)
     monkeypatch.setitem(sys.modules, "plotly", None)
     for name in ("converter.delivery.page", "converter.delivery.accuracy", "converter.delivery.report"):
         monkeypatch.delitem(sys.modules, name)

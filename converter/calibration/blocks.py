@@ -109,9 +109,7 @@ def _readers(layers: list[LayerPlan], seen: dict[str, Tensor]) -> list[list[Laye
     readers: list[list[LayerPlan]] = []
     for layer in layers:
         x = seen.get(layer.name)
-        mates = next(
-            (mates_so_far for mates_so_far in readers if x is not None and seen.get(mates_so_far[0].name) is x), None
-        )
+        mates = next((known for known in readers if x is not None and seen.get(known[0].name) is x), None)
         if mates is None:
             readers.append([layer])
         else:

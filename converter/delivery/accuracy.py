@@ -54,12 +54,13 @@ def verdict(evaluated: Evaluated | None) -> Line:
     ]
     if left:
         of = left[0].task if len(left) == 1 else f"the mean of {len(left)} tasks"
-        share = f"{evaluated.results.recovery:.0%} of the dense model's accuracy is left ({of})"
+        recovery = evaluated.results.recovery  # None where the dense model has nothing right
+        share = [] if recovery is None else [f"{recovery:.0%} of the dense model's accuracy is left ({of})"]
         examples = sum(one.examples for one in left)
         chance = (
             f"{' and '.join(worse)} worse beyond chance" if worse else f"{examples} examples show no task to be worse"
         )
-        says = [share, chance, *says]
+        says = [*share, chance, *says]
     text = "; ".join(says) or "what it writes was compared with the dense model"
     return Line(f"{text[0].upper()}{text[1:]}.", good=not worse)
 

@@ -15,7 +15,7 @@ from converter.delivery.page import Chart, Line, Section, bars, heat, intervals,
 from converter.errors import OutputError, said
 from converter.graph.costs import LayerCost, layer_costs, span
 from converter.json_rows import HIGH, LOW, RATIO, SpeedRow
-from converter.records import About, LayerParity, Report
+from converter.records import About, Choices, LayerParity, Report
 
 BLOCK = re.compile(r"\.(\d+)\.")
 Item = TypeVar("Item")
@@ -28,6 +28,7 @@ class Out:
     folder: Path
     about: About
     report: Report
+    choices: Choices
     recipe: str
     costs: list[LayerCost]
     evaluated: accuracy.Evaluated | None
@@ -42,11 +43,11 @@ class Out:
 
     def mitigation(self) -> str:
         """Return the methods that it was calibrated with, as a recipe has them."""
-        return "+".join(self.report.recipe["mitigation"])
+        return "+".join(self.choices.mitigation)
 
     def source(self) -> str:
         """Return the checkpoint's name, without the folders that it lies in."""
-        return self.about.source.name.rstrip("/").rpartition("/")[2]
+        return self.about.source.text().rstrip("/").rpartition("/")[2]
 
 
 def read(folder: Path) -> Out:
@@ -57,13 +58,14 @@ def read(folder: Path) -> Out:
     """
     costs = layer_costs(exported(folder))
     try:
-        said_then = records.read(Report, folder / REPORT)
+        made = records.read(Report, folder / REPORT)
+        choices = records.parsed(Choices, made.recipe)
         recipe = (folder / RECIPE).read_text("utf-8")
     except (OSError, ValueError) as error:
         raise OutputError(
             f"{folder}: must hold {REPORT} and {RECIPE} as nmsparse wrote them, got {said(error)}. Convert again."
         ) from error
-    return Out(folder, about(folder), said_then, recipe, costs, accuracy.evaluated(folder))
+    return Out(folder, about(folder), made, choices, recipe, costs, accuracy.evaluated(folder))
 
 
 def report(out: Out, bench: Sequence[SpeedRow]) -> str:
@@ -113,9 +115,9 @@ def compare(outs: Sequence[Out]) -> str:
         (
             name,
             out.patterns(),
-            str(out.report.recipe["criterion"]),
+            out.choices.criterion,
             out.mitigation(),
-            str(out.report.recipe["weights"]),
+            out.choices.weights,
             f"{out.used():.0%}",
             f"{out.report.bytes / 1e6:.0f}",
             f"{sum(s.seconds for s in out.report.stages if s.stage not in ('export', 'validate')):.0f}",
@@ -299,7 +301,7 @@ def _about(out: Out) -> list[Section]:
     source = out.about.source
     rows = [
         *(("version of " + name, number) for name, number in out.about.versions.items()),
-        ("checkpoint", source.name),
+        ("checkpoint", source.text()),
         ("revision", source.revision or "none"),
         ("SHA-256 of its weights", source.weights_sha256),
         ("bytes on disk", f"{out.report.bytes:,}"),

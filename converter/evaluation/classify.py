@@ -54,7 +54,7 @@ def classify(
     An image whose classes are `kept` is not shown to the model again.
     """
     shape = image_shape(processor)
-    answers_of: list[tuple[Any, ...]] = []
+    examples: list[tuple[Any, ...]] = []
     for start in range(0, len(rows), batch):
         given = [
             pixels(row, source, processor, shape) for row in rows.select(range(start, min(start + batch, len(rows))))
@@ -72,6 +72,6 @@ def classify(
             values = {"acc": likeliest[0] == target}
             if len(likeliest) == TOP:  # of more classes, or all would be right
                 values["top5"] = target in likeliest
-            answers_of += [(TASK, place, metric, float(v), 1.0, likeliest[0], target) for metric, v in values.items()]
+            examples += [(TASK, place, metric, float(v), 1.0, likeliest[0], target) for metric, v in values.items()]
         advance(min(start + batch, len(rows)), len(rows))
-    return pd.DataFrame(answers_of, columns=list(COLUMNS))
+    return pd.DataFrame(examples, columns=list(COLUMNS))

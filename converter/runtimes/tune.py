@@ -65,12 +65,12 @@ def capability() -> str:
 
 def paths(shape: Shape, tokens: int) -> dict[str, dict[str, int]]:
     """Return the paths that a layer can take with so many tokens, and the thresholds that make it take each."""
-    best = {"dense": {"gemv_tokens": 0, "sparse_tokens": 0}}
+    ways = {"dense": {"gemv_tokens": 0, "sparse_tokens": 0}}
     if tokens <= MOST_GEMV_TOKENS:
-        best["gemv"] = {"gemv_tokens": tokens, "sparse_tokens": 0}
+        ways["gemv"] = {"gemv_tokens": tokens, "sparse_tokens": 0}
     if fits_sparse(shape.keep, shape.group, shape.k):
-        best["sparse"] = {"gemv_tokens": 0, "sparse_tokens": 1}
-    return best
+        ways["sparse"] = {"gemv_tokens": 0, "sparse_tokens": 1}
+    return ways
 
 
 def measured(library: LayerLibrary, shape: Shape, tokens: int, rounds: int) -> Iterator[Timing]:
